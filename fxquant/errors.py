@@ -1,0 +1,117 @@
+"""Every message a user can see, in one place.
+
+Each function builds one exception whose text is a single sentence: what is wrong, where, and what
+to do about it. Raise it at the place that noticed: ``raise errors.unknown_option(name, known)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class FxquantError(Exception):
+    """Base of everything fxquant raises on purpose."""
+
+
+class OptionError(FxquantError, ValueError):
+    """An option of `fxquant.Config` is unknown or has the wrong type or value."""
+
+
+class EncodingError(FxquantError, ValueError):
+    """An `Encoding` cannot exist, or does not fit the tensor it is asked to describe."""
+
+
+class WeightError(FxquantError, ValueError):
+    """A weight cannot be quantized."""
+
+
+class CoverageError(FxquantError):
+    """Products were left alone although `strict` or `min_coverage` forbids it."""
+
+
+class DeviceError(FxquantError, RuntimeError):
+    """Tensors of one product lie on different devices, or the device has no target."""
+
+
+class FolderError(FxquantError, OSError):
+    """The kernel cache or the dump folder cannot be written."""
+
+
+class CheckpointError(FxquantError, ValueError):
+    """A saved file is cut short, damaged, or belongs to another model."""
+
+
+class KernelError(FxquantError, RuntimeError):
+    """A kernel cannot be printed, built or launched."""
+
+
+class PassError(FxquantError, RuntimeError):
+    """A pass left a graph behind that fails verification; always a defect of fxquant."""
+
+
+def _listed(names: Iterable[object]) -> str:
+    return ", ".join(str(name) for name in names)
+
+
+# --- options ---------------------------------------------------------------------------------
+
+
+def unknown_option(name: str, known: Iterable[str]) -> OptionError:
+    """An option that `Config` does not have."""
+    return OptionError(f"unknown fxquant option {name!r}: the options are {_listed(known)}.")
+
+
+def ill_typed_option(name: str, value: object, expected: str) -> OptionError:
+    """An option whose value has the wrong type."""
+    return OptionError(
+        f"fxquant option {name!r} must be {expected}, got {value!r} of type {type(value).__name__}."
+    )
+
+
+def bad_option_value(name: str, value: object, expected: str) -> OptionError:
+    """An option whose value has the right type and cannot be used."""
+    return OptionError(f"fxquant option {name!r} must be {expected}, got {value!r}.")
+
+
+def unknown_scheme(name: str, known: Iterable[str]) -> OptionError:
+    """A scheme that is not registered."""
+    return OptionError(f"unknown quantization scheme {name!r}: the schemes are {_listed(known)}.")
+
+
+# --- encodings and weights -------------------------------------------------------------------
+
+
+def bad_encoding(field: str, value: object, expected: str) -> EncodingError:
+    """A field of an `Encoding` that no tensor can be encoded with."""
+    return EncodingError(f"an encoding's {field} must be {expected}, got {value!r}.")
+
+
+def bad_block_size(value: object) -> EncodingError:
+    """A block size that is not a whole power of two from 16 to 4096, or -1."""
+    return EncodingError(
+        f"block size must be a power of two from 16 to 4096 (or -1 for a whole dimension), "
+        f"got {value!r}."
+    )
+
+
+def weight_dtype(dtype: object, where: str) -> WeightError:
+    """A weight that is not a real floating-point tensor."""
+    return WeightError(
+        f"cannot quantize {where}: its dtype is {dtype}, and only float16, bfloat16, float32 and "
+        f"float64 weights can be encoded; add it to `skip`."
+    )
+
+
+def weight_not_finite(where: str, count: int) -> WeightError:
+    """A weight that holds NaN or Inf."""
+    return WeightError(
+        f"cannot quantize {where}: it holds {count} NaN or Inf values; repair the checkpoint, or "
+        f"add the module to `skip`."
+    )
+
+
+def weight_empty(where: str, shape: Iterable[int]) -> WeightError:
+    """A weight with no elements."""
+    return WeightError(
+        f"cannot quantize {where}: it is empty (shape {tuple(shape)}); add the module to `skip`."
+    )

@@ -1,0 +1,121 @@
+"""What passes share: the graph on its way, the sites found in it, and what was refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxquant.codegen.spec import WeightOperand
+from fxquant.config import Config
+from fxquant.formats import Encoding, PackedWeight
+from fxquant.schemes import Recipe
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a product was left alone, and where it stands in the user's source.
+
+    Attributes:
+        reason: One clause, as in ``"the skip pattern 'lm_head' matches"``.
+        where: ``file:line`` of the user's code, or ``""`` when Dynamo did not record it.
+        module: Path of the module, as in ``"encoder.layer.0.output.dense"``.
+        op: The call that was looked at, as in ``"aten.linear"``.
+        shape: Shape of the parameter, or ``()``.
+    """
+
+    reason: str
+    where: str
+    module: str
+    op: str
+    shape: tuple[int, ...] = ()
+
+
+@dataclass
+class BoundParameter:
+    """A placeholder and the parameter behind it.
+
+    Attributes:
+        node: The placeholder.
+        value: The real tensor: an `nn.Parameter` or buffer, dense or a `PackedWeight`.
+        name: Its path in the model, as in ``"layers.0.weight"``.
+        index: Its position among the graph's inputs.
+    """
+
+    node: fx.Node
+    value: Tensor
+    name: str
+    index: int
+
+
+@dataclass
+class LinearSite:
+    """A product against a parameter.
+
+    Attributes:
+        node: The ATen product.
+        x: The activation; `to_x` and `from_out` adapt it to ``[.., K]`` and back.
+        parameter: The weight.
+        operand: Where the logical weight lies in the parameter, by strides; its encoding is a
+            placeholder until `plan` sets it.
+        n_dims: Dimensions of the parameter that make up the outputs.
+        k_dims: Dimensions of the parameter that make up the inputs.
+        bias: Added in the product's own op (``linear``, ``addmm``, ``baddbmm``), or None.
+        module: Path of the module that the product belongs to.
+        where: ``file:line`` in the user's source.
+        recipe: Set by `plan`.
+        packed: Set by `pack`.
+    """
+
+    node: fx.Node
+    x: fx.Node
+    parameter: BoundParameter
+    operand: WeightOperand
+    n_dims: tuple[int, ...]
+    k_dims: tuple[int, ...]
+    bias: fx.Node | None
+    module: str
+    where: str
+    to_x: Callable[[fx.Node], fx.Node] | None = None
+    from_out: Callable[[fx.Node], fx.Node] | None = None
+    scheme: str = ""
+    recipe: Recipe | None = None
+    packed: PackedWeight | None = None
+    spec_json: str = ""
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """What one pass did: its name, a count, and a line for the log."""
+
+    name: str
+    changed: int
+    summary: str
+
+
+@dataclass
+class Context:
+    """One graph on its way through the passes.
+
+    Attributes:
+        gm: The graph module being rewritten: a copy, never Dynamo's own.
+        inputs: Example inputs, one a placeholder, in order. `pack` appends and drops some.
+        sources: For each of the final inputs: the position among Dynamo's inputs that it comes
+            from, or the packed tensor itself.
+        config: The options.
+        pack_weight: ``(tensor, encoding, name) -> PackedWeight``: packs, or finds what was packed.
+    """
+
+    gm: fx.GraphModule
+    inputs: list[Any]
+    config: Config
+    pack_weight: Callable[[Tensor, Encoding, str], PackedWeight]
+    sources: list[int | Tensor] = field(default_factory=list)
+    parameters: dict[fx.Node, BoundParameter] = field(default_factory=dict)
+    sites: list[LinearSite] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    reports: list[PassReport] = field(default_factory=list)
+    fake_mode: torch._subclasses.FakeTensorMode | None = None
