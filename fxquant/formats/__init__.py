@@ -1,0 +1,1 @@
+"""Numbers, no graphs: codebooks, block scaling, bit packing, `Encoding`, `PackedWeight`."""
