@@ -5,13 +5,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
+from fxquant import errors
 from fxquant.formats import Encoding
 
 AXES = ("e", "m", "n")
+FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+OPERAND_DTYPES = (*FLOAT_DTYPES, "bool")
+_AXIS_ORDERS = tuple("".join(c) for r in range(4) for c in itertools.combinations(AXES, r))
+_REFERENCE = re.compile(r"%(acc|in(?P<operand>\d+)|(?P<node>\d+))")
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,37 @@ class WeightOperand:
     strides: tuple[int, int, int]
     offset: int = 0
 
+    def __post_init__(self) -> None:
+        if not self.shape or min(self.shape) < 1:
+            raise errors.bad_spec("weight.shape", self.shape, "positive sizes")
+        if min(self.n, self.k, self.batch or 1) < 1 or self.batch == 0:
+            raise errors.bad_spec("weight.batch, n, k", (self.batch, self.n, self.k), "at least 1")
+        if len(self.strides) != 3 or min(self.strides) < 0 or (not self.batch and self.strides[0]):
+            raise errors.bad_spec("weight.strides", self.strides, "3 numbers that are not negative")
+        if self.offset < 0 or self.last >= self.numel:
+            raise errors.bad_spec(
+                "weight.offset", self.offset, f"such that elements lie inside shape {self.shape}"
+            )
+
+    @property
+    def numel(self) -> int:
+        """Elements of the stored tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Sizes of e, n and k; e is 1 without a batch."""
+        return (self.batch or 1, self.n, self.k)
+
+    @property
+    def last(self) -> int:
+        """The highest element number that is read."""
+        return self.offset + sum((d - 1) * s for d, s in zip(self.sizes, self.strides, strict=True))
+
     @classmethod
-    def whole(cls, encoding: Encoding, shape: tuple[int, ...], *, transposed: bool) -> WeightOperand:
+    def whole(
+        cls, encoding: Encoding, shape: tuple[int, ...], *, transposed: bool
+    ) -> WeightOperand:
         """The operand that is all of a 2-D or 3-D parameter.
 
         Args:
@@ -70,6 +107,16 @@ class EpilogueOperand:
     dims: str
     dtype: str
 
+    def __post_init__(self) -> None:
+        if self.dims not in _AXIS_ORDERS:
+            raise errors.bad_spec(
+                "epilogue operand's dims", self.dims, "letters of 'emn', in order"
+            )
+        if self.dtype not in OPERAND_DTYPES:
+            raise errors.bad_spec(
+                "epilogue operand's dtype", self.dtype, f"one of {', '.join(OPERAND_DTYPES)}"
+            )
+
 
 @dataclass(frozen=True)
 class EpilogueNode:
@@ -78,13 +125,26 @@ class EpilogueNode:
     Attributes:
         op: An ATen overload, as in ``"aten.add.Tensor"``.
         args: Each a number, None, a dtype name, or a reference: ``"%acc"`` (the accumulator,
-            float32), ``"%in0"`` (operand 0), ``"%0"`` (the result of node 0).
+            float32), ``"%in0"`` (operand 0), ``"%0"`` (the result of node 0). Integers become
+            floats, so that equal nodes are written alike.
         kwargs: Sorted pairs, with values like `args`.
     """
 
     op: str
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"aten\.\w+\.\w+", self.op):
+            raise errors.bad_spec("epilogue op", self.op, "an overload, as in 'aten.add.Tensor'")
+        object.__setattr__(self, "args", tuple(map(_canonical, self.args)))
+        pairs = tuple((name, _canonical(value)) for name, value in sorted(self.kwargs))
+        object.__setattr__(self, "kwargs", pairs)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The arguments, positional and by keyword."""
+        return (*self.args, *(value for _, value in self.kwargs))
 
 
 @dataclass(frozen=True)
@@ -97,6 +157,28 @@ class Epilogue:
 
     operands: tuple[EpilogueOperand, ...] = ()
     nodes: tuple[EpilogueNode, ...] = ()
+
+    def __post_init__(self) -> None:
+        for number, node in enumerate(self.nodes):
+            for value in node.values:
+                if isinstance(value, str) and value.startswith("%"):
+                    self._check_reference(value, number)
+
+    def _check_reference(self, value: str, number: int) -> None:
+        match = _REFERENCE.fullmatch(value)
+        known = match is not None
+        if match and match["operand"]:
+            known = int(match["operand"]) < len(self.operands)
+        elif match and match["node"]:
+            known = int(match["node"]) < number
+        if not known:
+            expected = "'%acc', an operand '%in0' or an earlier node '%0'"
+            raise errors.bad_spec(f"epilogue node {number}'s argument", value, expected)
+
+    @property
+    def result(self) -> str:
+        """The reference that names the result."""
+        return f"%{len(self.nodes) - 1}" if self.nodes else "%acc"
 
     @classmethod
     def bias(cls, dtype: str, dims: str = "n") -> Epilogue:
@@ -119,7 +201,8 @@ class KernelSpec:
         x_dtype: Dtype of the activation, ``"float16"``, ``"bfloat16"`` or ``"float32"``.
         compute_dtype: Dtype of both operands of the dot product.
         out_dtype: Dtype of the result.
-        epilogue: What is done to the sums.
+        epilogue: What is done to the sums. Operands have the sizes of their axes, m being the
+            product of the activation's leading dimensions.
         name: What the kernel does, as an identifier; not part of its meaning.
     """
 
@@ -130,11 +213,82 @@ class KernelSpec:
     epilogue: Epilogue = Epilogue()
     name: str = "linear"
 
+    def __post_init__(self) -> None:
+        for field in ("x_dtype", "compute_dtype", "out_dtype"):
+            if getattr(self, field) not in FLOAT_DTYPES:
+                expected = f"one of {', '.join(FLOAT_DTYPES)}"
+                raise errors.bad_spec(field, getattr(self, field), expected)
+        if not self.name.isidentifier():
+            raise errors.bad_spec("name", self.name, "an identifier")
+        if self.weight.batch is None and any("e" in o.dims for o in self.epilogue.operands):
+            raise errors.bad_spec("epilogue operand's dims", "e", "absent without a batch")
+
     def to_json(self) -> str:
         """Canonical JSON text: equal specs give equal text."""
-        raise NotImplementedError
+        weight = self.weight
+        data = {
+            "name": self.name,
+            "weight": {
+                "encoding": weight.encoding.to_json(),
+                "shape": weight.shape,
+                "batch": weight.batch,
+                "n": weight.n,
+                "k": weight.k,
+                "strides": weight.strides,
+                "offset": weight.offset,
+            },
+            "x_dtype": self.x_dtype,
+            "compute_dtype": self.compute_dtype,
+            "out_dtype": self.out_dtype,
+            "epilogue": {
+                "operands": [[o.dims, o.dtype] for o in self.epilogue.operands],
+                "nodes": [[node.op, node.args, node.kwargs] for node in self.epilogue.nodes],
+            },
+        }
+        return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> KernelSpec:
-        """The spec that `to_json` wrote."""
-        raise NotImplementedError
+        """The spec that `to_json` wrote.
+
+        Raises:
+            KernelError: The text is not a spec.
+        """
+        try:
+            data = json.loads(text)
+            weight, epilogue = dict(data.pop("weight")), data.pop("epilogue")
+            operand = WeightOperand(
+                encoding=Encoding.from_json(weight.pop("encoding")),
+                shape=tuple(weight.pop("shape")),
+                strides=tuple(weight.pop("strides")),
+                **weight,
+            )
+            operands = tuple(EpilogueOperand(dims, dtype) for dims, dtype in epilogue["operands"])
+            nodes = tuple(
+                EpilogueNode(op, tuple(args), tuple((k, v) for k, v in kwargs))
+                for op, args, kwargs in epilogue["nodes"]
+            )
+            return cls(weight=operand, epilogue=Epilogue(operands, nodes), **data)
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise errors.bad_spec_text(repr(error)) from error
+
+
+def _canonical(value: Any) -> Any:
+    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a printed kernel says about where it is used; no part of the kernel's meaning.
+
+    Attributes:
+        modules: Paths of the modules whose products it computes.
+        scheme: Name of the scheme.
+        shapes: Shapes seen, as in ``"x [s0, 384] -> [s0, 1536]"``.
+        notes: Further lines, as in ``"not run: this machine has no GPU"``.
+    """
+
+    modules: tuple[str, ...] = ()
+    scheme: str = ""
+    shapes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()

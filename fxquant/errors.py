@@ -115,3 +115,53 @@ def weight_empty(where: str, shape: Iterable[int]) -> WeightError:
     return WeightError(
         f"cannot quantize {where}: it is empty (shape {tuple(shape)}); add the module to `skip`."
     )
+
+
+# --- kernels ---------------------------------------------------------------------------------
+
+
+def bad_spec(field: str, value: object, expected: str) -> KernelError:
+    """A field of a `KernelSpec` that describes no kernel."""
+    return KernelError(f"a kernel spec's {field} must be {expected}, got {value!r}.")
+
+
+def bad_spec_text(reason: str) -> KernelError:
+    """Text that is not the JSON of a `KernelSpec`."""
+    return KernelError(
+        f"this text is not a kernel spec ({reason}): pass what KernelSpec.to_json wrote."
+    )
+
+
+# --- folders, devices, kernels ---------------------------------------------------------------
+
+
+def unwritable_folder(what: str, path: object, variable: str, cause: object) -> FolderError:
+    """A folder of ours that cannot be written."""
+    return FolderError(
+        f"the {what} folder {path} cannot be written ({cause}): point {variable} at a folder that "
+        f"can."
+    )
+
+
+def device_mismatch(what: str, device: object, weight_device: object) -> DeviceError:
+    """An activation on another device than the packed weight."""
+    return DeviceError(
+        f"{what}: the activation is on {device} and the packed weight on {weight_device}; move "
+        f"the model or the input so that both are on one device."
+    )
+
+
+def no_triton() -> KernelError:
+    """Triton is asked for and not installed."""
+    return KernelError(
+        "target 'triton' needs the triton package, which is not installed: "
+        "pip install 'fxquant[triton]', or use target 'torch'."
+    )
+
+
+def target_not_available(target: str, known: Iterable[str]) -> OptionError:
+    """A target that has a name and no implementation in this version."""
+    return OptionError(
+        f"fxquant option 'target' is {target!r}, which this version does not print yet: use one "
+        f"of {_listed(known)}."
+    )

@@ -1,0 +1,218 @@
+"""A spec executed with torch: its definition, and the oracle of every test.
+
+`source` prints a spec as torch code and `run` executes exactly that text, so a dump shows what
+ran. The code is plain functional torch: it traces with `make_fx` under fake tensors with a
+symbolic number of rows, and Inductor fuses decode and epilogue.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from fxquant.codegen.spec import (
+    FLOAT_DTYPES,
+    OPERAND_DTYPES,
+    EpilogueNode,
+    KernelSpec,
+    WeightOperand,
+)
+from torch import Tensor
+
+from fxquant.formats import decode
+
+Step = tuple[str, tuple[Any, ...]]
+
+
+def run(spec: KernelSpec, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:
+    """Computes one product.
+
+    Args:
+        spec: The product.
+        x: Activation ``[.., k]``, or ``[batch, m, k]`` with a batch; `spec.x_dtype`.
+        weight: The stored tensors, in the order of ``spec.weight.encoding.parts``.
+        extra: The epilogue's operands.
+
+    Returns:
+        ``[.., n]``, or ``[batch, m, n]``, in `spec.out_dtype`.
+    """
+    return _compiled(spec)(x, weight, extra)
+
+
+def dequantize(operand: WeightOperand, weight: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The logical weight ``[n, k]`` (``[batch, n, k]`` with a batch) in `dtype`."""
+    out = decode(weight, operand.encoding, operand.shape, dtype)
+    for method, args in view_steps(operand):
+        out = getattr(out, method)(*args)
+    return out
+
+
+def source(spec: KernelSpec) -> str:
+    """The torch code that `run` executes, as an importable module."""
+    operand = spec.weight
+    batched = operand.batch is not None
+    steps = [f".{method}({', '.join(map(str, args))})" for method, args in view_steps(operand)]
+    lines = [
+        f"def {spec.name}(x, weight, extra):",
+        "    w = decode(weight, ENCODING, SHAPE, torch." + spec.compute_dtype + ")",
+    ]
+    if steps:
+        lines.append(f"    w = w{''.join(steps)}")
+    if batched:
+        lines.append("    rows = x")
+    else:
+        lines.append(f"    rows = x.reshape(math.prod(x.shape[:-1]), {operand.k})")
+    if spec.x_dtype != spec.compute_dtype:
+        lines.append(f"    rows = rows.to(torch.{spec.compute_dtype})")
+    lines += [f"    {line}" for line in (_fused_lines(spec) or _exact_lines(spec))]
+    back = "" if batched else f".reshape(*x.shape[:-1], {operand.n})"
+    lines.append(f"    return out{back}")
+    head = [
+        f'"""{spec.name}: decode, product and epilogue in torch."""',
+        "",
+        *([] if batched else ["import math", ""]),
+        "import torch",
+        "",
+        "from fxquant.formats import Encoding, decode",
+        "",
+        f"ENCODING = Encoding.from_json({operand.encoding.to_json()!r})",
+        f"SHAPE = {operand.shape}",
+        "",
+        "",
+    ]
+    return "\n".join(head + lines) + "\n"
+
+
+def view_steps(operand: WeightOperand) -> tuple[Step, ...]:
+    """Tensor methods that take the stored tensor to ``[n, k]`` or ``[batch, n, k]``.
+
+    A reshape, slices and a permutation where the strides nest (every stride divides the next
+    larger one, and no row of the slice runs over the end of its dimension); `as_strided` else.
+    """
+    sizes, strides = operand.sizes, operand.strides
+    axes = [axis for axis in range(3) if sizes[axis] > 1]
+    axes.sort(key=lambda axis: -strides[axis])
+    radix = [*(strides[axis] for axis in axes), 1]
+    nested = all(s > 0 and big % s == 0 for big, s in itertools.pairwise([operand.numel, *radix]))
+    if not nested:
+        return _strided(operand)
+
+    shape = [big // small for big, small in itertools.pairwise([operand.numel, *radix])]
+    lengths = [*(sizes[axis] for axis in axes), 1]
+    rest, starts = operand.offset, []
+    for stride in radix:
+        starts.append(rest // stride)
+        rest %= stride
+    if any(a + b > c for a, b, c in zip(starts, lengths, shape, strict=True)):
+        return _strided(operand)
+
+    steps: list[Step] = [("reshape", tuple(shape))]
+    for dim, (start, length, size) in enumerate(zip(starts, lengths, shape, strict=True)):
+        if length != size:
+            steps.append(("narrow", (dim, start, length)))
+    order = [axes.index(axis) for axis in range(3) if axis in axes]
+    if order != sorted(order):
+        steps.append(("permute", (*order, len(axes))))
+    steps.append(("reshape", _logical_shape(operand)))
+    return _tidy(operand, steps)
+
+
+def _tidy(operand: WeightOperand, steps: list[Step]) -> tuple[Step, ...]:
+    """Drops what does nothing, and says a plain transpose as one."""
+    logical = _logical_shape(operand)
+    if [method for method, _ in steps] == ["reshape", "reshape"]:
+        return () if operand.shape == logical else (("reshape", logical),)
+    swapped = (*logical[:-2], logical[-1], logical[-2])
+    moved = (0, 2, 1, 3) if operand.batch else (1, 0, 2)
+    if [method for method, _ in steps] == ["reshape", "permute", "reshape"] and (
+        steps[1][1] == moved and operand.shape == swapped
+    ):
+        return (("transpose", (-2, -1)),)
+    return tuple(steps)
+
+
+def _strided(operand: WeightOperand) -> tuple[Step, ...]:
+    strides = operand.strides if operand.batch else operand.strides[1:]
+    return (("as_strided", (_logical_shape(operand), strides, operand.offset)),)
+
+
+def _logical_shape(operand: WeightOperand) -> tuple[int, ...]:
+    return operand.sizes if operand.batch else operand.sizes[1:]
+
+
+def _fused_lines(spec: KernelSpec) -> list[str]:
+    """The product and at most a bias in one call of torch, where that is the same sum.
+
+    Torch sums products of 16-bit floats in float32 and rounds once, so the float32 detour of
+    `_exact_lines` is spared.
+    """
+    nodes, operands = spec.epilogue.nodes, spec.epilogue.operands
+    dtype = spec.compute_dtype
+    if spec.out_dtype != dtype:
+        return []
+    batched = spec.weight.batch is not None
+    turned = "w.transpose(1, 2)" if batched else "w.t()"
+    if not nodes:
+        return [f"out = rows @ {turned}"]
+    is_bias = nodes == (EpilogueNode("aten.add.Tensor", ("%acc", "%in0")),)
+    if not is_bias or operands[0].dtype != dtype or operands[0].dims not in ("n", "en"):
+        return []
+    if batched:
+        sizes = [spec.weight.batch if "e" in operands[0].dims else 1, 1, spec.weight.n]
+        return [f"out = torch.baddbmm(extra[0].reshape({sizes}), rows, {turned})"]
+    return [f"out = torch.addmm(extra[0].reshape({spec.weight.n}), rows, {turned})"]
+
+
+def _exact_lines(spec: KernelSpec) -> list[str]:
+    batched = spec.weight.batch is not None
+    lift = "" if spec.compute_dtype == "float32" else ".float()"
+    turned = "transpose(1, 2)" if batched else "t()"
+    lines = [f"acc = rows{lift} @ w{lift}.{turned}"]
+    names = {"%acc": "acc"}
+    sizes = {
+        "e": str(spec.weight.batch),
+        "m": "rows.shape[-2]",
+        "n": str(spec.weight.n),
+    }
+    for number, operand in enumerate(spec.epilogue.operands):
+        axes = "emn" if batched else "mn"
+        shape = ", ".join(sizes[axis] if axis in operand.dims else "1" for axis in axes)
+        to_float = ".float()" if operand.dtype in ("float16", "bfloat16") else ""
+        lines.append(f"in{number} = extra[{number}].reshape({shape}){to_float}")
+        names[f"%in{number}"] = f"in{number}"
+    for number, node in enumerate(spec.epilogue.nodes):
+        args = [_argument(value, names) for value in node.args]
+        args += [f"{key}={_argument(value, names)}" for key, value in node.kwargs]
+        to_float = ".float()" if _rounds(node) else ""
+        lines.append(f"v{number} = torch.ops.{node.op}({', '.join(args)}){to_float}")
+        names[f"%{number}"] = f"v{number}"
+    last = names[spec.epilogue.result]
+    lines.append(f"out = {last}.to(torch.{spec.out_dtype})")
+    return lines
+
+
+def _rounds(node: EpilogueNode) -> bool:
+    """Whether a node is a cast to 16 bits: it rounds, and the work goes on in float32."""
+    return any(value in FLOAT_DTYPES[:2] for value in node.values if isinstance(value, str))
+
+
+def _argument(value: Any, names: dict[str, str]) -> str:
+    if isinstance(value, str):
+        if value in OPERAND_DTYPES:
+            return f"torch.{value}"
+        return names.get(value, repr(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(value)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(spec: KernelSpec) -> Callable[..., Tensor]:
+    namespace: dict[str, Any] = {}
+    code = compile(source(spec), f"<fxquant reference {spec.name}>", "exec")
+    exec(code, namespace)  # noqa: S102 - text that `source` just printed
+    return namespace[spec.name]
