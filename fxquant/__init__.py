@@ -1,1 +1,1 @@
-"""fxquant."""
+"""A `torch.compile` backend that quantizes the model it compiles."""

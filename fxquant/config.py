@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +11,8 @@ from fxquant import errors
 from fxquant.schemes import Recipe, get_scheme
 
 DEFAULT_SKIP = ("lm_head", "*.lm_head", "router", "*.router", "gate", "*.gate")
-TARGETS = ("auto", "triton", "cpp", "torch")
+TARGETS = ("auto", "triton", "torch")
+PLANNED_TARGETS = ("cpp",)
 COMPUTE_DTYPES = ("float16", "bfloat16", "float32")
 
 
@@ -23,22 +22,22 @@ class Config:
 
     Attributes:
         scheme: Name of the scheme for every product that no override names.
-        skip: fnmatch patterns over module paths (and parameter paths) to leave alone, added to the
+        skip: fnmatch patterns over module paths and parameter names to leave alone, added to the
             defaults (`DEFAULT_SKIP`: language-model heads, routers, gates).
         overrides: Pattern to scheme name or `Recipe`; the first that matches wins. An override
-            also wins over a *default* skip pattern, never over one of `skip`.
+            also wins over a default skip pattern, never over one of `skip`.
         target: What prints the kernels: ``"auto"`` (Triton on GPUs, torch on CPUs), ``"triton"``
             or ``"torch"``.
-        strict: Any product against a parameter that is left alone, other than by `skip`, is an
-            error.
-        min_coverage: Share (0 to 1) of the products' weight elements, not counting skipped ones,
+        strict: A product against a parameter that is left alone, other than by a skip pattern, is
+            an error.
+        min_coverage: Share (0 to 1) of the products' weight elements, skipped ones not counted,
             that has to be quantized; less is an error.
         compute_dtype: Dtype of the dot products' operands; None takes the activation's.
-        dump: Folder to write every kernel to; None for none (`FXQUANT_DUMP` is the default).
+        dump: Folder to write every kernel to; None takes `FXQUANT_DUMP`, or writes none.
         inductor: Options handed on to Inductor.
 
     Raises:
-        OptionError: An option is unknown, has the wrong type or an impossible value.
+        OptionError: An option has the wrong type or an impossible value.
     """
 
     scheme: str = "nf4"
@@ -50,3 +49,70 @@ class Config:
     compute_dtype: str | None = None
     dump: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Config:
+        """The config that ``torch.compile(..., options=...)`` means.
+
+        Raises:
+            OptionError: An option is unknown, has the wrong type or an impossible value.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in options or {}:
+            if name not in known:
+                raise errors.unknown_option(name, known)
+        return cls(**(options or {}))
+
+    def __post_init__(self) -> None:
+        self._check_scheme()
+        self._check_patterns()
+        self._check_target()
+        if not isinstance(self.strict, bool):
+            raise errors.ill_typed_option("strict", self.strict, "a bool")
+        if isinstance(self.min_coverage, bool) or not isinstance(self.min_coverage, (int, float)):
+            raise errors.ill_typed_option("min_coverage", self.min_coverage, "a number")
+        if not 0 <= self.min_coverage <= 1:
+            raise errors.bad_option_value("min_coverage", self.min_coverage, "from 0 to 1")
+        if self.dump is not None:
+            if not isinstance(self.dump, str) and not hasattr(self.dump, "__fspath__"):
+                raise errors.ill_typed_option("dump", self.dump, "a folder")
+            object.__setattr__(self, "dump", str(self.dump))
+        if not isinstance(self.inductor, Mapping):
+            raise errors.ill_typed_option("inductor", self.inductor, "a dict of Inductor's options")
+
+    def _check_scheme(self) -> None:
+        if not isinstance(self.scheme, str):
+            raise errors.ill_typed_option("scheme", self.scheme, "the name of a scheme")
+        get_scheme(self.scheme)
+
+    def _check_patterns(self) -> None:
+        if isinstance(self.skip, str) or not isinstance(self.skip, (list, tuple)):
+            raise errors.ill_typed_option("skip", self.skip, "a list of patterns")
+        if not all(isinstance(pattern, str) for pattern in self.skip):
+            raise errors.ill_typed_option("skip", self.skip, "a list of patterns")
+        object.__setattr__(self, "skip", tuple(self.skip))
+        if not isinstance(self.overrides, Mapping):
+            raise errors.ill_typed_option("overrides", self.overrides, "a dict of patterns")
+        for pattern, choice in self.overrides.items():
+            if not isinstance(pattern, str) or not isinstance(choice, (str, Recipe)):
+                raise errors.ill_typed_option(
+                    "overrides", {pattern: choice}, "a dict of patterns to scheme names or recipes"
+                )
+            if isinstance(choice, str):
+                get_scheme(choice)
+
+    def _check_target(self) -> None:
+        if not isinstance(self.target, str):
+            raise errors.ill_typed_option("target", self.target, "the name of a target")
+        if self.target in PLANNED_TARGETS:
+            raise errors.target_not_available(self.target, TARGETS)
+        if self.target not in TARGETS:
+            raise errors.bad_option_value("target", self.target, f"one of {', '.join(TARGETS)}")
+        dtype = self.compute_dtype
+        if dtype is not None and not isinstance(dtype, str):
+            dtype = str(dtype).removeprefix("torch.")
+            object.__setattr__(self, "compute_dtype", dtype)
+        if dtype is not None and dtype not in COMPUTE_DTYPES:
+            raise errors.bad_option_value(
+                "compute_dtype", self.compute_dtype, f"None or one of {', '.join(COMPUTE_DTYPES)}"
+            )

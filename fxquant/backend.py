@@ -1,0 +1,170 @@
+"""The `torch.compile` entry. `fxquant` below reads top to bottom as the pipeline of one compile."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
+from torch._inductor.compile_fx import compile_fx
+
+from fxquant._version import __version__
+from fxquant.codegen import Header
+from fxquant.config import Config
+from fxquant.formats import PackedWeight
+from fxquant.passes import run_pipeline
+from fxquant.passes.context import Context, LinearSite
+from fxquant.passes.fuse import Fuse
+from fxquant.report import LEFT_ALONE, QUANTIZED, Row, remember
+from fxquant.runtime import dump, launch, ops, targets
+from fxquant.runtime.store import STORE
+
+LOG = logging.getLogger("fxquant.backend")
+
+assert ops  # imported for its registrations
+
+
+def fxquant(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compiles one of Dynamo's graphs with its products quantized.
+
+    Args:
+        gm: The captured graph; not changed.
+        example_inputs: Its inputs, parameters among them.
+        options: The fields of `Config`.
+        mode: Inductor's mode, as in ``"reduce-overhead"``.
+
+    Returns:
+        A callable that takes the graph's inputs.
+
+    Raises:
+        OptionError: An option is unknown or ill-typed.
+        WeightError: A weight holds NaN or Inf, is empty, or cannot be encoded.
+        CoverageError: `strict` or `min_coverage` is not met.
+        FolderError: The dump folder or the kernel cache cannot be written.
+    """
+    config = Config.from_options(options)
+    ctx = Context(gm, list(example_inputs), config, STORE.pack)
+    run_pipeline(ctx)
+    device = _device_of(ctx)
+    target = targets.choose(config.target, device)
+    kernels = _print_kernels(ctx, target)
+    _remember(ctx, target)
+    compiled = _lower(ctx, target, device, mode)
+    return CompiledGraph(compiled, ctx.sources, kernels)
+
+
+class CompiledGraph:
+    """A compiled graph behind Dynamo's calling convention.
+
+    Args:
+        compiled: Takes the rewritten graph's inputs.
+        sources: For each of them: a position among Dynamo's inputs, or the packed tensor.
+        kernels: What it runs.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        sources: Sequence[int | Tensor],
+        kernels: Sequence[launch.Kernel],
+    ) -> None:
+        self.compiled = compiled
+        self.sources = tuple(sources)
+        self.kernels = tuple(kernels)
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the graph on Dynamo's inputs."""
+        if launch.is_recording():
+            launch.record(self.kernels)
+        return self.compiled(
+            *[args[source] if isinstance(source, int) else source for source in self.sources]
+        )
+
+
+def _device_of(ctx: Context) -> torch.device:
+    """Where the graph's weights live."""
+    for value in (*(site.parameter.value for site in ctx.sites), *ctx.inputs):
+        if isinstance(value, Tensor):
+            return value.device
+    return torch.device("cpu")
+
+
+def _print_kernels(ctx: Context, target: targets.Choice) -> list[launch.Kernel]:
+    """Prints the kernel of every distinct spec, and dumps them if a folder is named."""
+    modules: dict[str, list[LinearSite]] = {}
+    for site in ctx.sites:
+        modules.setdefault(site.spec_json, []).append(site)
+    kernels = []
+    for text, sites in modules.items():
+        spec = launch.parse_spec(text)
+        header = Header(tuple(site.module for site in sites), sites[0].scheme)
+        kernels.append(launch.make_kernel(spec, target.asked, header, target.note))
+        if target.runs != target.asked:
+            kernels.append(launch.make_kernel(spec, target.runs, header))
+        elif target.runs == "triton":
+            launch.provide(text, header)
+    where = dump.folder(ctx.config.dump)
+    if where is not None:
+        dump.write(where, kernels)
+    return kernels
+
+
+def _remember(ctx: Context, target: targets.Choice) -> None:
+    """Files the graph's rows for `fxquant.report`, and says what was left alone."""
+    rows = [_row(site, target) for site in ctx.sites]
+    rows += [
+        Row(r.module, r.parameter, r.shape, LEFT_ALONE, reason=r.reason, where=r.where)
+        for r in ctx.refusals
+    ]
+    remember(rows, [bound.value for bound in ctx.parameters.values()])
+    LOG.info("%d products quantized, %d left alone", len(ctx.sites), len(ctx.refusals))
+    for refusal in ctx.refusals:
+        LOG.info("left alone: %s (%s): %s", refusal.module, refusal.where, refusal.reason)
+
+
+def _row(site: LinearSite, target: targets.Choice) -> Row:
+    assert site.packed is not None
+    fallback = " (dequantize + matmul fallback)" if target.runs == "torch" else ""
+    return Row(
+        module=site.module,
+        parameter=site.parameter.name,
+        shape=tuple(site.parameter.value.shape),
+        status=QUANTIZED,
+        scheme=site.scheme,
+        bits=site.packed.bits_per_weight,
+        error_db=STORE.error_db(site.parameter.value, site.packed),
+        kernel=f"{target.runs}:{launch.parse_spec(site.spec_json).name}{fallback}",
+        where=site.where,
+    )
+
+
+def _lower(
+    ctx: Context, target: targets.Choice, device: torch.device, mode: str | None
+) -> Callable[..., Any]:
+    """Hands the rewritten graph to Inductor, or runs it op by op where Inductor cannot work."""
+    missing = targets.inductor_missing(device)
+    if missing:
+        LOG.warning("%s: the graph runs op by op, without Inductor", missing)
+        return aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=_run_op_by_op)
+    patches = {**(list_mode_options(mode) if mode else {}), **ctx.config.inductor}
+    users = patches.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
+    fuse = Fuse(__version__, inline=target.runs == "torch", before=users)
+    patches["post_grad_custom_post_pass"] = fuse
+    return compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
+
+
+def _run_op_by_op(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(gm.forward)

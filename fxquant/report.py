@@ -1,0 +1,206 @@
+"""`Report`: what became of every product, and why some were left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import io
+import json
+import threading
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+QUANTIZED, LEFT_ALONE = "quantized", "left alone"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One product.
+
+    Attributes:
+        module: Path of the module, as in ``"encoder.layer.0.output.dense"``.
+        parameter: Name of the weight, or ``""``.
+        shape: Shape of the weight.
+        status: ``"quantized"`` or ``"left alone"``.
+        scheme: Name of the scheme, or ``""``.
+        bits: Stored bits a weight, scales included; the dtype's bits when left alone.
+        error_db: Signal to quantization noise of the weight in dB, None when left alone.
+        kernel: ``target:name`` of the kernel, or ``""``; says so where it is a fallback.
+        reason: Why it was left alone, or ``""``.
+        where: ``file:line`` in the user's source, or ``""``.
+    """
+
+    module: str
+    parameter: str
+    shape: tuple[int, ...]
+    status: str
+    scheme: str = ""
+    bits: float = 0.0
+    error_db: float | None = None
+    kernel: str = ""
+    reason: str = ""
+    where: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight."""
+        count = 1 if self.shape else 0
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def site(self) -> tuple[str, str, str]:
+        """What tells this product from the others of a model."""
+        return (self.module, self.parameter, self.where)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The products of a model, in the order in which they were met."""
+
+    rows: tuple[Row, ...]
+
+    @property
+    def quantized(self) -> list[Row]:
+        """Products that run on packed weights."""
+        return [row for row in self.rows if row.status == QUANTIZED]
+
+    @property
+    def left_alone(self) -> list[Row]:
+        """Products that do not, each with its reason."""
+        return [row for row in self.rows if row.status == LEFT_ALONE]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the products' weight elements that are quantized (0 when there are none)."""
+        total = sum(row.numel for row in self.rows)
+        return sum(row.numel for row in self.quantized) / total if total else 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean stored bits over the quantized weights, each parameter counted once."""
+        weights = {row.parameter or row.module: row for row in self.quantized}.values()
+        total = sum(row.numel for row in weights)
+        return sum(row.bits * row.numel for row in weights) / total if total else 0.0
+
+    def table(self) -> Table:
+        """The report for `rich.print`."""
+        table = Table(title=self.summary(), title_justify="left")
+        for name, justify in (
+            ("module", "left"),
+            ("shape", "right"),
+            ("scheme", "left"),
+            ("bits", "right"),
+            ("error dB", "right"),
+            ("kernel, or why it was left alone", "left"),
+        ):
+            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for row in self.rows:
+            table.add_row(
+                row.module or row.parameter,
+                "x".join(map(str, row.shape)),
+                row.scheme or "-",
+                f"{row.bits:.3f}" if row.bits else "-",
+                "-" if row.error_db is None else f"{row.error_db:.1f}",
+                row.kernel or (f"{row.reason} ({row.where})" if row.where else row.reason),
+            )
+        return table
+
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"fxquant: {len(self.quantized)} of {len(self.rows)} products quantized "
+            f"({self.coverage:.1%} of their weights), {self.bits_per_weight:.3f} bits a weight"
+        )
+
+    def __str__(self) -> str:
+        buffer = io.StringIO()
+        Console(file=buffer, width=120, color_system=None).print(self.table())
+        return buffer.getvalue().rstrip()
+
+    def to_json(self) -> str:
+        """The rows and the totals as JSON text."""
+        return json.dumps(
+            {
+                "coverage": self.coverage,
+                "bits_per_weight": self.bits_per_weight,
+                "rows": [dataclasses.asdict(row) for row in self.rows],
+            },
+            indent=2,
+        )
+
+    def to_html(self) -> str:
+        """A self-contained page."""
+        names = [field.name for field in dataclasses.fields(Row)]
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
+        body = "".join(
+            "<tr>"
+            + "".join(f"<td>{html.escape(str(getattr(row, name)))}</td>" for name in names)
+            + "</tr>\n"
+            for row in self.rows
+        )
+        return (
+            "<!doctype html><meta charset='utf-8'><title>fxquant report</title>"
+            "<style>body{font-family:sans-serif}table{border-collapse:collapse}"
+            "td,th{border:1px solid #ccc;padding:2px 6px;text-align:left}</style>"
+            f"<h1>{html.escape(self.summary())}</h1><table><tr>{head}</tr>\n{body}</table>\n"
+        )
+
+
+class _Record:
+    """The rows of one compile, found again by the parameters of its graph."""
+
+    def __init__(self, rows: tuple[Row, ...], tensors: Iterable[Tensor]) -> None:
+        self.rows = rows
+        self.refs = [weakref.ref(tensor) for tensor in tensors]
+
+    def alive(self) -> Iterator[Tensor]:
+        for ref in self.refs:
+            tensor = ref()
+            if tensor is not None:
+                yield tensor
+
+
+_records: list[_Record] = []
+_lock = threading.Lock()
+
+
+def remember(rows: Iterable[Row], tensors: Iterable[Tensor]) -> None:
+    """Keeps the rows of a compile for as long as one of its parameters lives."""
+    record = _Record(tuple(rows), tensors)
+    with _lock:
+        _records[:] = [old for old in _records if any(True for _ in old.alive())]
+        _records.append(record)
+
+
+def follow(old: Tensor, new: Tensor) -> None:
+    """A parameter was replaced: its records now belong to the new one too."""
+    with _lock:
+        for record in _records:
+            if any(tensor is old for tensor in record.alive()):
+                record.refs.append(weakref.ref(new))
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to the products of a model, by every compile of it so far.
+
+    Args:
+        model: A module, or what `torch.compile` made of it.
+
+    Returns:
+        The latest row of every product. Empty if the model was never compiled by fxquant: a
+        graph is compiled at its first call.
+    """
+    mine = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    latest: dict[tuple[str, str, str], Row] = {}
+    with _lock:
+        for record in _records:
+            if any(id(tensor) in mine for tensor in record.alive()):
+                latest.update({row.site: row for row in record.rows})
+    return Report(tuple(latest.values()))

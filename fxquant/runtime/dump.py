@@ -1,0 +1,44 @@
+"""Writes kernels out for people to read: one source file each, with its spec beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from fxquant import errors
+from fxquant.runtime import cache
+from fxquant.runtime.launch import Kernel
+
+ENVIRONMENT = "FXQUANT_DUMP"
+
+
+def folder(option: str | None) -> Path | None:
+    """Where to write: the option, else `FXQUANT_DUMP`, else nowhere."""
+    named = option or os.environ.get(ENVIRONMENT)
+    return Path(named) if named else None
+
+
+def write(where: Path, kernels: Iterable[Kernel]) -> list[Path]:
+    """Writes ``<target>_<name>_<key>.py`` and the same with ``.json`` for each kernel.
+
+    Returns:
+        The source files.
+
+    Raises:
+        FolderError: The folder cannot be made or written.
+    """
+    written = []
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        for kernel in kernels:
+            key = cache.key_of(kernel.target, kernel.spec.to_json())[:8]
+            path = where / f"{kernel.target}_{kernel.name}_{key}.py"
+            cache.write_atomically(path, kernel.source)
+            spec = json.dumps(json.loads(kernel.spec.to_json()), indent=2)
+            cache.write_atomically(path.with_suffix(".json"), spec + "\n")
+            written.append(path)
+    except OSError as error:
+        raise errors.unwritable_folder("dump", where, f"{ENVIRONMENT} or `dump`", error) from error
+    return written

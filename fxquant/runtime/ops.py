@@ -1,0 +1,110 @@
+"""The two operators that compiled graphs carry: `fxquant::linear` and `fxquant::dequantize`.
+
+Both are plain library ops with fake and autograd rules, so they pass through AOTAutograd, dynamic
+shapes and CUDA graphs like any ATen op. What they compute is defined by
+`fxquant.codegen.reference`; what runs is a kernel that `fxquant.runtime.launch` picks.
+
+``linear(Tensor x, Tensor[] weight, Tensor[] extra, str spec) -> Tensor``
+    x is ``[.., k]``, or ``[e, m, k]`` for batched weights; `weight` holds the tensors named by
+    `Encoding.parts`; `extra` the epilogue's operands; `spec` is a `KernelSpec` as JSON.
+``dequantize(Tensor[] weight, str encoding, int[] shape, ScalarType dtype) -> Tensor``
+    The stored tensor in full.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant.codegen import reference
+from fxquant.codegen.spec import EpilogueOperand
+from fxquant.formats import Encoding, decode
+from fxquant.runtime import launch
+
+_LIBRARY = torch.library.Library("fxquant", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor[] weight, Tensor[] extra, str spec) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "dequantize(Tensor[] weight, str encoding, int[] shape, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_encoding(text: str) -> Encoding:
+    """The encoding behind an op's argument."""
+    return Encoding.from_json(json.loads(text))
+
+
+def _linear(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str) -> Tensor:
+    return launch.run(spec, x, weight, extra)
+
+
+def _linear_fake(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str) -> Tensor:  # noqa: ARG001
+    parsed = launch.parse_spec(spec)
+    return x.new_empty((*x.shape[:-1], parsed.weight.n), dtype=getattr(torch, parsed.out_dtype))
+
+
+def _dequantize(weight: list[Tensor], encoding: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return decode(weight, parse_encoding(encoding), tuple(shape), dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+    _, weight, extra, spec = inputs
+    ctx.save_for_backward(*weight)
+    ctx.spec = spec
+    ctx.extra_meta = [(t.shape, t.dtype) for t in extra]
+
+
+def _sum_to_operand(grad: Tensor, operand: EpilogueOperand, axes: str) -> Tensor:
+    """Sums `grad` (axes named by `axes`) over the axes that an added operand does not have."""
+    drop = [i for i, axis in enumerate(axes) if axis not in operand.dims]
+    return grad.sum(drop) if drop else grad
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, list[Tensor | None], None]:
+    """Gradients of the product and of an added bias.
+
+    Before autograd an epilogue is empty or adds a bias: other pointwise work is fused afterwards.
+    """
+    spec = launch.parse_spec(ctx.spec)
+    needs_x, needs_extra = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+    grad_x = None
+    if needs_x:
+        compute = getattr(torch, spec.compute_dtype)
+        dense = reference.dequantize(spec.weight, list(ctx.saved_tensors), compute)
+        grad_x = torch.matmul(grad.to(compute), dense).to(getattr(torch, spec.x_dtype))
+    axes = "emn" if spec.weight.batch is not None else "mn"
+    rows = grad if spec.weight.batch is not None else grad.reshape(-1, spec.weight.n)
+    wanted = needs_extra if isinstance(needs_extra, (list, tuple)) else [needs_extra] * len(ctx.extra_meta)
+    grad_extra: list[Tensor | None] = [
+        _sum_to_operand(rows, operand, axes).to(dtype).reshape(shape) if need else None
+        for operand, (shape, dtype), need in zip(
+            spec.epilogue.operands, ctx.extra_meta, wanted, strict=True
+        )
+    ]
+    return grad_x, None, grad_extra, None
+
+
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+torch.library.register_fake("fxquant::linear", _linear_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    "fxquant::linear", _backward, setup_context=_setup_context, lib=_LIBRARY
+)
+
+
+@functools.partial(torch.library.register_fake, "fxquant::dequantize", lib=_LIBRARY)
+def _dequantize_fake(
+    weight: list[Tensor],
+    encoding: str,  # noqa: ARG001
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return weight[0].new_empty(shape, dtype=dtype)

@@ -1,0 +1,100 @@
+"""The packed-weight store: each parameter is packed once, whatever recompiles."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fxquant.formats import Encoding, PackedWeight, pack
+
+
+@dataclass(frozen=True)
+class _Entry:
+    packed: PackedWeight
+    version: int
+    identity: tuple[Any, ...]
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors that share their elements have in common."""
+    return (
+        tensor.untyped_storage().data_ptr(),
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts in-place writes; inference tensors do not (and cannot be written outside)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class WeightStore:
+    """Packed weights by parameter and encoding, dropped when the parameter dies.
+
+    A parameter that was written to since (its version counter moved, or its storage was replaced)
+    is packed again at the next compile. Distinct parameters over the same storage share one entry.
+    """
+
+    def __init__(self) -> None:
+        self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._aliases: dict[tuple[Any, ...], weakref.ref[Tensor]] = {}
+        self._lock = threading.RLock()
+        self.packed_count = 0
+
+    def get(self, tensor: Tensor, encoding: Encoding) -> PackedWeight | None:
+        """What was packed from this tensor, or None."""
+        with self._lock:
+            entries: dict[Encoding, _Entry] = self._entries.get(tensor) or self._of_alias(tensor)
+            entry = entries.get(encoding)
+            if entry is None or entry.identity != _identity(tensor):
+                return None
+            return entry.packed if entry.version == _version(tensor) else None
+
+    def pack(self, tensor: Tensor, encoding: Encoding, name: str) -> PackedWeight:
+        """Packs a parameter, or finds what was packed from it.
+
+        Args:
+            tensor: The parameter; a `PackedWeight` is returned as it is.
+            encoding: How to encode it.
+            name: Its path in the model, for messages.
+
+        Raises:
+            WeightError: It holds NaN or Inf, is empty, or has a dtype that cannot be encoded.
+        """
+        if isinstance(tensor, PackedWeight):
+            return tensor
+        with self._lock:
+            found = self.get(tensor, encoding)
+            if found is not None:
+                return found
+            packed = pack(tensor.detach(), encoding, name=name)
+            self.packed_count += 1
+            identity = _identity(tensor)
+            entry = _Entry(packed, _version(tensor), identity)
+            self._entries.setdefault(tensor, {})[encoding] = entry
+            self._aliases = {k: ref for k, ref in self._aliases.items() if ref() is not None}
+            self._aliases[identity] = weakref.ref(tensor)
+            return packed
+
+    def encodings_of(self, tensor: Tensor) -> dict[Encoding, PackedWeight]:
+        """Everything that was packed from this very tensor."""
+        with self._lock:
+            entries: dict[Encoding, _Entry] = self._entries.get(tensor, {})
+            return {encoding: entry.packed for encoding, entry in entries.items()}
+
+    def _of_alias(self, tensor: Tensor) -> dict[Encoding, _Entry]:
+        ref = self._aliases.get(_identity(tensor))
+        other = ref() if ref is not None else None
+        return {} if other is None else self._entries.get(other, {})
+
+
+STORE = WeightStore()
