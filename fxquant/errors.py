@@ -45,6 +45,14 @@ class KernelError(FxquantError, RuntimeError):
     """A kernel cannot be printed, built or launched."""
 
 
+class ScriptError(FxquantError):
+    """A script that the command line was asked to run cannot be used."""
+
+
+class MissingPackageError(FxquantError, ImportError):
+    """A command needs packages that are not installed."""
+
+
 class PassError(FxquantError, RuntimeError):
     """A pass left a graph behind that fails verification; always a defect of fxquant."""
 
@@ -165,3 +173,38 @@ def target_not_available(target: str, known: Iterable[str]) -> OptionError:
         f"fxquant option 'target' is {target!r}, which this version does not print yet: use one "
         f"of {_listed(known)}."
     )
+
+
+# --- command line ----------------------------------------------------------------------------
+
+
+def no_script(path: object) -> ScriptError:
+    """A script that is not there."""
+    return ScriptError(f"there is no Python file {path}: name the script that uses your model.")
+
+
+def script_failed(path: object, reason: str, where: str) -> ScriptError:
+    """A script that stopped with an exception or an exit code."""
+    at = f" at {where}" if where else ""
+    return ScriptError(f"the script {path} stopped{at} ({reason}): make it run by itself first.")
+
+
+def nothing_compiled(path: object) -> ScriptError:
+    """A script in which fxquant compiled no product."""
+    return ScriptError(
+        f"fxquant compiled nothing in {path}: the script has to call a model that went through "
+        f"torch.compile(model, backend='fxquant')."
+    )
+
+
+def missing_packages(command: str, packages: Iterable[str], extra: str) -> MissingPackageError:
+    """Optional packages that a command cannot do without."""
+    return MissingPackageError(
+        f"{command} needs {_listed(packages)}, which is not installed: "
+        f"pip install 'fxquant[{extra}]'."
+    )
+
+
+def unwritable_file(path: object, cause: object) -> FolderError:
+    """A file that was asked for and cannot be written."""
+    return FolderError(f"{path} cannot be written ({cause}): name a file in another folder.")

@@ -9,6 +9,7 @@ import json
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -168,6 +169,7 @@ class _Record:
 
 
 _records: list[_Record] = []
+_watchers: list[list[Row]] = []
 _lock = threading.Lock()
 
 
@@ -177,6 +179,21 @@ def remember(rows: Iterable[Row], tensors: Iterable[Tensor]) -> None:
     with _lock:
         _records[:] = [old for old in _records if any(True for _ in old.alive())]
         _records.append(record)
+        for watcher in _watchers:
+            watcher.extend(record.rows)
+
+
+@contextmanager
+def watch() -> Iterator[list[Row]]:
+    """Collects the rows of every compile while it is entered, whether its model lives on or not."""
+    rows: list[Row] = []
+    with _lock:
+        _watchers.append(rows)
+    try:
+        yield rows
+    finally:
+        with _lock:
+            _watchers[:] = [watcher for watcher in _watchers if watcher is not rows]
 
 
 def follow(old: Tensor, new: Tensor) -> None:
