@@ -1,1 +1,7 @@
 """Numbers, no graphs: codebooks, block scaling, bit packing, `Encoding`, `PackedWeight`."""
+
+from fxquant.formats.decode import decode, levels
+from fxquant.formats.encoding import Encoding
+from fxquant.formats.packed import PackedWeight, pack
+
+__all__ = ["Encoding", "PackedWeight", "decode", "levels", "pack"]

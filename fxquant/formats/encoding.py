@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fxquant import errors
+from fxquant.formats import codebooks
 
 UNIFORM = "uniform"
 MIN_BLOCK, MAX_BLOCK = 16, 4096
@@ -28,7 +30,8 @@ class Encoding:
             `fxquant.formats.codebooks`, or the codebook itself: ``2**bits`` floats in code order.
         block: Elements that share a scale. One number: that many consecutive elements of the
             flattened row-major tensor. Several: the extent of a block in each of the *trailing*
-            dimensions, earlier dimensions having extent 1; ``-1`` is the whole dimension.
+            dimensions, earlier dimensions having extent 1; ``-1`` is the whole dimension. A power
+            of two from 16 to 4096, or -1; in a block of several dimensions also 1.
         scale: How the scales are themselves encoded (double quantization, QLoRA section 3);
             None keeps them in float32. Its block is always flat.
         offset: Subtract the tensor's mean before encoding and store it (float32, one number).
@@ -38,6 +41,9 @@ class Encoding:
         zero_point: For uniform levels: store a zero point (uint8) a block; codes are unsigned.
         clip: Keep this quantile of a block's magnitudes and saturate what is above; None keeps
             all (the scale is the block's absmax).
+
+    Raises:
+        EncodingError: A field, or the combination of two, that no tensor can be encoded with.
     """
 
     bits: int
@@ -50,10 +56,57 @@ class Encoding:
     clip: float | None = None
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 8):
+        if type(self.bits) is not int or self.bits not in (2, 4, 8):
             raise errors.bad_encoding("bits", self.bits, "2, 4 or 8")
-        if not self.block:
+        self._check_block()
+        self._check_levels()
+        self._check_scale()
+        for name in ("offset", "full_range", "zero_point"):
+            if type(getattr(self, name)) is not bool:
+                raise errors.bad_encoding(name, getattr(self, name), "True or False")
+        if self.zero_point and self.full_range:
+            raise errors.bad_encoding(
+                "full_range", True, "False with a zero point, whose codes use every value anyway"
+            )
+        if self.clip is not None and not (
+            type(self.clip) in (int, float) and 0.0 < self.clip <= 1.0
+        ):
+            raise errors.bad_encoding("clip", self.clip, "above 0 and at most 1, or None")
+
+    def _check_block(self) -> None:
+        if type(self.block) is not tuple or not self.block:
             raise errors.bad_block_size(self.block)
+        for size in self.block:
+            in_range = type(size) is int and MIN_BLOCK <= size <= MAX_BLOCK
+            if in_range and size & (size - 1) == 0:
+                continue
+            if type(size) is int and (size == -1 or (size == 1 and not self.is_flat)):
+                continue
+            raise errors.bad_block_size(size)
+
+    def _check_levels(self) -> None:
+        if isinstance(self.levels, str):
+            known = {name: book.bits for name, book in codebooks.codebooks().items()}
+            if self.levels != UNIFORM and known.get(self.levels) != self.bits:
+                names = [UNIFORM, *(name for name, bits in known.items() if bits == self.bits)]
+                expected = f"one of {', '.join(names)} at {self.bits} bits"
+                raise errors.bad_encoding("levels", self.levels, expected)
+        elif type(self.levels) is not tuple or not codebooks.is_table(self.levels, self.bits):
+            expected = f"a name or a tuple of {2**self.bits} finite numbers"
+            raise errors.bad_encoding("levels", self.levels, expected)
+        if not self.is_uniform and (self.full_range or self.zero_point):
+            name = "full_range" if self.full_range else "zero_point"
+            raise errors.bad_encoding(name, True, "False for a codebook")
+
+    def _check_scale(self) -> None:
+        inner = self.scale
+        if inner is None:
+            return
+        if not isinstance(inner, Encoding):
+            raise errors.bad_encoding("scale", inner, "an Encoding or None")
+        if inner.is_uniform or inner.bits != 8 or not inner.is_flat or inner.scale is not None:
+            expected = "an 8-bit codebook encoding with flat blocks and float32 scales of its own"
+            raise errors.bad_encoding("scale", str(inner), expected)
 
     @property
     def is_uniform(self) -> bool:
@@ -86,6 +139,34 @@ class Encoding:
         if self.zero_point:
             names.append("zeros")
         return tuple(names)
+
+    def oriented(self, ndim: int, n_dims: Sequence[int], k_dims: Sequence[int]) -> Encoding:
+        """This encoding for a parameter whose dimensions stand in another order.
+
+        Args:
+            ndim: Dimensions of the stored parameter.
+            n_dims: Those that make up the outputs, outermost first.
+            k_dims: Those that make up the inputs, outermost first.
+
+        Returns:
+            An encoding whose block, given for ``[.., N, K]``, is in the parameter's order. Flat
+            blocks stay as they are. Where several dimensions make up one side, an extent other
+            than 1 and -1 belongs to the first of them, the others having extent 1. Dimensions
+            that are neither (a batch) have extent 1, or the extents that stand before N and K.
+        """
+        if self.is_flat:
+            return self
+        *batch, n_extent, k_extent = self.block
+        extents = [1] * ndim
+        for dims, extent in ((n_dims, n_extent), (k_dims, k_extent)):
+            for position, dim in enumerate(dims):
+                extents[dim] = extent if extent == -1 or position == 0 else 1
+        others = [dim for dim in range(ndim) if dim not in n_dims and dim not in k_dims]
+        for dim, extent in zip(reversed(others), reversed(batch), strict=False):
+            extents[dim] = extent
+        while len(extents) > 2 and extents[0] == 1:
+            del extents[0]
+        return dataclasses.replace(self, block=tuple(extents))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value with the fields that differ from their defaults."""

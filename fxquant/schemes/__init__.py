@@ -1,1 +1,27 @@
-"""fxquant."""
+"""Schemes: named recipes, one short file per paper."""
+
+from fxquant import errors
+from fxquant.schemes.fp4 import FP4
+from fxquant.schemes.int8 import INT8
+from fxquant.schemes.nf4 import NF4
+from fxquant.schemes.recipe import Recipe, Scheme
+
+__all__ = ["Recipe", "Scheme", "get_scheme", "schemes"]
+
+_SCHEMES = {scheme.name: scheme for scheme in (NF4, FP4, INT8)}
+
+
+def schemes() -> dict[str, Scheme]:
+    """The schemes by name, the default first."""
+    return dict(_SCHEMES)
+
+
+def get_scheme(name: str) -> Scheme:
+    """The scheme of that name.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if name not in _SCHEMES:
+        raise errors.unknown_scheme(name, _SCHEMES)
+    return _SCHEMES[name]

@@ -1,0 +1,103 @@
+"""From codes and scales back to numbers: pure torch that can be traced."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxquant.formats.blocks import BlockGrid, block_grid
+from fxquant.formats.codebooks import get_codebook
+from fxquant.formats.encoding import Encoding
+
+
+def levels(encoding: Encoding) -> tuple[float, ...] | None:
+    """The codebook of an encoding in code order; None for uniform levels."""
+    return None if encoding.is_uniform else get_codebook(encoding.levels).levels
+
+
+def decode(
+    tensors: Sequence[Tensor], encoding: Encoding, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Decodes a whole tensor.
+
+    Works on real, fake and traced tensors alike. The arithmetic is ``level * scale`` (with a zero
+    point ``(code - zero) * scale``) in float32, rounded once to `dtype`.
+
+    Args:
+        tensors: The stored parts, in the order of ``encoding.parts``.
+        encoding: How they are stored.
+        shape: Of the tensor that was encoded.
+        dtype: Of the result.
+
+    Returns:
+        The tensor, `shape`, contiguous.
+    """
+    shape = tuple(shape)
+    parts = dict(zip(encoding.parts, tensors, strict=True))
+    grid = block_grid(encoding, shape)
+    values = _values(parts["codes"], encoding, math.prod(shape)).view(grid.shape)
+    if encoding.zero_point:
+        values = values - _spread(parts["zeros"].to(torch.float32), grid)
+    scales = _spread(decode_scales(parts, encoding), grid)
+    return (values * scales).to(dtype).view(shape)
+
+
+def decode_scales(parts: dict[str, Tensor], encoding: Encoding) -> Tensor:
+    """The scales in float32, one a block: ``level(code) * nested + offset`` if encoded themselves.
+
+    Args:
+        parts: The stored parts by name.
+        encoding: Of the tensor, not of the scales.
+    """
+    scales = parts["scales"]
+    inner = encoding.scale
+    if inner is None:
+        return scales
+    grid = block_grid(inner, tuple(scales.shape))
+    table = _table(inner, scales.device)
+    values = torch.index_select(table, 0, scales.to(torch.int32)) * _spread(parts["nested"], grid)
+    return values + parts["offset"] if inner.offset else values
+
+
+def _table(encoding: Encoding, device: torch.device) -> Tensor:
+    """What each code stands for."""
+    book = levels(encoding)
+    if book is None:
+        count = 2**encoding.bits
+        half = count if encoding.zero_point else count // 2
+        book = tuple(float(code if code < half else code - count) for code in range(count))
+    return torch.tensor(book, dtype=torch.float32, device=device)
+
+
+def _values(codes: Tensor, encoding: Encoding, numel: int) -> Tensor:
+    """The levels of all codes, flat, in float32."""
+    if encoding.bits == 8 and encoding.is_uniform:
+        return codes.to(torch.float32)
+    table = _table(encoding, codes.device)
+    if encoding.bits == 8:
+        return torch.index_select(table, 0, codes.to(torch.int32))
+    # One lookup a byte: row b of this table holds what the codes inside byte b stand for.
+    per_byte = encoding.codes_per_byte
+    byte = torch.arange(256, dtype=torch.int32, device=codes.device)
+    shifts = [8 - encoding.bits * (i + 1) for i in range(per_byte)]
+    fields = torch.stack([(byte >> shift) & (2**encoding.bits - 1) for shift in shifts], dim=1)
+    rows = torch.index_select(table, 0, fields.view(-1)).view(256, per_byte)
+    return torch.index_select(rows, 0, codes.to(torch.int32)).view(-1)[:numel]
+
+
+def _spread(per_block: Tensor, grid: BlockGrid) -> Tensor:
+    """One number a block, spread over the elements: the shape of the grid's tensor."""
+    dims = tuple(itertools.chain.from_iterable((count, 1) for count in grid.grid))
+    full = tuple(
+        itertools.chain.from_iterable(zip(grid.grid, grid.extents, strict=True))
+    )
+    padded = tuple(count * extent for count, extent in zip(grid.grid, grid.extents, strict=True))
+    spread = per_block.view(dims).expand(full).reshape(padded)
+    for dim, size in enumerate(grid.shape):
+        if padded[dim] != size:
+            spread = spread.narrow(dim, 0, size)
+    return spread
