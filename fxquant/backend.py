@@ -143,7 +143,7 @@ def _row(site: LinearSite, target: targets.Choice) -> Row:
         status=QUANTIZED,
         scheme=site.scheme,
         bits=site.packed.bits_per_weight,
-        error_db=STORE.error_db(site.parameter.value, site.packed),
+        error_db=STORE.error_db(site.packed),
         kernel=f"{target.runs}:{launch.parse_spec(site.spec_json).name}{fallback}",
         where=site.where,
     )

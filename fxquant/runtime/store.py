@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import Encoding, PackedWeight, pack
+
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,19 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
+def sqnr_db(original: Tensor, packed: PackedWeight) -> float:
+    """Signal to quantization noise ratio of a packed weight in dB, infinite when it is exact."""
+    signal = noise = 0.0
+    dense = packed.dequantize(torch.float32)
+    for want, got in zip(original.flatten().split(_CHUNK), dense.flatten().split(_CHUNK), strict=True):
+        exact = want.double()
+        signal += float(exact.square().sum())
+        noise += float((exact - got).square().sum())
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
 def _version(tensor: Tensor) -> int:
     """Counts in-place writes; inference tensors do not (and cannot be written outside)."""
     return 0 if tensor.is_inference() else tensor._version
@@ -48,6 +65,7 @@ class WeightStore:
         self._entries: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._aliases: dict[tuple[Any, ...], weakref.ref[Tensor]] = {}
         self._lock = threading.RLock()
+        self._errors: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.packed_count = 0
 
     def get(self, tensor: Tensor, encoding: Encoding) -> PackedWeight | None:
@@ -78,12 +96,17 @@ class WeightStore:
                 return found
             packed = pack(tensor.detach(), encoding, name=name)
             self.packed_count += 1
+            self._errors[packed] = sqnr_db(tensor.detach(), packed)
             identity = _identity(tensor)
             entry = _Entry(packed, _version(tensor), identity)
             self._entries.setdefault(tensor, {})[encoding] = entry
             self._aliases = {k: ref for k, ref in self._aliases.items() if ref() is not None}
             self._aliases[identity] = weakref.ref(tensor)
             return packed
+
+    def error_db(self, packed: PackedWeight) -> float | None:
+        """Signal to quantization noise in dB, None when the original was never here."""
+        return self._errors.get(packed)
 
     def encodings_of(self, tensor: Tensor) -> dict[Encoding, PackedWeight]:
         """Everything that was packed from this very tensor."""
