@@ -15,9 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fxquant import __version__, errors
+
+PIPED_WIDTH = 120
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,19 +33,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code.
     """
     options = _parser().parse_args(arguments)
+    # Into a file or a pipe, rich would fold every table to 80 columns.
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     try:
-        return int(options.run(options, Console()))
-    except errors.FxquantError as error:
+        return int(options.run(options, Console(width=PIPED_WIDTH if piped else None)))
+    # Dynamo wraps what a backend raises; anything that is not ours keeps its traceback.
+    except Exception as error:
+        ours = _ours(error)
+        if ours is None:
+            raise
         Console(stderr=True).print(
-            f"[red]error:[/red] {_escape(error)}", highlight=False, soft_wrap=True
+            f"[red]error:[/red] {escape(str(ours))}", highlight=False, soft_wrap=True
         )
         return 1
 
 
-def _escape(error: object) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))
+def _ours(error: BaseException) -> errors.FxquantError | None:
+    """The message of ours behind an exception, if there is one."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, errors.FxquantError):
+        # Dynamo keeps what a backend raised in `inner_exception`.
+        cause = getattr(cause, "inner_exception", None) or cause.__cause__
+    return cause
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +103,8 @@ def _add_script(parser: argparse.ArgumentParser) -> None:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+        message = f"{text!r} is not a positive whole number"
+        raise argparse.ArgumentTypeError(message)
     return int(text)
 
 
@@ -115,13 +128,13 @@ def _demo(options: argparse.Namespace, console: Console) -> int:
 
 
 def _schemes(_: argparse.Namespace, console: Console) -> int:
-    from fxquant import schemes
+    from fxquant.schemes import schemes
 
     table = Table(title="Schemes", title_justify="left")
     for column in ("name", "for", "paper", "recipe (weight)"):
         table.add_column(column, overflow="fold")
     for name, scheme in schemes().items():
-        table.add_row(name, scheme.summary, scheme.paper, _escape(scheme.recipe.weight))
+        table.add_row(name, scheme.summary, scheme.paper, escape(str(scheme.recipe.weight)))
     console.print(table)
     return 0
 
@@ -205,10 +218,6 @@ def _line_of(error: BaseException, script: Path) -> str:
 
 def _reason(error: BaseException) -> str:
     """One line: our own message where there is one behind the exception."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, errors.FxquantError):
-        # Dynamo keeps what a backend raised in `inner_exception`.
-        cause = getattr(cause, "inner_exception", None) or cause.__cause__
-    shown = cause or error
+    shown = _ours(error) or error
     lines = str(shown).strip().splitlines() or [""]
     return f"{type(shown).__name__}: {lines[0]}"

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fxquant import __version__
@@ -58,11 +59,11 @@ def show(console: Console) -> bool:
         table.add_column(column, overflow="fold")
     for finding in found:
         style = STYLES[finding.status]
-        table.add_row(finding.name, f"[{style}]{finding.status}[/{style}]", finding.detail)
+        table.add_row(finding.name, f"[{style}]{finding.status}[/{style}]", escape(finding.detail))
     console.print(table)
     advice = [finding.advice for finding in found if finding.advice]
     for line in advice:
-        console.print(f"- {line}", highlight=False)
+        console.print(f"- {line}", highlight=False, markup=False)
     if not advice:
         console.print("Nothing to do: everything that fxquant can use is here.")
     return all(finding.status != BAD for finding in found)

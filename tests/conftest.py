@@ -1,0 +1,37 @@
+"""What every test runs under: no network, no folders of the user's, warnings as errors."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import hypothesis
+import pytest
+
+# Set before anything imports torch or transformers.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("FXQUANT_DUMP", None)
+CACHE = os.environ["FXQUANT_CACHE_DIR"] = tempfile.mkdtemp(prefix="fxquant-test-cache-")
+
+# Compiling takes seconds, and shared machines are uneven: the timeout of pytest is the limit.
+hypothesis.settings.register_profile("fxquant", deadline=None)
+hypothesis.settings.register_profile("fxquant-ci", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("fxquant-ci" if os.environ.get("CI") else "fxquant")
+
+# Warnings of other packages that no use of theirs avoids.
+THIRD_PARTY_WARNINGS = (
+    # Importing Inductor imports torch.utils.mkldnn, which is still written in TorchScript.
+    "ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Adds the exceptions to ``filterwarnings = error``."""
+    for line in THIRD_PARTY_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_sessionfinish() -> None:
+    """Removes the kernel cache of this run."""
+    shutil.rmtree(CACHE, ignore_errors=True)
