@@ -31,7 +31,9 @@ class BlockGrid:
     @property
     def is_even(self) -> bool:
         """Whether no block is cut short by the end of a dimension."""
-        return all(size % extent == 0 for size, extent in zip(self.shape, self.extents, strict=True))
+        return all(
+            size % extent == 0 for size, extent in zip(self.shape, self.extents, strict=True)
+        )
 
 
 def block_grid(encoding: Encoding, shape: tuple[int, ...]) -> BlockGrid:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,11 +39,11 @@ def decode(
     shape = tuple(shape)
     parts = dict(zip(encoding.parts, tensors, strict=True))
     grid = block_grid(encoding, shape)
-    values = _values(parts["codes"], encoding, math.prod(shape)).view(grid.shape)
+    values = _values(parts["codes"], encoding, math.prod(shape))
     if encoding.zero_point:
-        values = values - _spread(parts["zeros"].to(torch.float32), grid)
-    scales = _spread(decode_scales(parts, encoding), grid)
-    return (values * scales).to(dtype).view(shape)
+        values = _by_block(torch.sub, values, parts["zeros"].to(torch.float32), grid)
+    values = _by_block(torch.mul, values, decode_scales(parts, encoding), grid)
+    return values.to(dtype).view(shape)
 
 
 def decode_scales(parts: dict[str, Tensor], encoding: Encoding) -> Tensor:
@@ -59,7 +59,8 @@ def decode_scales(parts: dict[str, Tensor], encoding: Encoding) -> Tensor:
         return scales
     grid = block_grid(inner, tuple(scales.shape))
     table = _table(inner, scales.device)
-    values = torch.index_select(table, 0, scales.to(torch.int32)) * _spread(parts["nested"], grid)
+    values = torch.index_select(table, 0, scales.to(torch.int32))
+    values = _by_block(torch.mul, values, parts["nested"], grid)
     return values + parts["offset"] if inner.offset else values
 
 
@@ -89,15 +90,16 @@ def _values(codes: Tensor, encoding: Encoding, numel: int) -> Tensor:
     return torch.index_select(rows, 0, codes.to(torch.int32)).view(-1)[:numel]
 
 
-def _spread(per_block: Tensor, grid: BlockGrid) -> Tensor:
-    """One number a block, spread over the elements: the shape of the grid's tensor."""
-    dims = tuple(itertools.chain.from_iterable((count, 1) for count in grid.grid))
-    full = tuple(
-        itertools.chain.from_iterable(zip(grid.grid, grid.extents, strict=True))
-    )
-    padded = tuple(count * extent for count, extent in zip(grid.grid, grid.extents, strict=True))
-    spread = per_block.view(dims).expand(full).reshape(padded)
+def _by_block(
+    op: Callable[[Tensor, Tensor], Tensor], values: Tensor, per_block: Tensor, grid: BlockGrid
+) -> Tensor:
+    """``op(values, per_block)``, each block's number meeting all of its elements; flat."""
+    pairs = list(zip(grid.grid, grid.extents, strict=True))
+    split = tuple(itertools.chain.from_iterable(pairs))
+    numbers = per_block.view(tuple(itertools.chain.from_iterable((n, 1) for n, _ in pairs)))
+    if grid.is_even:
+        return op(values.view(split), numbers).view(-1)
+    spread = numbers.expand(split).reshape(tuple(count * extent for count, extent in pairs))
     for dim, size in enumerate(grid.shape):
-        if padded[dim] != size:
-            spread = spread.narrow(dim, 0, size)
-    return spread
+        spread = spread.narrow(dim, 0, size)
+    return op(values.view(grid.shape), spread).view(-1)

@@ -10,11 +10,12 @@ from torch import Tensor
 from fxquant import errors
 from fxquant.formats.bits import pack_codes, packed_size
 from fxquant.formats.blocks import BlockGrid, block_grid, run_length
+from fxquant.formats.clipping import block_limits, clip_peaks, row_limits
 from fxquant.formats.encoding import Encoding
 from fxquant.formats.quantizers import quantizer
 
-CHUNK = 1 << 15
-"""Elements encoded at a time: 128 KiB of float32, well inside a core's second-level cache."""
+CHUNK = 1 << 17
+"""Elements encoded at a time: 512 KiB of float32, which a core's second-level cache holds."""
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -89,6 +90,7 @@ class _Work:
     Attributes:
         flat: The values, flat and contiguous.
         quantizer: The block arithmetic.
+        clip: The quantile of the magnitudes that scales come from; None for the largest.
         peaks: ``[rows, blocks]``, float32: what the quantizer needs to know of each block.
         packed: The codes, packed into bytes.
     """
@@ -98,9 +100,11 @@ class _Work:
         self.flat = tensor.contiguous().view(-1)
         self.grid = block_grid(encoding, tuple(tensor.shape))
         self.quantizer = quantizer(encoding)
+        self.clip = encoding.clip if encoding.clip != 1.0 else None
         rows, device = self.quantizer.peak_rows, tensor.device
         self.peaks = torch.full((rows, self.grid.count), -math.inf, device=device)
         size = packed_size(self.flat.numel(), encoding.bits)
+        self._buffer = torch.empty(0, device=device)
         self.packed = torch.empty(size, dtype=torch.uint8, device=device)
 
     def run(self) -> None:
@@ -123,8 +127,11 @@ class _Work:
             step = CHUNK // width if width % 8 == 0 else CHUNK // width // 8 * 8
             for first in range(0, blocks, step):
                 last = min(first + step, blocks)
-                x = self.flat[first * width : last * width].float().view(-1, width)
-                self.peaks[:, first:last] = self._limited(self.quantizer.peaks(x), first, last)
+                x = self._load(first * width, last * width).view(-1, width)
+                peaks = self.quantizer.peaks(x)
+                if self.clip is not None:
+                    peaks = clip_peaks(peaks, row_limits(x, self.clip))
+                self.peaks[:, first:last] = peaks
                 self._store(first * width, self.quantizer.codes(x, self.peaks[:, first:last, None]))
         if rest:
             start = blocks * width
@@ -132,45 +139,55 @@ class _Work:
 
     def _long_block(self, block: int, start: int, length: int, *, cut_short: bool = False) -> None:
         """One block, looked at piecemeal: first for its peaks, then for its codes."""
-        pieces = self.flat[start : start + length].split(CHUNK)
+        end = start + length
+        pieces = [(first, min(first + CHUNK, end)) for first in range(start, end, CHUNK)]
         peaks = self.peaks[:, block : block + 1]
         for piece in pieces:
-            torch.maximum(peaks, self.quantizer.peaks(piece.float()[None]), out=peaks)
-        peaks.copy_(self._limited(peaks, block, block + 1))
-        for i, piece in enumerate(pieces):
-            codes = self.quantizer.codes(piece.float()[None], peaks[..., None], cut_short=cut_short)
-            self._store(start + i * CHUNK, codes)
+            peaks.copy_(torch.maximum(peaks, self.quantizer.peaks(self._load(*piece)[None])))
+        if self.clip is not None:
+            whole = BlockGrid((length,), (length,), (1,))
+            limit = block_limits(self.flat[start:end], whole, self.clip, CHUNK)
+            peaks.copy_(clip_peaks(peaks, limit))
+        for piece in pieces:
+            x = self._load(*piece)[None]
+            codes = self.quantizer.codes(x, peaks[..., None], cut_short=cut_short)
+            self._store(piece[0], codes)
 
     def _by_rows(self) -> None:
         """Blocks of any shape: rows of the last dimension, eight or more at a time."""
-        *leading, columns = self.grid.shape
+        columns = self.grid.shape[-1]
         extent, groups = self.grid.extents[-1], self.grid.grid[-1]
-        rows = self.flat.view(-1, columns)
-        owner = _owners(self.grid, self.flat.device)
+        owners = _owners(self.grid, self.flat.device)
         per_row = self.peaks.view(len(self.peaks), -1, groups)
         step = max(8, CHUNK // columns // 8 * 8)
         padding = groups * extent - columns
-        for first in range(0, len(rows), step):
-            x = rows[first : first + step].float()
-            x = torch.nn.functional.pad(x, (0, padding)).view(len(x), groups, extent)
-            per_row.index_reduce_(1, owner[first : first + step], self.quantizer.peaks(x), "amax")
-        self.peaks = self._limited(self.peaks, 0, self.grid.count)
-        per_row = self.peaks.view(len(self.peaks), -1, groups)
-        for first in range(0, len(rows), step):
-            x = rows[first : first + step].float()
-            peaks = per_row[:, owner[first : first + step]]
-            peaks = peaks.repeat_interleave(extent, -1)[..., :columns]
+        for first in range(0, len(owners), step):
+            owner = owners[first : first + step]
+            x = self._load(first * columns, (first + len(owner)) * columns).view(-1, columns)
+            x = torch.nn.functional.pad(x, (0, padding)).view(-1, groups, extent)
+            peaks = self.quantizer.peaks(x)
+            index = owner[None, :, None].expand_as(peaks)
+            per_row.scatter_reduce_(1, index, peaks, "amax")
+        if self.clip is not None:
+            limits = block_limits(self.flat.view(self.grid.shape), self.grid, self.clip, CHUNK)
+            self.peaks.copy_(clip_peaks(self.peaks, limits))
+        for first in range(0, len(owners), step):
+            owner = owners[first : first + step]
+            x = self._load(first * columns, (first + len(owner)) * columns).view(-1, columns)
+            peaks = per_row[:, owner].repeat_interleave(extent, -1)[..., :columns]
             self._store(first * columns, self.quantizer.codes(x, peaks))
 
-    def _limited(self, peaks: Tensor, first: int, last: int) -> Tensor:
-        """Peaks, lowered to the clipping limit of blocks first to last."""
-        return peaks
+    def _load(self, first: int, last: int) -> Tensor:
+        """Elements first to last in float32, in memory that may be overwritten."""
+        if self._buffer.numel() < last - first:
+            self._buffer = torch.empty(last - first, device=self.flat.device)
+        return self._buffer[: last - first].copy_(self.flat[first:last])
 
     def _store(self, start: int, codes: Tensor) -> None:
         bits = self.encoding.bits
-        packed = pack_codes(codes, bits, self.quantizer.fill)
         begin = start * bits // 8
-        self.packed[begin : begin + packed.numel()] = packed
+        out = self.packed[begin : begin + packed_size(codes.numel(), bits)]
+        pack_codes(codes, bits, out, self.quantizer.fill)
 
 
 def _owners(grid: BlockGrid, device: torch.device) -> Tensor:

@@ -191,5 +191,10 @@ class Encoding:
             fields["scale"] = cls.from_json(fields["scale"])
         return cls(**fields)
 
+    @classmethod
+    def from_text(cls, text: str) -> Encoding:
+        """The encoding whose `str` this is."""
+        return cls.from_json(json.loads(text))
+
     def __str__(self) -> str:
         return json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))

@@ -3,10 +3,14 @@
 A quantizer sees values in float32 and *peaks*: for each block the largest magnitude (one row), or
 the largest of ``-x`` and of ``x`` (two rows) where the two ends matter. Peaks of two halves of a
 block combine by `maximum`, so a block can be looked at piecemeal.
+
+A quantizer keeps scratch memory between chunks (fresh pages cost more than the arithmetic), so one
+serves one thread, and values handed to it are overwritten.
 """
 
 from __future__ import annotations
 
+import abc
 import functools
 import itertools
 
@@ -24,7 +28,7 @@ FEW = 16
 """Up to this many levels, comparing with every midpoint is faster than a search."""
 
 
-class Quantizer:
+class Quantizer(abc.ABC):
     """Block arithmetic of one encoding.
 
     Attributes:
@@ -35,42 +39,56 @@ class Quantizer:
     peak_rows = 1
     fill = 0
 
+    def __init__(self) -> None:
+        self._scratch: dict[torch.dtype, Tensor] = {}
+
     def peaks(self, x: Tensor) -> Tensor:
         """Peaks over the last dimension: ``[peak_rows, *x.shape[:-1]]``."""
-        if self.peak_rows == 1:
-            return x.abs().amax(-1).unsqueeze(0)
-        return torch.stack([(-x).amax(-1), x.amax(-1)])
+        if self.peak_rows == 2:
+            return torch.stack([-x.amin(-1), x.amax(-1)])
+        magnitudes = self.scratch(torch.float32, x).view(x.shape)
+        return torch.abs(x, out=magnitudes).amax(-1).unsqueeze(0)
 
+    @abc.abstractmethod
     def codes(self, x: Tensor, peaks: Tensor, *, cut_short: bool = False) -> Tensor:
-        """Codes of `x`, one a byte, uint8, flat.
+        """Codes of `x`, one a byte, uint8, flat; valid until the next call.
 
         Args:
-            x: float32, contiguous.
+            x: float32, contiguous; overwritten.
             peaks: ``[peak_rows, ...]``, broadcast against `x` without the first dimension.
             cut_short: The block is the shorter last one of a flat encoding.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def parts(self, peaks: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scales (float32) and zero points (uint8) of blocks with these peaks."""
-        raise NotImplementedError
+
+    def scratch(self, dtype: torch.dtype, like: Tensor) -> Tensor:
+        """Flat memory for as many elements, the same at every call."""
+        kept = self._scratch.get(dtype)
+        if kept is None or kept.numel() < like.numel():
+            kept = torch.empty(like.numel(), dtype=dtype, device=like.device)
+            self._scratch[dtype] = kept
+        return kept[: like.numel()]
 
 
 class TableQuantizer(Quantizer):
     """The nearest level of a codebook; the scale is the block's absmax."""
 
     def __init__(self, book: Codebook) -> None:
+        super().__init__()
         self.book = book
         self.thresholds = thresholds(book)
         below_zero = sum(midpoint < 0 for midpoint in self.thresholds.midpoints)
         self.fill = self.thresholds.codes[below_zero]
 
     def codes(self, x: Tensor, peaks: Tensor, *, cut_short: bool = False) -> Tensor:
+        """Ranks among the midpoints, of ``x`` over the block's absmax."""
         absmax = peaks[0]
         if self.book.grid:
-            return self._codes_on_grid(x * (1.0 / absmax))
+            return self._codes_on_grid(x.mul_(1.0 / absmax).view(-1))
         absmax = absmax.clamp(min=TINY)
-        scaled = (x / absmax if cut_short else x * (1.0 / absmax)).view(-1)
+        scaled = (x.div_(absmax) if cut_short else x.mul_(1.0 / absmax)).view(-1)
         if len(self.thresholds.codes) <= FEW:
             return self._codes_by_comparison(scaled)
         midpoints = torch.tensor(self.thresholds.midpoints, device=x.device)
@@ -79,14 +97,15 @@ class TableQuantizer(Quantizer):
         return torch.index_select(table, 0, ranks)
 
     def parts(self, peaks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The absmax."""
         return peaks[0], None
 
     def _codes_by_comparison(self, scaled: Tensor) -> Tensor:
         """Adds up one comparison a midpoint, each weighted with the step to the next code."""
         codes, midpoints = self.thresholds.codes, self.thresholds.midpoints
         steps = [(after - before) % 256 for before, after in itertools.pairwise(codes)]
-        out = torch.full(scaled.shape, codes[0], dtype=torch.uint8, device=scaled.device)
-        above = torch.empty(scaled.shape, dtype=torch.bool, device=scaled.device)
+        out = self.scratch(torch.uint8, scaled).fill_(codes[0])
+        above = self.scratch(torch.bool, scaled)
         if scaled.device.type != "cpu":
             for midpoint, step in zip(midpoints, steps, strict=True):
                 out.add_(torch.gt(scaled, midpoint, out=above).view(torch.uint8), alpha=step)
@@ -105,10 +124,10 @@ class TableQuantizer(Quantizer):
     def _codes_on_grid(self, scaled: Tensor) -> Tensor:
         """The nearest level of the nearest point of an even grid, by a table over its points."""
         # A block of zeros gives 0 * inf = NaN here, and takes the first code.
-        scaled = scaled.view(-1).nan_to_num(nan=-1.0).clamp(-1.0, 1.0)
-        last = self.book.grid - 1
+        scaled.nan_to_num_(nan=-1.0).clamp_(-1.0, 1.0).add_(1.0).mul_(0.5)
         # bitsandbytes rounds once (a fused multiply-add), hence float64 in between.
-        point = (((scaled + 1.0) * 0.5).double() * last + 0.5).float().to(torch.int32)
+        exact = self.scratch(torch.float64, scaled).copy_(scaled)
+        point = scaled.copy_(exact.mul_(self.book.grid - 1).add_(0.5)).to(torch.int32)
         return torch.index_select(_grid_table(self.book).to(scaled.device), 0, point)
 
 
@@ -129,16 +148,20 @@ class UniformQuantizer(Quantizer):
     """
 
     def __init__(self, bits: int) -> None:
+        super().__init__()
         self.bits = bits
         self.largest = 2 ** (bits - 1) - 1
         self.smallest = -self.largest
 
-    def codes(self, x: Tensor, peaks: Tensor, *, cut_short: bool = False) -> Tensor:
+    def codes(self, x: Tensor, peaks: Tensor, *, cut_short: bool = False) -> Tensor:  # noqa: ARG002
+        """Rounded quotients."""
         scales, _ = self.parts(peaks)
-        whole = _divide(x, scales).round_().clamp_(self.smallest, self.largest).view(-1)
-        return whole.to(torch.int8).view(torch.uint8) & (2**self.bits - 1)
+        whole = x.div_(_divisor(scales)).round_().clamp_(self.smallest, self.largest).view(-1)
+        out = self.scratch(torch.int8, x).copy_(whole).view(torch.uint8)
+        return out if self.bits == 8 else out.bitwise_and_(2**self.bits - 1)
 
     def parts(self, peaks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The absmax over the largest integer."""
         return peaks[0] / self.largest, None
 
 
@@ -157,6 +180,7 @@ class FullRangeQuantizer(UniformQuantizer):
         self.smallest = -(2 ** (bits - 1))
 
     def parts(self, peaks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The extreme value over the smallest integer."""
         low, high = peaks
         return torch.where(high > low, -high, low) / -self.smallest, None
 
@@ -170,25 +194,28 @@ class ZeroPointQuantizer(Quantizer):
     peak_rows = 2
 
     def __init__(self, bits: int) -> None:
+        super().__init__()
         self.largest = 2**bits - 1
 
-    def codes(self, x: Tensor, peaks: Tensor, *, cut_short: bool = False) -> Tensor:
+    def codes(self, x: Tensor, peaks: Tensor, *, cut_short: bool = False) -> Tensor:  # noqa: ARG002
+        """Rounded quotients, moved by the zero point."""
         scales, zeros = self.parts(peaks)
         assert zeros is not None, "zero points come with the scales"
-        whole = _divide(x, scales).round_().add_(zeros).clamp_(0, self.largest)
-        return whole.view(-1).to(torch.uint8)
+        whole = x.div_(_divisor(scales)).round_().add_(zeros).clamp_(0, self.largest)
+        return self.scratch(torch.uint8, x).copy_(whole.view(-1))
 
     def parts(self, peaks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The range over the largest integer, and where in it 0 lies."""
         low, high = peaks.clamp(min=0.0)
-        # Halved first: the width of a block that spans float32 must not overflow.
+        # Divided first: the width of a block that spans float32 must not overflow.
         scales = (low / self.largest) + (high / self.largest)
-        zeros = _divide(low, scales).round_().clamp_(0, self.largest)
+        zeros = low.div(_divisor(scales)).round_().clamp_(0, self.largest)
         return scales, zeros.to(torch.uint8)
 
 
-def _divide(x: Tensor, scales: Tensor) -> Tensor:
-    """``x / scales``, 0 where the scale is 0."""
-    return x / torch.where(scales == 0, torch.inf, scales)
+def _divisor(scales: Tensor) -> Tensor:
+    """The scales, with Inf for 0: what is divided by it takes code 0."""
+    return torch.where(scales == 0, torch.inf, scales)
 
 
 def quantizer(encoding: Encoding) -> Quantizer:
