@@ -102,6 +102,11 @@ def bad_block_size(value: object) -> EncodingError:
     )
 
 
+def bad_recipe(field: str, value: object, expected: str) -> EncodingError:
+    """A field of a `Recipe` that no product can be quantized with."""
+    return EncodingError(f"a recipe's {field} must be {expected}, got {value!r}.")
+
+
 def weight_dtype(dtype: object, where: str) -> WeightError:
     """A weight that is not a real floating-point tensor."""
     return WeightError(
@@ -137,6 +142,14 @@ def bad_spec_text(reason: str) -> KernelError:
     """Text that is not the JSON of a `KernelSpec`."""
     return KernelError(
         f"this text is not a kernel spec ({reason}): pass what KernelSpec.to_json wrote."
+    )
+
+
+def no_pointwise_op(op: object, where: str, known: Iterable[str]) -> KernelError:
+    """A pointwise op that an epilogue cannot hold or a target cannot spell."""
+    return KernelError(
+        f"the pointwise op {op} has no entry for {where}: keep it out of the epilogue, or add it "
+        f"to fxquant.codegen.pointwise; there are {_listed(known)}."
     )
 
 
@@ -208,3 +221,94 @@ def missing_packages(command: str, packages: Iterable[str], extra: str) -> Missi
 def unwritable_file(path: object, cause: object) -> FolderError:
     """A file that was asked for and cannot be written."""
     return FolderError(f"{path} cannot be written ({cause}): name a file in another folder.")
+
+
+# --- checkpoints -----------------------------------------------------------------------------
+
+
+def unreadable_checkpoint(path: object, reason: object) -> CheckpointError:
+    """A file that is not there, is cut short, or is no safetensors file."""
+    return CheckpointError(
+        f"cannot load {path}: it is missing, cut short or not a safetensors file ({reason}); "
+        f"save the model again or copy the whole file."
+    )
+
+
+def damaged_entry(path: object, name: str, reason: object) -> CheckpointError:
+    """A stored weight whose parts do not fit together."""
+    return CheckpointError(
+        f"cannot load {path}: its entry for {name!r} is damaged ({reason}); save the model again."
+    )
+
+
+def checkpoint_keys(
+    path: object, missing: Iterable[str], unexpected: Iterable[str]
+) -> CheckpointError:
+    """A file whose names are not those of the model."""
+    absent, extra = _some(missing), _some(unexpected)
+    what = [f"it lacks {absent}"] if absent else []
+    what += [f"it has {extra}, which the model does not"] if extra else []
+    return CheckpointError(
+        f"cannot load {path}: {' and '.join(what)}; load it into the model that it was saved from."
+    )
+
+
+def checkpoint_shape(
+    path: object, name: str, stored: Iterable[int], expected: Iterable[int]
+) -> CheckpointError:
+    """A stored tensor of another shape than the model's."""
+    return CheckpointError(
+        f"cannot load {path}: {name!r} has shape {tuple(stored)} there and {tuple(expected)} in "
+        f"the model; load it into the model that it was saved from."
+    )
+
+
+def not_a_tensor(name: str, value: object) -> CheckpointError:
+    """An entry of a state dict that safetensors cannot hold."""
+    return CheckpointError(
+        f"cannot save {name!r}: it is a {type(value).__name__}, and a safetensors file holds "
+        f"tensors only; remove it from the model's state_dict."
+    )
+
+
+def not_bitsandbytes(name: str, encoding: object) -> CheckpointError:
+    """An encoding that bitsandbytes has no keys for."""
+    return CheckpointError(
+        f"cannot save {name!r} for bitsandbytes: its encoding is {encoding}, and only nf4 and fp4 "
+        f"in flat blocks with float32 or dynamic8 scales can be stored; save without `layout`."
+    )
+
+
+# --- passes ----------------------------------------------------------------------------------
+
+
+def products_left_alone(reasons: Iterable[str]) -> CoverageError:
+    """`strict` is set and products were left alone for other reasons than a skip pattern."""
+    found = list(reasons)
+    return CoverageError(
+        f"strict=True, but {len(found)} products against parameters stay unquantized: "
+        f"{'; '.join(found)}; add what is meant to stay to `skip`, or drop `strict`."
+    )
+
+
+def coverage_too_low(share: float, wanted: float, reasons: Iterable[str]) -> CoverageError:
+    """Fewer weight elements are quantized than `min_coverage` asks for."""
+    return CoverageError(
+        f"only {share:.1%} of the weights in products are quantized, min_coverage asks for "
+        f"{wanted:.1%}: {'; '.join(reasons)}; add what is meant to stay to `skip`, or lower "
+        f"`min_coverage`."
+    )
+
+
+def broken_graph(name: str, reason: str) -> PassError:
+    """A pass left a graph behind that fails verification."""
+    return PassError(
+        f"the pass {name!r} left a broken graph: {reason}; this is a defect of fxquant, please "
+        f"report it with the model's code."
+    )
+
+
+def _some(names: Iterable[str], limit: int = 3) -> str:
+    found = [repr(name) for name in names]
+    more = f" and {len(found) - limit} more" if len(found) > limit else ""
+    return ", ".join(found[:limit]) + more

@@ -108,7 +108,7 @@ def fp4() -> tuple[float, ...]:
     """FP4 of bitsandbytes: one sign, two exponent and one mantissa bit, in its own bit order."""
     magnitudes = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
     half = (torch.tensor(magnitudes) / 12.0).tolist()
-    return (*half, *(-value for value in half))
+    return (*half, *(0.0 - value for value in half))
 
 
 @functools.cache

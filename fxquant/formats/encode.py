@@ -25,13 +25,14 @@ def encode(tensor: Tensor, encoding: Encoding, name: str = "weight") -> list[Ten
 
     Every value is taken to float32 first. What happens at the edges:
 
-    * A block of zeros decodes to zeros. Its scale is 0 (1e-38 for the cut-short last block of a
-      flat codebook encoding, as in bitsandbytes).
+    * A block of zeros decodes to zeros. Its scale is 0.
     * NaN and Inf are refused, as is a float64 value that is Inf in float32.
     * A codebook block whose absmax is under 1e-38 is divided by 1e-38 instead, as in bitsandbytes:
       its codes are the levels nearest to ``x / 1e-38``, and its scale is still its absmax, so that
-      it decodes to magnitudes no larger than its absmax. A uniform block whose scale is under the
-      smallest denormal has scale 0 and decodes to zeros.
+      it decodes to magnitudes no larger than its absmax. The cut-short last block of a flat
+      codebook encoding then has scale 1e-38, also as in bitsandbytes. (An 8-bit codebook that is
+      looked up on a grid has neither rule.)
+    * A uniform block whose scale is under the smallest denormal has scale 0 and decodes to zeros.
 
     Args:
         tensor: One dimension or more; float16, bfloat16, float32 or float64.
@@ -148,6 +149,8 @@ class _Work:
             whole = BlockGrid((length,), (length,), (1,))
             limit = block_limits(self.flat[start:end], whole, self.clip, CHUNK)
             peaks.copy_(clip_peaks(peaks, limit))
+        if cut_short:
+            peaks.clamp_(min=self.quantizer.cut_short_floor)
         for piece in pieces:
             x = self._load(*piece)[None]
             codes = self.quantizer.codes(x, peaks[..., None], cut_short=cut_short)

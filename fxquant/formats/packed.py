@@ -99,7 +99,7 @@ class PackedWeight(Tensor):
         """The decoded tensor as nested lists."""
         return self.dequantize().tolist()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # noqa: ARG002 - as torch.Tensor
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         kind = "PackedWeight" if not getattr(self, "_is_param", False) else "PackedWeight parameter"
         return (
             f"{kind}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
@@ -114,7 +114,7 @@ class PackedWeight(Tensor):
             memo[id(self)] = torch.nn.Parameter(copied, gradient) if is_parameter else copied
         return memo[id(self)]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., PackedWeight], tuple[Any, ...]]:
+    def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., Tensor], tuple[Any, ...]]:
         gradient = self.requires_grad if getattr(self, "_is_param", False) else None
         state = (self.tensors(), str(self.encoding), tuple(self.shape), self.dtype)
         return rebuild, (*state, gradient)

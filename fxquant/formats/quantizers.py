@@ -34,10 +34,12 @@ class Quantizer(abc.ABC):
     Attributes:
         peak_rows: 1 when peaks are the magnitude's, 2 when they are of ``-x`` and ``x``.
         fill: The code that stands for 0, which fills up the last byte.
+        cut_short_floor: What the peaks of the shorter last block of a flat encoding are raised to.
     """
 
     peak_rows = 1
     fill = 0
+    cut_short_floor = -torch.inf
 
     def __init__(self) -> None:
         self._scratch: dict[torch.dtype, Tensor] = {}
@@ -79,6 +81,8 @@ class TableQuantizer(Quantizer):
         super().__init__()
         self.book = book
         self.thresholds = thresholds(book)
+        if not book.grid:
+            self.cut_short_floor = TINY
         below_zero = sum(midpoint < 0 for midpoint in self.thresholds.midpoints)
         self.fill = self.thresholds.codes[below_zero]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fxquant import errors
 from fxquant.formats import Encoding
 
 
@@ -15,9 +16,20 @@ class Recipe:
         weight: Encoding of the weight. Several block dimensions are given for the orientation
             ``[.., N, K]`` (outputs, inputs), whatever way the parameter is stored: ``(1, -1)`` is
             per channel, ``(1, 128)`` groups of 128 along the inputs.
+
+    Raises:
+        EncodingError: The weight's encoding is none, or is one for scales.
     """
 
     weight: Encoding
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.weight, Encoding):
+            raise errors.bad_recipe("weight", self.weight, "an Encoding")
+        if self.weight.offset:
+            raise errors.bad_recipe(
+                "weight", str(self.weight), "without offset, which is for scales"
+            )
 
 
 @dataclass(frozen=True)
