@@ -1,1 +1,47 @@
-"""fxquant."""
+"""Graph to graph: Dynamo's graph in, the same graph on packed weights out.
+
+`PIPELINE` is the order. Each pass is a function of a `Context` in a file of its own; what must
+hold after each is in `verify.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from fxquant.passes.bind import bind
+from fxquant.passes.context import Context, PassReport
+from fxquant.passes.match import match
+from fxquant.passes.normalize import normalize
+from fxquant.passes.pack import pack
+from fxquant.passes.plan import plan
+from fxquant.passes.verify import aliases, verify
+
+__all__ = ["PIPELINE", "run_pipeline"]
+
+LOG = logging.getLogger("fxquant.passes")
+
+Pass = Callable[[Context], PassReport]
+PIPELINE: tuple[Pass, ...] = (normalize, bind, match, plan, pack)
+
+
+def run_pipeline(ctx: Context) -> None:
+    """Runs every pass, and verifies the graph after each.
+
+    Args:
+        ctx: A graph and its inputs. Afterwards `ctx.gm` takes `ctx.inputs`, which come from
+            `ctx.sources`; `ctx.sites` and `ctx.refusals` say what was done.
+
+    Raises:
+        CoverageError: `strict` or `min_coverage` is not met.
+        WeightError: A weight cannot be encoded.
+        PassError: A pass broke the graph: a defect.
+    """
+    before = None
+    for step in PIPELINE:
+        report = step(ctx)
+        if before is None:
+            before = aliases(ctx.gm)
+        verify(report.name, ctx, before)
+        ctx.reports.append(report)
+        LOG.debug("%s: %s", report.name, report.summary)

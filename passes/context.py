@@ -6,13 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from fxquant.codegen.spec import WeightOperand
 from fxquant.config import Config
 from fxquant.formats import Encoding, PackedWeight
+from fxquant.passes.regions import Region
 from fxquant.schemes import Recipe
+
+# Kinds of refusals that `strict` and `min_coverage` do not count.
+SKIPPED, NOT_A_PARAMETER = "skipped", "not a parameter"
+LEFT = "left"
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class Refusal:
         module: Path of the module, as in ``"encoder.layer.0.output.dense"``.
         op: The call that was looked at, as in ``"aten.linear"``.
         shape: Shape of the parameter, or ``()``.
+        parameter: Name of the parameter, or ``""``.
+        kind: ``SKIPPED`` and ``NOT_A_PARAMETER`` are no loss of coverage; ``LEFT`` is.
     """
 
     reason: str
@@ -32,6 +38,13 @@ class Refusal:
     module: str
     op: str
     shape: tuple[int, ...] = ()
+    parameter: str = ""
+    kind: str = LEFT
+
+    @property
+    def is_loss(self) -> bool:
+        """Whether `strict` and `min_coverage` count it."""
+        return self.kind == LEFT
 
 
 @dataclass
@@ -39,10 +52,10 @@ class BoundParameter:
     """A placeholder and the parameter behind it.
 
     Attributes:
-        node: The placeholder.
+        node: The placeholder in the outermost graph.
         value: The real tensor: an `nn.Parameter` or buffer, dense or a `PackedWeight`.
         name: Its path in the model, as in ``"layers.0.weight"``.
-        index: Its position among the graph's inputs.
+        index: Its position among Dynamo's inputs.
     """
 
     node: fx.Node
@@ -63,11 +76,14 @@ class LinearSite:
             placeholder until `plan` sets it.
         n_dims: Dimensions of the parameter that make up the outputs.
         k_dims: Dimensions of the parameter that make up the inputs.
-        bias: Added in the product's own op (``linear``, ``addmm``, ``baddbmm``), or None.
+        bias: Added in the product's own op (``linear``, ``addmm``, ``conv``), or None.
         module: Path of the module that the product belongs to.
         where: ``file:line`` in the user's source.
+        region: The graph it stands in: the outermost one, or the body of a higher-order op.
+        scheme: Set by `plan`.
         recipe: Set by `plan`.
         packed: Set by `pack`.
+        spec_json: Set by `pack`.
     """
 
     node: fx.Node
@@ -79,6 +95,7 @@ class LinearSite:
     bias: fx.Node | None
     module: str
     where: str
+    region: Region
     to_x: Callable[[fx.Node], fx.Node] | None = None
     from_out: Callable[[fx.Node], fx.Node] | None = None
     scheme: str = ""
@@ -101,12 +118,17 @@ class Context:
     """One graph on its way through the passes.
 
     Attributes:
-        gm: The graph module being rewritten: a copy, never Dynamo's own.
+        gm: The graph module being rewritten: after `normalize` a copy, never Dynamo's own.
         inputs: Example inputs, one a placeholder, in order. `pack` appends and drops some.
-        sources: For each of the final inputs: the position among Dynamo's inputs that it comes
-            from, or the packed tensor itself.
         config: The options.
         pack_weight: ``(tensor, encoding, name) -> PackedWeight``: packs, or finds what was packed.
+        sources: For each of the final inputs: the position among Dynamo's inputs that it comes
+            from, or the packed tensor itself.
+        regions: The graph and the bodies of its higher-order ops, the outermost first.
+        parameters: Bound parameters by their placeholder in the outermost graph.
+        sites: Products to quantize.
+        refusals: Products left alone.
+        reports: What each pass did.
     """
 
     gm: fx.GraphModule
@@ -114,8 +136,8 @@ class Context:
     config: Config
     pack_weight: Callable[[Tensor, Encoding, str], PackedWeight]
     sources: list[int | Tensor] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
     parameters: dict[fx.Node, BoundParameter] = field(default_factory=dict)
     sites: list[LinearSite] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     reports: list[PassReport] = field(default_factory=list)
-    fake_mode: torch._subclasses.FakeTensorMode | None = None

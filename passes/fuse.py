@@ -7,11 +7,13 @@ fallback (dequantize and multiply) that the report names as one.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+from torch._guards import detect_fake_mode
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -67,7 +69,8 @@ def _inline_reference(graph: fx.Graph, node: fx.Node) -> None:
     def body(*tensors: torch.Tensor) -> torch.Tensor:
         return reference.run(spec, tensors[0], list(tensors[1 : 1 + count]), list(tensors[1 + count :]))
 
-    with torch.no_grad():
+    mode = detect_fake_mode(values)
+    with torch.no_grad(), mode or contextlib.nullcontext():
         traced = make_fx(body, decomposition_table=select_decomp_table())(*values)
     copied: dict[fx.Node, Any] = {}
     placeholders = iter(operands)

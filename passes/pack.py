@@ -1,0 +1,172 @@
+"""Pack: every site becomes `fxquant::linear` on packed tensors, which are inputs of the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+
+from fxquant.codegen.spec import Epilogue, KernelSpec
+from fxquant.formats import Encoding, PackedWeight
+from fxquant.passes import adapt, regions, values, views
+from fxquant.passes.context import Context, LinearSite, PassReport
+from fxquant.passes.regions import Region
+
+_fxquant = torch.ops.fxquant
+
+
+def pack(ctx: Context) -> PassReport:
+    """Packs the sites' parameters, rewrites the sites, and settles the graph's inputs."""
+    inputs = _PackedInputs(ctx)
+    names: dict[KernelSpec, str] = {}
+    for site in ctx.sites:
+        site.packed = ctx.pack_weight(
+            site.parameter.value, site.operand.encoding, site.parameter.name
+        )
+        _rewrite(site, inputs.of(site.packed, site.parameter.name), names, ctx.config.compute_dtype)
+    for region in reversed(ctx.regions):
+        _drop_dead(ctx, region)
+    _dequantize_other_uses(ctx, inputs)
+    _settle_inputs(ctx, inputs)
+    for region in reversed(ctx.regions):
+        region.gm.recompile()
+    count = len(ctx.sites)
+    return PassReport("pack", count, f"{count} products rewritten on {len(inputs.by_id)} weights")
+
+
+class _PackedInputs:
+    """Placeholders for packed tensors: one set for each packed weight, whoever uses it."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.root = ctx.regions[0]
+        self.by_id: dict[int, list[fx.Node]] = {}
+        self.tensors: dict[fx.Node, Tensor] = {}
+        self.mode = values.fake_mode_of(self.root.placeholders)
+
+    def of(self, packed: PackedWeight, name: str) -> list[fx.Node]:
+        """The placeholders in the outermost graph, in the order of ``Encoding.parts``."""
+        if id(packed) not in self.by_id:
+            parts = zip(packed.encoding.parts, packed.tensors(), strict=True)
+            self.by_id[id(packed)] = [self._add(f"{name}_{part}", t) for part, t in parts]
+        return self.by_id[id(packed)]
+
+    def _add(self, name: str, tensor: Tensor) -> fx.Node:
+        assert self.mode is not None
+        fake = self.mode.from_tensor(tensor, static_shapes=True)
+        node = self.root.append_placeholder(re.sub(r"\W", "_", name), fake)
+        # AOTAutograd reads both of an input that Dynamo did not make: no source, and static.
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        node.meta["example_value"] = fake
+        context = TracingContext.try_get()
+        if context is not None:
+            # With dynamic=True AOTAutograd would make the sizes of an unknown input symbolic.
+            dims: Any = [DimDynamic.STATIC] * tensor.ndim
+            context.tensor_to_context[tensor] = StatelessSymbolicContext(dims)
+        self.tensors[node] = tensor
+        return node
+
+
+def _rewrite(
+    site: LinearSite, packed: list[fx.Node], names: dict[KernelSpec, str], compute: str | None
+) -> None:
+    node, graph = site.node, site.region.graph
+    weight = [site.region.bring_in(part) for part in packed]
+    out_dtype = node.meta["val"].dtype
+    with graph.inserting_before(node):
+        x = adapt.cast(site.x, out_dtype, node)
+        x = x if site.to_x is None else site.to_x(x)
+        bias = [] if site.bias is None else [adapt.cast(site.bias, out_dtype, node)]
+        spec = _spec(site, x.meta["val"].dtype, out_dtype, bool(bias), compute)
+        spec = dataclasses.replace(spec, name=names.setdefault(spec, _kernel_name(site)))
+        site.spec_json = spec.to_json()
+        out = values.emit(graph, node, _fxquant.linear.default, x, weight, bias, site.spec_json)
+        out = out if site.from_out is None else site.from_out(out)
+        out = adapt.laid_out_as(out, node.meta["val"])
+    values.replace(node, out)
+
+
+def _spec(site: LinearSite, x_dtype: torch.dtype, out_dtype: torch.dtype, biased: bool, compute: str | None) -> KernelSpec:
+    out = _name(out_dtype)
+    return KernelSpec(
+        weight=site.operand,
+        x_dtype=_name(x_dtype),
+        compute_dtype=compute or _name(x_dtype),
+        out_dtype=out,
+        epilogue=Epilogue.bias(out) if biased else Epilogue(),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kernel_name(site: LinearSite) -> str:
+    """A name for a kernel: the parameter's path without numbers, as an identifier."""
+    steps = re.split(r"\W+", site.parameter.name)
+    words = [step for step in steps if step and not step.isdigit()]
+    if len(words) > 1 and words[-1] == "weight":
+        words.pop()
+    name = "_".join(words) or "linear"
+    return name if name.isidentifier() else f"linear_{name}"
+
+
+def _drop_dead(ctx: Context, region: Region) -> None:
+    """Erases views of parameters that nothing reads any more, and a body's unread weights."""
+    for node in reversed(list(region.graph.nodes)):
+        if not node.users and views.is_view(node) and views.resolve(ctx, region, node):
+            region.graph.erase_node(node)
+    if region.call is None or region is not region.siblings[0]:
+        return
+    placeholders = [sibling.placeholders for sibling in region.siblings]
+    kept = []
+    for position, operand in enumerate(regions.operands(region.call)):
+        nodes = [own[position] for own in placeholders]
+        quantized = {site.parameter.node for site in ctx.sites}
+        view = views.resolve(ctx, region.parent, operand)
+        dead = view and view.parameter.node in quantized and not any(n.users for n in nodes)
+        if dead:
+            for sibling, node in zip(region.siblings, nodes, strict=True):
+                sibling.graph.erase_node(node)
+        else:
+            kept.append(operand)
+    regions.set_operands(region.call, kept)
+
+
+def _dequantize_other_uses(ctx: Context, inputs: _PackedInputs) -> None:
+    """Gives uses of an already packed parameter other than products the dense tensor."""
+    for node, bound in ctx.parameters.items():
+        if not isinstance(bound.value, PackedWeight) or not node.users:
+            continue
+        parts = inputs.of(bound.value, bound.name)
+        value = values.value(node)
+        users = list(node.users)
+        with node.graph.inserting_after(inputs.root.placeholders[-1]):
+            dense = node.graph.call_function(
+                _fxquant.dequantize.default,
+                (parts, str(bound.value.encoding), list(value.shape), value.dtype),
+            )
+        dense.meta["val"] = value
+        for user in users:
+            user.replace_input_with(node, dense)
+
+
+def _settle_inputs(ctx: Context, inputs: _PackedInputs) -> None:
+    """Drops placeholders of weights that are not read any more, and fills inputs and sources."""
+    used: list[Any] = []
+    dynamo_inputs = list(ctx.inputs)
+    for index, node in enumerate(inputs.root.placeholders):
+        if node in inputs.tensors:
+            used.append(inputs.tensors[node])
+            ctx.sources.append(inputs.tensors[node])
+        elif node in ctx.parameters and not node.users:
+            inputs.root.graph.erase_node(node)
+        else:
+            used.append(dynamo_inputs[index])
+            ctx.sources.append(index)
+    ctx.inputs[:] = used

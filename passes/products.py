@@ -1,0 +1,198 @@
+"""How each ATen product reads its weight, and how to say it as ``x [.., K]`` times ``[N, K]``.
+
+A handler looks at one call and the side that its weight stands on, and gives a `Form`: which
+dimensions of the weight are batch, outputs and inputs, and what to do to the activation before
+and to the result after. Nothing is inserted into the graph until `pack` runs the adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.passes import adapt
+from fxquant.passes.adapt import Adapter
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Form:
+    """One product, said as ``x [.., K]`` times a weight.
+
+    Attributes:
+        x: The activation.
+        dims: Dimensions of the weight operand that are batch (None without), outputs and inputs.
+        to_x: Takes the activation to ``[.., K]``, or ``[E, M, K]`` with a batch.
+        from_out: Takes ``[.., N]`` to the product's result.
+        bias: Added to the result's last dimension in the kernel.
+    """
+
+    x: fx.Node
+    dims: tuple[int | None, int, int]
+    to_x: Adapter | None = None
+    from_out: Adapter | None = None
+    bias: fx.Node | None = None
+
+
+# (node, position of the weight among the factors, weight's shape) -> Form, or why there is none.
+Handler = Callable[[fx.Node, int, tuple[int, ...]], "Form | str"]
+
+
+def factors(node: fx.Node) -> tuple[Any, ...]:
+    """The two operands of a product that `form` understands."""
+    first = 1 if _packet(node) in _WITH_ADDEND else 0
+    args = node.args[first : first + 2]
+    return args if len(args) == 2 else ()
+
+
+def form(node: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+    """The product's form, or why it has none.
+
+    Args:
+        node: The product.
+        side: 0 or 1: which of `factors` is the weight.
+        shape: Shape of the weight operand.
+    """
+    handler = _HANDLERS.get(_packet(node))
+    if handler is None:
+        return f"{name(node)} has no quantized form"
+    return handler(node, side, shape)
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a call multiplies matrices, in ATen or in the user's spelling."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    return name(node).removeprefix("aten.") in _NAMES
+
+
+def name(node: fx.Node) -> str:
+    """A call's name for people, as in ``"aten.linear"`` or ``"matmul"``."""
+    if node.op == "call_method":
+        return str(node.target)
+    packet = _packet(node)
+    if packet is not None:
+        return str(packet)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+_NAMES = frozenset(
+    (
+        "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "mv", "addmv", "einsum",
+        "tensordot", "inner", "__matmul__", "__rmatmul__", "conv1d", "conv2d", "conv3d",
+        "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear",
+        "_trilinear", "grouped_mm", "_grouped_mm", "scaled_mm", "_scaled_mm", "chain_matmul",
+        "multi_dot", "linalg_multi_dot", "linalg_matmul", "sparse_mm", "outer", "addr", "ger",
+        "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward",
+        "_transformer_encoder_layer_fwd", "_native_multi_head_attention", "dot", "vdot",
+        "baddbmm_", "addmm_", "addbmm_", "addmv_",
+    )
+)  # fmt: skip
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _argument(node: fx.Node, position: int, keyword: str, default: Any = None) -> Any:
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(keyword, default)
+
+
+def _linear(node: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+    """``linear(x [.., K], W [N, K], b)``, and the parameter as the activation: ``(W xT)``."""
+    bias = _argument(node, 2, "bias")
+    other = node.args[1 - side]
+    if side == 1:
+        return Form(other, (None, 0, 1), bias=bias)  # type: ignore[arg-type]
+    if len(shape) != 2 or adapt.rank(other) != 2:
+        return "the parameter is the activation of a linear with more than 2 dimensions"
+    after = adapt.chain(adapt.transpose, adapt.add(bias))
+    return Form(other, (None, 0, 1), from_out=after)  # type: ignore[arg-type]
+
+
+def _matmul(node: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+    """``matmul``, ``mm``, ``mv``, ``bmm``: the weight on either side, 2-D or 3-D."""
+    return _product(node.args[1 - side], side, shape)  # type: ignore[arg-type]
+
+
+def _product(x: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+    if len(shape) > 3:
+        return f"its weight has {len(shape)} dimensions, and at most 3 can be read"
+    n, k = (-1, -2) if side == 1 else (-2, -1)
+    batch = len(shape) - 3 if len(shape) == 3 else None
+    to_x, from_out = None, None
+    vector = adapt.rank(x) == 1
+    if side == 0 and not vector:
+        to_x, from_out = adapt.transpose, adapt.transpose
+    if batch is not None:
+        spread, gather = adapt.batched(shape[0], adapt.rank(x))
+        to_x, from_out = adapt.chain(to_x, spread), adapt.chain(gather, from_out)
+    dims = (batch, len(shape) + n, len(shape) + k)
+    return Form(x, dims, to_x, from_out)
+
+
+def _addmm(node: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+    """``beta * b + alpha * (a @ b)``: a bias goes into the kernel, other addends after it."""
+    addend, beta, alpha = node.args[0], node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    found = _product(node.args[2 - side], side, shape)  # type: ignore[arg-type]
+    if isinstance(found, str):
+        return found
+    assert isinstance(addend, fx.Node)
+    n = shape[found.dims[1]]
+    in_kernel = side == 1 and len(shape) == 2 and beta == 1 and alpha == 1
+    if in_kernel and tuple(addend.meta["val"].shape) == (n,):
+        return Form(found.x, found.dims, found.to_x, found.from_out, bias=addend)
+    after = adapt.chain(found.from_out, adapt.scaled_sum(addend, beta, alpha))
+    return Form(found.x, found.dims, found.to_x, after)
+
+
+def _conv(node: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+    """A 1x1 convolution is a product over the channels."""
+    if side == 0:
+        return "the parameter is the input of a convolution"
+    spatial = len(shape) - 2
+    if any(size != 1 for size in shape[2:]):
+        return f"a convolution with a kernel of {'x'.join(map(str, shape[2:]))} is not a product"
+    stride = _argument(node, 3, "stride", 1)
+    padding = _argument(node, 4, "padding", 0)
+    convolution = _packet(node) is _aten.convolution
+    groups = _argument(node, 8 if convolution else 6, "groups", 1)
+    if convolution and node.args[6]:
+        return "a transposed convolution is not supported"
+    if groups != 1:
+        return f"a convolution in {groups} groups is not one product"
+    if not _all_equal(stride, 1):
+        return f"a 1x1 convolution with stride {stride} is not supported"
+    if not (padding in ("same", "valid") or _all_equal(padding, 0)):
+        return f"a 1x1 convolution with padding {padding} is not supported"
+    bias = _argument(node, 2, "bias")
+    to_x, from_out = adapt.channels_last(spatial)
+    return Form(node.args[0], (None, 0, 1), to_x, from_out, bias)  # type: ignore[arg-type]
+
+
+def _all_equal(value: Any, wanted: int) -> bool:
+    return all(v == wanted for v in value) if isinstance(value, (list, tuple)) else value == wanted
+
+
+_WITH_ADDEND = frozenset((_aten.addmm, _aten.baddbmm, _aten.addmv))
+_HANDLERS: dict[Any, Handler] = {
+    _aten.linear: _linear,
+    _aten.mm: _matmul,
+    _aten.mv: _matmul,
+    _aten.bmm: _matmul,
+    _aten.matmul: _matmul,
+    _aten.addmm: _addmm,
+    _aten.addmv: _addmm,
+    _aten.baddbmm: _addmm,
+    _aten.conv1d: _conv,
+    _aten.conv2d: _conv,
+    _aten.conv3d: _conv,
+    _aten.convolution: _conv,
+}
