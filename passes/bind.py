@@ -12,7 +12,7 @@ from fxquant.formats import PackedWeight
 from fxquant.passes.context import BoundParameter, Context, PassReport
 from fxquant.passes.regions import Region
 
-_STEP = re.compile(r"\.([A-Za-z_]\w*)|\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
+_STEP = re.compile(r"\.(\w+)|\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 _PLUMBING = ("_modules", "_parameters", "_buffers", "_orig_mod")
 
 

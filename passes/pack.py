@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from fxquant.codegen.spec import Epilogue, KernelSpec
 from fxquant.formats import Encoding, PackedWeight
@@ -67,7 +68,9 @@ class _PackedInputs:
         if context is not None:
             # With dynamic=True AOTAutograd would make the sizes of an unknown input symbolic.
             dims: Any = [DimDynamic.STATIC] * tensor.ndim
-            context.tensor_to_context[tensor] = StatelessSymbolicContext(dims)
+            context.tensor_to_context[tensor] = StatefulSymbolicContext(
+                dynamic_sizes=dims, tensor_source=ConstantSource(node.name)
+            )
         self.tensors[node] = tensor
         return node
 
