@@ -73,10 +73,6 @@ class Thresholds:
     midpoints: tuple[float, ...]
 
 
-def _float32(values: list[float]) -> tuple[float, ...]:
-    return tuple(torch.tensor(values, dtype=torch.float64).to(torch.float32).tolist())
-
-
 @functools.cache
 def normal_float(bits: int, offset: float = 0.9677083) -> tuple[float, ...]:
     """NormalFloat-k: levels that standard normal values use equally often.
@@ -94,13 +90,12 @@ def normal_float(bits: int, offset: float = 0.9677083) -> tuple[float, ...]:
     quantile = NormalDist().inv_cdf
 
     def side(count: int) -> list[float]:
-        step = (0.5 - offset) / count
-        return [quantile(offset + step * i) for i in range(count)]
+        # Probabilities and quotients in float32, as when the published table was made.
+        probabilities = torch.linspace(offset, 0.5, count + 1, dtype=torch.float32)
+        return [quantile(p) for p in probabilities[:-1].tolist()]
 
-    positive = side(half)
-    negative = [-value for value in side(half - 1)]
-    largest = max(positive)
-    return _float32(sorted(value / largest for value in [*positive, 0.0, *negative]))
+    values = torch.tensor(sorted([*side(half), 0.0, *(-value for value in side(half - 1))]))
+    return tuple((values / values.max()).tolist())
 
 
 @functools.cache

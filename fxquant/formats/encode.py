@@ -125,7 +125,8 @@ class _Work:
             for block in range(blocks):
                 self._long_block(block, block * width, width)
         else:
-            step = CHUNK // width if width % 8 == 0 else CHUNK // width // 8 * 8
+            # Whole bytes only: an odd width takes blocks by eight (or is the one block there is).
+            step = max(1, CHUNK // width if width % 8 == 0 else CHUNK // width // 8 * 8)
             for first in range(0, blocks, step):
                 last = min(first + step, blocks)
                 x = self._load(first * width, last * width).view(-1, width)

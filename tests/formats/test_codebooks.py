@@ -33,8 +33,8 @@ def test_fp4_is_e2m1_in_bitsandbytes_order() -> None:
 def test_e4m3_has_every_finite_value_over_448() -> None:
     levels = e4m3()
     assert max(levels) == 1.0
-    assert levels[0b0_1000_000] * 448 == 2.0
-    assert levels[1] == 2.0**-9 / 448
+    assert levels[0b0_1000_000] == torch.tensor(2.0 / 448).item()
+    assert levels[0b1_0000_001] == torch.tensor(-(2.0**-9) / 448).item()
     assert levels[127] == levels[255] == 0.0
     assert len(set(levels)) == 253
 

@@ -134,5 +134,5 @@ def test_parts() -> None:
         ((-1, -1), 3, (0, 1), (2,), (-1, -1, -1)),
     ],
 )
-def test_oriented(block, ndim, n_dims, k_dims, expected) -> None:  # noqa: PLR0917
+def test_oriented(block, ndim, n_dims, k_dims, expected) -> None:
     assert Encoding(8, block=block).oriented(ndim, n_dims, k_dims).block == expected
