@@ -107,6 +107,31 @@ def batched(batch: int, dims: int) -> tuple[Adapter, Adapter | None]:
     return _fold_leading(batch)
 
 
+def leading(batch: int, dims: int) -> tuple[Adapter | None, Adapter | None]:
+    """The same where all matrices of the batch are one: the batch is one more leading dimension.
+
+    Args:
+        batch: Times the matrix is repeated.
+        dims: Dimensions of the activation.
+    """
+    if dims == 1:
+        return _spread_vector(batch), _drop_rows
+    if dims == 2:
+        return _spread_matrix(batch), None
+    return (None if batch == 1 else _spread_leading(batch)), None
+
+
+def _spread_leading(batch: int) -> Adapter:
+    def run(node: fx.Node) -> fx.Node:
+        size = node.meta["val"].shape[-3]
+        if isinstance(size, int) and size == batch:
+            return node
+        sizes = [*_sizes(node, *range(rank(node) - 3)), batch, *_sizes(node, -2, -1)]
+        return emit(node.graph, node, _aten.expand.default, node, sizes)
+
+    return run
+
+
 def _sizes(node: fx.Node, *dims: int) -> list[Any]:
     """Sizes of some dimensions: numbers where they are known, nodes else."""
     shape = node.meta["val"].shape

@@ -72,7 +72,7 @@ def _site(
     reason = _objection(node, view.parameter, both=both, written=written)
     if reason is not None:
         return reason
-    form = products.form(node, side, tuple(view.layout.shape))
+    form = products.form(node, side, view.layout)
     if isinstance(form, str):
         return form
     if not isinstance(form.x, fx.Node):

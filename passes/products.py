@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxquant.passes import adapt
 from fxquant.passes.adapt import Adapter
@@ -39,8 +39,8 @@ class Form:
     bias: fx.Node | None = None
 
 
-# (node, position of the weight among the factors, weight's shape) -> Form, or why there is none.
-Handler = Callable[[fx.Node, int, tuple[int, ...]], "Form | str"]
+# (node, position of the weight among the factors, weight's layout) -> Form, or why there is none.
+Handler = Callable[[fx.Node, int, Tensor], "Form | str"]
 
 
 def factors(node: fx.Node) -> tuple[Any, ...]:
@@ -50,18 +50,18 @@ def factors(node: fx.Node) -> tuple[Any, ...]:
     return args if len(args) == 2 else ()
 
 
-def form(node: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+def form(node: fx.Node, side: int, layout: Tensor) -> Form | str:
     """The product's form, or why it has none.
 
     Args:
         node: The product.
         side: 0 or 1: which of `factors` is the weight.
-        shape: Shape of the weight operand.
+        layout: Shape and strides of the weight operand.
     """
     handler = _HANDLERS.get(_packet(node))
     if handler is None:
         return f"{name(node)} has no quantized form"
-    return handler(node, side, shape)
+    return handler(node, side, layout)
 
 
 def is_product(node: fx.Node) -> bool:
@@ -105,61 +105,66 @@ def _argument(node: fx.Node, position: int, keyword: str, default: Any = None) -
     return node.kwargs.get(keyword, default)
 
 
-def _linear(node: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+def _linear(node: fx.Node, side: int, layout: Tensor) -> Form | str:
     """``linear(x [.., K], W [N, K], b)``, and the parameter as the activation: ``(W xT)``."""
     bias = _argument(node, 2, "bias")
     other = node.args[1 - side]
     if side == 1:
         return Form(other, (None, 0, 1), bias=bias)  # type: ignore[arg-type]
-    if len(shape) != 2 or adapt.rank(other) != 2:
+    if layout.ndim != 2 or adapt.rank(other) != 2:
         return "the parameter is the activation of a linear with more than 2 dimensions"
     after = adapt.chain(adapt.transpose, adapt.add(bias))
     return Form(other, (None, 0, 1), from_out=after)  # type: ignore[arg-type]
 
 
-def _matmul(node: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+def _matmul(node: fx.Node, side: int, layout: Tensor) -> Form | str:
     """``matmul``, ``mm``, ``mv``, ``bmm``: the weight on either side, 2-D or 3-D."""
-    return _product(node.args[1 - side], side, shape)  # type: ignore[arg-type]
+    return _product(node.args[1 - side], side, layout)  # type: ignore[arg-type]
 
 
-def _product(x: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
-    if len(shape) > 3:
-        return f"its weight has {len(shape)} dimensions, and at most 3 can be read"
-    n, k = (-1, -2) if side == 1 else (-2, -1)
-    batch = len(shape) - 3 if len(shape) == 3 else None
+def _product(x: fx.Node, side: int, layout: Tensor) -> Form | str:
+    if layout.ndim > 3:
+        return f"its weight has {layout.ndim} dimensions, and at most 3 can be read"
+    n, k = (layout.ndim - 1, layout.ndim - 2)
     to_x, from_out = None, None
-    vector = adapt.rank(x) == 1
-    if side == 0 and not vector:
-        to_x, from_out = adapt.transpose, adapt.transpose
-    if batch is not None:
-        spread, gather = adapt.batched(shape[0], adapt.rank(x))
+    if side == 0:
+        n, k = k, n
+        if adapt.rank(x) > 1:
+            to_x, from_out = adapt.transpose, adapt.transpose
+    batch = None
+    if layout.ndim == 3:
+        size = layout.shape[0]
+        one_matrix = size == 1 or layout.stride(0) == 0
+        batch = None if one_matrix else 0
+        around = adapt.leading if one_matrix else adapt.batched
+        spread, gather = around(size, adapt.rank(x))
         to_x, from_out = adapt.chain(to_x, spread), adapt.chain(gather, from_out)
-    dims = (batch, len(shape) + n, len(shape) + k)
-    return Form(x, dims, to_x, from_out)
+    return Form(x, (batch, n, k), to_x, from_out)
 
 
-def _addmm(node: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+def _addmm(node: fx.Node, side: int, layout: Tensor) -> Form | str:
     """``beta * b + alpha * (a @ b)``: a bias goes into the kernel, other addends after it."""
     addend, beta, alpha = node.args[0], node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
-    found = _product(node.args[2 - side], side, shape)  # type: ignore[arg-type]
+    found = _product(node.args[2 - side], side, layout)  # type: ignore[arg-type]
     if isinstance(found, str):
         return found
     assert isinstance(addend, fx.Node)
-    n = shape[found.dims[1]]
-    in_kernel = side == 1 and len(shape) == 2 and beta == 1 and alpha == 1
+    n = layout.shape[found.dims[1]]
+    in_kernel = side == 1 and layout.ndim == 2 and beta == 1 and alpha == 1
     if in_kernel and tuple(addend.meta["val"].shape) == (n,):
         return Form(found.x, found.dims, found.to_x, found.from_out, bias=addend)
     after = adapt.chain(found.from_out, adapt.scaled_sum(addend, beta, alpha))
     return Form(found.x, found.dims, found.to_x, after)
 
 
-def _conv(node: fx.Node, side: int, shape: tuple[int, ...]) -> Form | str:
+def _conv(node: fx.Node, side: int, layout: Tensor) -> Form | str:
     """A 1x1 convolution is a product over the channels."""
     if side == 0:
         return "the parameter is the input of a convolution"
-    spatial = len(shape) - 2
-    if any(size != 1 for size in shape[2:]):
-        return f"a convolution with a kernel of {'x'.join(map(str, shape[2:]))} is not a product"
+    spatial = layout.ndim - 2
+    kernel = tuple(layout.shape[2:])
+    if any(size != 1 for size in kernel):
+        return f"a convolution with a kernel of {'x'.join(map(str, kernel))} is not a product"
     stride = _argument(node, 3, "stride", 1)
     padding = _argument(node, 4, "padding", 0)
     convolution = _packet(node) is _aten.convolution

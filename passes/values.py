@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,8 +73,7 @@ def emit(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any)
     node.meta.update({key: like.meta[key] for key in PROVENANCE if key in like.meta})
     real_args, real_kwargs = fx.node.map_arg((args, kwargs), value)
     mode = fake_mode_of(node.all_input_nodes)
-    assert mode is not None
-    with mode, torch.no_grad():
+    with mode or contextlib.nullcontext(), torch.no_grad():
         node.meta["val"] = target(*real_args, **real_kwargs)
     return node
 
