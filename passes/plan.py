@@ -5,14 +5,41 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
 
 from fxquant import errors
 from fxquant.config import DEFAULT_SKIP, Config
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes import products
-from fxquant.passes.context import SKIPPED, Context, LinearSite, PassReport, Refusal
+from fxquant.passes.context import LEFT, SKIPPED, Context, LinearSite, PassReport, Refusal
 from fxquant.schemes import Recipe, get_scheme
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done to one parameter.
+
+    Attributes:
+        scheme: Name of the scheme; ``"custom"`` for a recipe of the user's, ``"packed"`` for a
+            parameter that arrived packed.
+        recipe: What the scheme stands for.
+        encoding: Of the parameter as it is stored.
+    """
+
+    scheme: str
+    recipe: Recipe
+    encoding: Encoding
+
+
+@dataclass(frozen=True)
+class Declined:
+    """Why a parameter is left alone, and the kind of refusal that this is."""
+
+    reason: str
+    kind: str = LEFT
 
 
 def plan(ctx: Context) -> PassReport:
@@ -22,74 +49,70 @@ def plan(ctx: Context) -> PassReport:
         CoverageError: `strict` or `min_coverage` is not met.
     """
     kept = []
-    encodings: dict[int, tuple[str, Recipe, Encoding]] = {}
+    decided: dict[int, Decision] = {}
     for site in ctx.sites:
-        skip = _skipped(ctx.config, site)
-        if skip is not None:
-            ctx.refusals.append(_refusal(site, f"the skip pattern {skip!r} matches", SKIPPED))
+        value = site.parameter.value
+        found = decide(ctx.config, value, _names(site), site.n_dims, site.k_dims)
+        if isinstance(found, Declined):
+            ctx.refusals.append(_refusal(site, found))
             continue
-        key = id(site.parameter.value)
-        if key not in encodings:
-            encodings[key] = _choose(ctx.config, site)
-        site.scheme, site.recipe, encoding = encodings[key]
-        site.operand = dataclasses.replace(site.operand, encoding=encoding)
-        reason = _too_small(site, encoding)
-        if reason is not None:
-            ctx.refusals.append(_refusal(site, reason))
-        else:
-            kept.append(site)
+        decision = decided.setdefault(id(value), found)
+        site.scheme, site.recipe = decision.scheme, decision.recipe
+        site.operand = dataclasses.replace(site.operand, encoding=decision.encoding)
+        kept.append(site)
     ctx.sites = kept
-    _check_coverage(ctx)
+    lost = [refusal for refusal in ctx.refusals if refusal.is_loss]
+    check_coverage(ctx.config, (site.parameter.value.numel() for site in kept), lost)
     return PassReport("plan", len(kept), f"{len(kept)} products to quantize")
 
 
+def decide(
+    config: Config,
+    value: Tensor,
+    names: Sequence[str],
+    n_dims: tuple[int, ...],
+    k_dims: tuple[int, ...],
+) -> Decision | Declined:
+    """What the options say of one parameter.
+
+    Args:
+        config: The options.
+        value: The parameter.
+        names: What patterns are matched against: paths of the module and of the parameter.
+        n_dims: Dimensions of the parameter that make up the outputs.
+        k_dims: Dimensions that make up the inputs.
+    """
+    packed = isinstance(value, PackedWeight)
+    skip = _first(config.skip, names)
+    override = _first(config.overrides, names)
+    if skip is None and override is None and not packed:
+        skip = _first(DEFAULT_SKIP, names)
+    if skip is not None:
+        return Declined(f"the skip pattern {skip!r} matches", SKIPPED)
+    if isinstance(value, PackedWeight):
+        return Decision("packed", Recipe(value.encoding), value.encoding)
+    choice = config.scheme if override is None else config.overrides[override]
+    scheme = "custom" if isinstance(choice, Recipe) else choice
+    recipe = choice if isinstance(choice, Recipe) else get_scheme(choice).recipe
+    encoding = recipe.weight.oriented(value.ndim, n_dims, k_dims)
+    dense = value.numel() * value.element_size()
+    small = packed_bytes(encoding, tuple(value.shape))
+    if small >= dense:
+        return Declined(f"it is too small: {dense} bytes dense would be {small} packed")
+    return Decision(scheme, recipe, encoding)
+
+
 def _names(site: LinearSite) -> tuple[str, ...]:
-    """What patterns are matched against: the module, the parameter, and the parameter's module."""
     name = site.parameter.name
     return tuple({site.module: 0, name: 0, name.rpartition(".")[0]: 0})
 
 
-def _first(patterns: Iterable[str], site: LinearSite) -> str | None:
+def _first(patterns: Iterable[str], names: Iterable[str]) -> str | None:
+    names = [name for name in names if name]
     for pattern in patterns:
-        if any(name and fnmatch.fnmatchcase(name, pattern) for name in _names(site)):
+        if any(fnmatch.fnmatchcase(name, pattern) for name in names):
             return pattern
     return None
-
-
-def _skipped(config: Config, site: LinearSite) -> str | None:
-    """The pattern that leaves a site alone, or None."""
-    asked = _first(config.skip, site)
-    if asked is not None:
-        return asked
-    if _first(config.overrides, site) is not None or isinstance(site.parameter.value, PackedWeight):
-        return None
-    return _first(DEFAULT_SKIP, site)
-
-
-def _choose(config: Config, site: LinearSite) -> tuple[str, Recipe, Encoding]:
-    """Name, recipe and encoding for a parameter; a packed one keeps what it has."""
-    value = site.parameter.value
-    if isinstance(value, PackedWeight):
-        return "packed", Recipe(value.encoding), value.encoding
-    pattern = _first(config.overrides, site)
-    choice = config.scheme if pattern is None else config.overrides[pattern]
-    if isinstance(choice, Recipe):
-        scheme, recipe = "custom", choice
-    else:
-        scheme, recipe = choice, get_scheme(choice).recipe
-    return scheme, recipe, recipe.weight.oriented(value.ndim, site.n_dims, site.k_dims)
-
-
-def _too_small(site: LinearSite, encoding: Encoding) -> str | None:
-    """Why packing a parameter would save nothing, or None."""
-    value = site.parameter.value
-    if isinstance(value, PackedWeight):
-        return None
-    packed = packed_bytes(encoding, tuple(value.shape))
-    dense = value.numel() * value.element_size()
-    if packed < dense:
-        return None
-    return f"it is too small: {dense} bytes dense would be {packed} packed"
 
 
 def packed_bytes(encoding: Encoding, shape: tuple[int, ...]) -> int:
@@ -109,25 +132,34 @@ def packed_bytes(encoding: Encoding, shape: tuple[int, ...]) -> int:
     return total + packed_bytes(encoding.scale, (blocks,)) + offset
 
 
-def _refusal(site: LinearSite, reason: str, kind: str | None = None) -> Refusal:
-    found = Refusal(
-        reason=reason,
+def check_coverage(config: Config, done: Iterable[int], lost: Sequence[Refusal]) -> None:
+    """Holds what was done against `strict` and `min_coverage`.
+
+    Args:
+        config: The options.
+        done: Elements of each weight that is quantized.
+        lost: Products that are left alone and count.
+
+    Raises:
+        CoverageError: One of the two is not met.
+    """
+    reasons = [f"{r.module or r.parameter} ({r.where or r.op}): {r.reason}" for r in lost]
+    if lost and config.strict:
+        raise errors.products_left_alone(reasons)
+    quantized = sum(done)
+    total = quantized + sum(math.prod(refusal.shape) for refusal in lost)
+    share = quantized / total if total else 1.0
+    if share < config.min_coverage:
+        raise errors.coverage_too_low(share, config.min_coverage, reasons)
+
+
+def _refusal(site: LinearSite, declined: Declined) -> Refusal:
+    return Refusal(
+        reason=declined.reason,
         where=site.where,
         module=site.module,
         op=products.name(site.node),
         shape=tuple(site.parameter.value.shape),
         parameter=site.parameter.name,
+        kind=declined.kind,
     )
-    return found if kind is None else dataclasses.replace(found, kind=kind)
-
-
-def _check_coverage(ctx: Context) -> None:
-    lost = [refusal for refusal in ctx.refusals if refusal.is_loss]
-    reasons = [f"{r.module or r.parameter} ({r.where or r.op}): {r.reason}" for r in lost]
-    if lost and ctx.config.strict:
-        raise errors.products_left_alone(reasons)
-    done = sum(site.parameter.value.numel() for site in ctx.sites)
-    total = done + sum(math.prod(refusal.shape) for refusal in lost)
-    share = done / total if total else 1.0
-    if share < ctx.config.min_coverage:
-        raise errors.coverage_too_low(share, ctx.config.min_coverage, reasons)

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._functorch.aot_autograd import aot_module_simplified
 
 from fxquant.config import Config
 from fxquant.formats import PackedWeight, pack
@@ -22,7 +24,8 @@ assert ops  # imported for its registrations
 class Captured:
     """What the pipeline did to each graph of a model, and how often it packed."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, autograd: bool = False, **options: Any) -> None:
+        self.autograd = autograd
         self.config = Config.from_options(options)
         self.contexts: list[Context] = []
         self.packed: dict[tuple[int, Any], PackedWeight] = {}
@@ -44,6 +47,10 @@ class Captured:
         run_pipeline(ctx)
         assert str(gm.graph) == before, "Dynamo's graph was edited"
         self.contexts.append(ctx)
+        if self.autograd:
+            # As Inductor gets it: checkpointing and gradients are settled by AOTAutograd.
+            compiled = aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=_op_by_op)
+            return lambda *a: compiled(*[a[s] if isinstance(s, int) else s for s in ctx.sources])
         return lambda *a: ctx.gm(*[a[s] if isinstance(s, int) else s for s in ctx.sources])
 
     @property
@@ -70,6 +77,10 @@ class Captured:
             finally:
                 for tensor, value in kept:
                     tensor.data.copy_(value)
+
+
+def _op_by_op(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+    return make_boxed_func(gm.forward)
 
 
 def tolerance(dtype: torch.dtype, k: int) -> float:
