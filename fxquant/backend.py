@@ -121,13 +121,17 @@ def _print_kernels(ctx: Context, target: targets.Choice) -> list[launch.Kernel]:
 
 
 def _remember(ctx: Context, target: targets.Choice) -> None:
-    """Files the graph's rows for `fxquant.report`, and says what was left alone."""
+    """Files what was done for `fxquant.report` and `release_weights`, and logs it."""
     rows = [_row(site, target) for site in ctx.sites]
     rows += [
         Row(r.module, r.parameter, r.shape, LEFT_ALONE, reason=r.reason, where=r.where)
         for r in ctx.refusals
     ]
     remember(rows, [bound.value for bound in ctx.parameters.values()])
+    read = {source for source in ctx.sources if isinstance(source, int)}
+    for bound in ctx.parameters.values():
+        if bound.index in read:
+            STORE.keep(bound.value)
     LOG.info("%d products quantized, %d left alone", len(ctx.sites), len(ctx.refusals))
     for refusal in ctx.refusals:
         LOG.info("left alone: %s (%s): %s", refusal.module, refusal.where, refusal.reason)

@@ -17,6 +17,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 QUANTIZED, LEFT_ALONE = "quantized", "left alone"
+PACKED = "packed"
+"""Scheme of a weight that arrived packed: from a file, or by `quantize_`."""
 
 
 @dataclass(frozen=True)
@@ -219,5 +221,15 @@ def report(model: nn.Module) -> Report:
     with _lock:
         for record in _records:
             if any(id(tensor) in mine for tensor in record.alive()):
-                latest.update({row.site: row for row in record.rows})
+                for row in record.rows:
+                    _supersede(latest, row)
     return Report(tuple(latest.values()))
+
+
+def _supersede(latest: dict[tuple[str, str, str], Row], row: Row) -> None:
+    """Takes in a newer row: a compile knows the line, and `quantize_` knew the scheme."""
+    ahead = latest.pop((row.module, row.parameter, ""), None) if row.where else None
+    if row.scheme == PACKED:
+        before = ahead or latest.get(row.site)
+        row = dataclasses.replace(row, scheme=before.scheme if before else PACKED)
+    latest[row.site] = row

@@ -123,8 +123,8 @@ def packed_bytes(encoding: Encoding, shape: tuple[int, ...]) -> int:
         blocks = math.ceil(numel / extent)
     else:
         extents = (*([1] * (len(shape) - len(encoding.block))), *encoding.block)
-        pairs = zip(shape, extents, strict=True)
-        blocks = math.prod(1 if extent == -1 else math.ceil(size / extent) for size, extent in pairs)
+        counts = zip(shape, extents, strict=True)
+        blocks = math.prod(1 if width == -1 else math.ceil(size / width) for size, width in counts)
     total = math.ceil(numel * encoding.bits / 8) + (blocks if encoding.zero_point else 0)
     if encoding.scale is None:
         return total + 4 * blocks

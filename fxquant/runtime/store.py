@@ -40,7 +40,9 @@ def sqnr_db(original: Tensor, packed: PackedWeight) -> float:
     """Signal to quantization noise ratio of a packed weight in dB, infinite when it is exact."""
     signal = noise = 0.0
     dense = packed.dequantize(torch.float32)
-    for want, got in zip(original.flatten().split(_CHUNK), dense.flatten().split(_CHUNK), strict=True):
+    for want, got in zip(
+        original.flatten().split(_CHUNK), dense.flatten().split(_CHUNK), strict=True
+    ):
         exact = want.double()
         signal += float(exact.square().sum())
         noise += float((exact - got).square().sum())
@@ -66,6 +68,7 @@ class WeightStore:
         self._aliases: dict[tuple[Any, ...], weakref.ref[Tensor]] = {}
         self._lock = threading.RLock()
         self._errors: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.packed_count = 0
 
     def get(self, tensor: Tensor, encoding: Encoding) -> PackedWeight | None:
@@ -104,15 +107,31 @@ class WeightStore:
             self._aliases[identity] = weakref.ref(tensor)
             return packed
 
-    def error_db(self, packed: PackedWeight) -> float | None:
+    def error_db(self, packed: Tensor) -> float | None:
         """Signal to quantization noise in dB, None when the original was never here."""
         return self._errors.get(packed)
 
-    def encodings_of(self, tensor: Tensor) -> dict[Encoding, PackedWeight]:
-        """Everything that was packed from this very tensor."""
+    def adopt(self, packed: PackedWeight, parameter: Tensor) -> None:
+        """A module now holds the packed weight as this parameter: what is known of it goes along."""
+        known = self._errors.get(packed)
+        if known is not None:
+            self._errors[parameter] = known
+
+    def packed_from(self, tensor: Tensor) -> PackedWeight | None:
+        """The latest that was packed from a tensor as it is now, or None."""
         with self._lock:
-            entries: dict[Encoding, _Entry] = self._entries.get(tensor, {})
-            return {encoding: entry.packed for encoding, entry in entries.items()}
+            entries: dict[Encoding, _Entry] = self._entries.get(tensor) or self._of_alias(tensor)
+            found = [self.get(tensor, encoding) for encoding in entries]
+            return next((packed for packed in reversed(found) if packed is not None), None)
+
+    def keep(self, tensor: Tensor) -> None:
+        """Notes that a compiled graph reads the original too, so that it must not be freed."""
+        with self._lock:
+            self._kept[tensor] = True
+
+    def is_kept(self, tensor: Tensor) -> bool:
+        """Whether `keep` was called for a tensor."""
+        return tensor in self._kept
 
     def _of_alias(self, tensor: Tensor) -> dict[Encoding, _Entry]:
         ref = self._aliases.get(_identity(tensor))
