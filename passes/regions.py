@@ -70,6 +70,8 @@ class Region:
         point = self.graph.inserting_after(last[0]) if last else self.graph.inserting_before(None)
         with point:
             node = self.graph.placeholder(name)
+        # The target is what the signature spells: only the node's name is a unique identifier.
+        node.target = node.name
         node.meta["val"] = value
         return node
 
