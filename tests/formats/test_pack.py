@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxquant import errors
-from fxquant.formats import Encoding, decode, levels, pack
+from fxquant.formats import Encoding, decode, levels, pack, quantizers
 from fxquant.formats import encode as encode_module
 from fxquant.formats.bits import pack_codes, packed_size, unpack_codes
 from fxquant.formats.blocks import block_grid
@@ -233,6 +233,14 @@ def test_weights_that_cannot_be_packed() -> None:
         pack(torch.zeros(4), Encoding(8, block=(1, -1)))
     with pytest.raises(errors.EncodingError, match="offset must be False"):
         pack(torch.zeros(4), Encoding(8, "dynamic8", offset=True))
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_comparisons_on_other_devices_give_the_same_codes(name: str, monkeypatch) -> None:
+    weight = seeded(33, 65)
+    expected = pack(weight, Encoding(4, name)).tensors()[0]
+    monkeypatch.setattr(quantizers, "climb_with_numpy", quantizers.climb_with_torch)
+    assert torch.equal(pack(weight, Encoding(4, name)).tensors()[0], expected)
 
 
 def test_a_number_alone() -> None:
