@@ -82,12 +82,14 @@ def multi_head_attention(
     Returns:
         The output and, if asked for, the attention weights (averaged over the heads, or by head).
     """
-    weights = qkv_weight.chunk(3)
-    biases = (None, None, None) if qkv_bias is None else qkv_bias.chunk(3)
-    q, k, v = (
-        F.linear(x, w, b).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        for x, w, b in zip((query, key, value), weights, biases, strict=True)
-    )
+    if query is key and key is value:
+        pieces = F.linear(query, qkv_weight, qkv_bias).chunk(3, -1)
+    else:
+        weights = qkv_weight.chunk(3)
+        biases = (None, None, None) if qkv_bias is None else qkv_bias.chunk(3)
+        inputs = (query, key, value)
+        pieces = tuple(map(F.linear, inputs, weights, biases))
+    q, k, v = (piece.unflatten(-1, (num_heads, -1)).transpose(1, 2) for piece in pieces)
     scores = torch.matmul(q * (1 / math.sqrt(embed_dim // num_heads)), k.transpose(-1, -2))
     if mask is not None:
         scores = scores.masked_fill(_spread(mask, mask_type), -math.inf)

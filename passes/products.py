@@ -7,6 +7,7 @@ and to the result after. Nothing is inserted into the graph until `pack` runs th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,7 +69,8 @@ def is_product(node: fx.Node) -> bool:
     """Whether a call multiplies matrices, in ATen or in the user's spelling."""
     if node.op not in ("call_function", "call_method"):
         return False
-    return name(node).removeprefix("aten.") in _NAMES
+    base = name(node).rpartition(".")[2]
+    return base in _NAMES or _PRODUCT_WORD.search(base) is not None
 
 
 def name(node: fx.Node) -> str:
@@ -81,13 +83,14 @@ def name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target))
 
 
+# Custom operators say so in their names: `transformers::grouped_mm_fallback`.
+_PRODUCT_WORD = re.compile(r"(^|_)(mm|bmm|matmul|gemm|linear|einsum)(_|$)")
 _NAMES = frozenset(
     (
-        "linear", "matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm", "mv", "addmv", "einsum",
-        "tensordot", "inner", "__matmul__", "__rmatmul__", "conv1d", "conv2d", "conv3d",
+        "addmm", "addbmm", "baddbmm", "mv", "addmv", "tensordot", "inner", "__matmul__",
+        "__rmatmul__", "conv1d", "conv2d", "conv3d",
         "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "bilinear",
-        "_trilinear", "grouped_mm", "_grouped_mm", "scaled_mm", "_scaled_mm", "chain_matmul",
-        "multi_dot", "linalg_multi_dot", "linalg_matmul", "sparse_mm", "outer", "addr", "ger",
+        "_trilinear", "multi_dot", "linalg_multi_dot", "outer", "addr", "ger",
         "lstm", "gru", "rnn_tanh", "rnn_relu", "multi_head_attention_forward",
         "_transformer_encoder_layer_fwd", "_native_multi_head_attention", "dot", "vdot",
         "baddbmm_", "addmm_", "addbmm_", "addmv_",
