@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from fxquant import __version__, cli, doctor
@@ -23,7 +24,9 @@ import torch
 def main(scheme):
     model = torch.nn.Sequential(torch.nn.Linear(96, 160), torch.nn.GELU(), torch.nn.Linear(160, 32))
     compiled = torch.compile(model, backend="fxquant", options={"scheme": scheme})
-    print("result", tuple(compiled(torch.randn(5, 96)).shape))
+    with torch.inference_mode():
+        out = compiled(torch.randn(5, 96))
+    print("result", tuple(out.shape))
 
 if __name__ == "__main__":
     main(sys.argv[1])
@@ -31,9 +34,10 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(autouse=True)
-def _no_dump(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands set FXQUANT_DUMP for the process; here it ends with the test."""
+def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands set FXQUANT_DUMP for their process, and find nothing compiled in it."""
     monkeypatch.setenv("FXQUANT_DUMP", "")
+    torch.compiler.reset()
 
 
 @pytest.fixture
