@@ -14,15 +14,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from fxquant.codegen.spec import (
     FLOAT_DTYPES,
     OPERAND_DTYPES,
     EpilogueNode,
+    Header,
     KernelSpec,
     WeightOperand,
 )
-from torch import Tensor
-
 from fxquant.formats import decode
 
 Step = tuple[str, tuple[Any, ...]]
@@ -43,21 +44,26 @@ def run(spec: KernelSpec, x: Tensor, weight: Sequence[Tensor], extra: Sequence[T
     return _compiled(spec)(x, weight, extra)
 
 
-def dequantize(operand: WeightOperand, weight: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def operand(weight: WeightOperand, tensors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The logical weight ``[n, k]`` (``[batch, n, k]`` with a batch) in `dtype`."""
-    out = decode(weight, operand.encoding, operand.shape, dtype)
-    for method, args in view_steps(operand):
+    out = decode(tensors, weight.encoding, weight.shape, dtype)
+    for method, args in view_steps(weight):
         out = getattr(out, method)(*args)
     return out
 
 
 def source(spec: KernelSpec) -> str:
-    """The torch code that `run` executes, as an importable module."""
-    operand = spec.weight
-    batched = operand.batch is not None
-    steps = [f".{method}({', '.join(map(str, args))})" for method, args in view_steps(operand)]
+    """The torch code of a spec, as an importable module."""
+    return render(spec, Header())
+
+
+def render(spec: KernelSpec, header: Header) -> str:
+    """The torch code that `run` executes, with what the header says on top."""
+    stored = spec.weight
+    batched = stored.batch is not None
+    steps = [f".{method}({', '.join(map(str, args))})" for method, args in view_steps(stored)]
     lines = [
-        f"def {spec.name}(x, weight, extra):",
+        "def run(x, weight, extra):",
         "    w = decode(weight, ENCODING, SHAPE, torch." + spec.compute_dtype + ")",
     ]
     if steps:
@@ -65,22 +71,22 @@ def source(spec: KernelSpec) -> str:
     if batched:
         lines.append("    rows = x")
     else:
-        lines.append(f"    rows = x.reshape(math.prod(x.shape[:-1]), {operand.k})")
+        lines.append(f"    rows = x.reshape(math.prod(x.shape[:-1]), {stored.k})")
     if spec.x_dtype != spec.compute_dtype:
         lines.append(f"    rows = rows.to(torch.{spec.compute_dtype})")
     lines += [f"    {line}" for line in (_fused_lines(spec) or _exact_lines(spec))]
-    back = "" if batched else f".reshape(*x.shape[:-1], {operand.n})"
+    back = "" if batched else f".reshape(*x.shape[:-1], {stored.n})"
     lines.append(f"    return out{back}")
     head = [
-        f'"""{spec.name}: decode, product and epilogue in torch."""',
+        *header.comment(spec).splitlines(),
         "",
         *([] if batched else ["import math", ""]),
         "import torch",
         "",
         "from fxquant.formats import Encoding, decode",
         "",
-        f"ENCODING = Encoding.from_json({operand.encoding.to_json()!r})",
-        f"SHAPE = {operand.shape}",
+        f"ENCODING = Encoding.from_json({stored.encoding.to_json()!r})",
+        f"SHAPE = {stored.shape}",
         "",
         "",
     ]
@@ -215,4 +221,4 @@ def _compiled(spec: KernelSpec) -> Callable[..., Tensor]:
     namespace: dict[str, Any] = {}
     code = compile(source(spec), f"<fxquant reference {spec.name}>", "exec")
     exec(code, namespace)  # noqa: S102 - text that `source` just printed
-    return namespace[spec.name]
+    return namespace["run"]

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,6 +224,14 @@ class KernelSpec:
         if self.weight.batch is None and any("e" in o.dims for o in self.epilogue.operands):
             raise errors.bad_spec("epilogue operand's dims", "e", "absent without a batch")
 
+    def describe(self) -> str:
+        """One line for people: ``out[m, 384] = x[m, 1536] @ weight.T, then add``."""
+        batch = "" if self.weight.batch is None else f"{self.weight.batch}, "
+        text = f"out[{batch}m, {self.weight.n}] = x[{batch}m, {self.weight.k}] @ weight.T"
+        ops = [node.op.split(".")[1].strip("_") for node in self.epilogue.nodes]
+        text += f", then {', '.join(ops)}" if ops else ""
+        return f"{text} ({self.x_dtype} to {self.out_dtype})"
+
     def to_json(self) -> str:
         """Canonical JSON text: equal specs give equal text."""
         weight = self.weight
@@ -292,3 +301,21 @@ class Header:
     scheme: str = ""
     shapes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def comment(self, spec: KernelSpec) -> str:
+        """The docstring that a printed Python module starts with."""
+        weight = spec.weight
+        lines = [
+            f'"""{spec.name}: {spec.describe()}.',
+            "",
+            "Printed by fxquant. The spec, which fxquant.codegen.reference defines:",
+            *textwrap.wrap(spec.to_json(), 96, initial_indent="  ", subsequent_indent="  "),
+            "",
+            f"Weight: {list(weight.shape)} stored, {weight.encoding}",
+        ]
+        facts = {"Scheme": (self.scheme,), "Modules": self.modules, "Shapes": self.shapes}
+        for title, values in facts.items():
+            if any(values):
+                text = f"{title}: {', '.join(values)}"
+                lines += textwrap.wrap(text, 98, subsequent_indent="  ")
+        return "\n".join([*lines, *self.notes, '"""'])

@@ -1,0 +1,225 @@
+"""Prints ``decode``: one tile of the weight, from codes and scales in memory to registers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from fxquant.codegen.indexing import E, K, N, WeightIndex
+from fxquant.codegen.spec import WeightOperand
+from fxquant.codegen.triton.printer import Lines, index_text, wrap_items
+from fxquant.codegen.triton.tiles import Plan
+from fxquant.formats import Encoding, levels
+
+SMALL_TABLE = 16
+_INT32_LIMIT = 2**31 - 1
+
+
+def parameters(encoding: Encoding) -> list[str]:
+    """The pointers that ``decode`` takes: the encoding's parts, then the tables of its levels."""
+    return [*encoding.parts, *tables(encoding)]
+
+
+def tables(encoding: Encoding) -> dict[str, tuple[float, ...]]:
+    """The codebooks that are read from memory: those of 256 levels."""
+    found = {"levels": levels(encoding)}
+    if encoding.scale is not None:
+        found["scale_levels"] = levels(encoding.scale)
+    return {name: book for name, book in found.items() if book and len(book) > SMALL_TABLE}
+
+
+def print_constants(out: Lines, encoding: Encoding) -> None:
+    """The tables as module constants, in code order."""
+    for name, book in tables(encoding).items():
+        owner = encoding if name == "levels" else encoding.scale
+        assert owner is not None, "scale_levels without an encoding of scales"
+        called = owner.levels if isinstance(owner.levels, str) else "given"
+        out.add("", f"# What the codes of {_subject(name)} stand for: the codebook {called!r}.")
+        out.add(f"{name.upper()} = (", *wrap_items(map(_number, book), 4), ")")
+
+
+def print_decode(
+    out: Lines, weight: WeightOperand, index: WeightIndex, plan: Plan, dtype: str
+) -> None:
+    """The function ``decode`` and the small codebook it looks codes up in."""
+    _Decode(out, weight, index, plan, dtype).print()
+
+
+def _subject(table: str) -> str:
+    return "the weight" if table == "levels" else "the scales"
+
+
+def _number(value: float) -> str:
+    return (
+        repr(float(value)) if value == value and abs(value) != float("inf") else f'float("{value}")'
+    )
+
+
+@dataclass
+class _Decode:
+    """The tile lies as it does in memory: `outer` by `inner`, neighbouring codes along `inner`."""
+
+    out: Lines
+    weight: WeightOperand
+    index: WeightIndex
+    plan: Plan
+    dtype: str
+
+    def __post_init__(self) -> None:
+        self.encoding = self.weight.encoding
+        self.inner = N if self.plan.axis == N else K
+        self.outer = K if self.inner == N else N
+        self.sizes = {N: "BLOCK_N", K: "BLOCK_K"}
+        self.size = self.sizes[self.inner]
+        self.tile = f"{self.sizes[self.outer]}, {self.size}"
+        self.per_byte = self.encoding.codes_per_byte
+        self.whole = {N: self.plan.whole_n, K: self.plan.whole_k}
+
+    def print(self) -> None:
+        self._print_codebook()
+        params = [*parameters(self.encoding), "e", "n0", "k0"]
+        params += ["BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
+        doc = f"The weight at outputs n0 .. and inputs k0 .., [BLOCK_N, BLOCK_K] in {self.dtype}."
+        with self.out.function("decode", params, doc):
+            self._print_indices()
+            if self.plan.axis is None:
+                self._print_single_codes()
+            else:
+                self._print_packed_codes()
+            self._print_level()
+            self._print_scale()
+            product = f"(level * scale).to(tl.{self.dtype})"
+            self.out.add(f"return {product}{'.trans()' if self.inner == N else ''}")
+
+    def _print_codebook(self) -> None:
+        book = levels(self.encoding)
+        if book is None or len(book) > SMALL_TABLE:
+            return
+        called = self.encoding.levels if isinstance(self.encoding.levels, str) else "given"
+        with self.out.function(
+            "codebook", [], f"The level of every code: the codebook {called!r}."
+        ):
+            self.out.add(f"code = tl.arange(0, {len(book)})")
+            self.out.add(f"level = tl.full(({len(book)},), {_number(book[0])}, tl.float32)")
+            for code, level in enumerate(book[1:], 1):
+                self.out.add(f"level = tl.where(code == {code}, {_number(level)}, level)")
+            self.out.add("return level")
+
+    # --- load ---
+
+    def _print_indices(self) -> None:
+        wide = ".to(tl.int64)" if self.weight.last + 2**16 > _INT32_LIMIT else ""
+        if wide:
+            self.out.add("e, n0, k0 = e.to(tl.int64), n0.to(tl.int64), k0.to(tl.int64)")
+        self.out.add("# load")
+        for axis, start in ((N, "n0"), (K, "k0")):
+            if axis == self.outer or self.per_byte == 1 or self.plan.axis is None:
+                self.out.add(
+                    f"{axis} = {start} + tl.arange(0, {self.sizes[axis]}){self._spread(axis)}"
+                )
+
+    def _spread(self, axis: sympy.Symbol) -> str:
+        return "[:, None]" if axis == self.outer else "[None, :]"
+
+    def _print_packed_codes(self) -> None:
+        """Whole bytes, each with neighbouring codes, the first in its high bits."""
+        names = {E: "e", N: "n", K: "k"}
+        count = self.per_byte
+        expr = self.index.byte
+        if count > 1:
+            found = self.index.per_run(expr, self.inner, count)
+            assert found is not None, "the plan's axis packs whole bytes"
+            expr, names[self.inner] = found, "byte"
+            start = f"{self.inner}0 // {count}"
+            self.out.add(f"byte = {start} + tl.arange(0, {self.size} // {count})[None, :]")
+        mask = self._mask(expr, names[self.inner], -(-self._extent(self.inner) // count))
+        self.out.add(f"code = tl.load(codes + ({index_text(expr, names)}){mask})")
+        if count == 2:
+            parts = "tl.join(code >> 4, code & 15)"
+        elif count == 4:
+            parts = "tl.join(tl.join(code >> 6, code >> 2 & 3), tl.join(code >> 4 & 3, code & 3))"
+            self.out.add("# the last axis of a join is its fastest: codes 0 2 beside 1 3")
+        if count > 1:
+            self.out.add(f"code = {parts}.reshape({self.tile})")
+
+    def _print_single_codes(self) -> None:
+        """A byte for every code: where neighbours do not lie in one byte."""
+        names = {E: "e", N: "n", K: "k"}
+        mask = self._mask(self.index.byte, "k", self._extent(K))
+        self.out.add(f"code = tl.load(codes + ({index_text(self.index.byte, names)}){mask})")
+        if self.per_byte > 1:
+            bits = self.encoding.bits
+            place = index_text(self.index.place, names)
+            self.out.add(f"shift = ({self.per_byte - 1} - ({place})) * {bits}")
+            self.out.add(f"code = (code >> shift.to(tl.uint8)) & {2**bits - 1}")
+            self.out.add(f"code = tl.broadcast_to(code, ({self.tile}))")
+
+    def _extent(self, axis: sympy.Symbol) -> int:
+        return self.index.ranges[axis]
+
+    def _mask(self, expr: sympy.Expr, name: str, extent: int) -> str:
+        """The mask of a load at `expr`, whose inner index is called `name`."""
+        tests = []
+        if expr.has(self.outer) and not self.whole[self.outer]:
+            tests.append(f"({self.outer} < {self._extent(self.outer)})")
+        if expr.has(self.inner) and not self.whole[self.inner]:
+            tests.append(f"({name} < {extent})")
+        return f", mask={' & '.join(tests)}, other=0" if tests else ""
+
+    # --- decode ---
+
+    def _print_level(self) -> None:
+        self.out.add("# decode")
+        book = levels(self.encoding)
+        bits, sign = self.encoding.bits, 2 ** (self.encoding.bits - 1)
+        if book is not None and len(book) > SMALL_TABLE:
+            self.out.add("level = tl.load(levels + code.to(tl.int32))")
+        elif book is not None:
+            rows, cols = self.tile.split(", ")
+            self.out.add(f"flat = code.to(tl.int32).reshape({rows} * {cols})")
+            self.out.add(f"level = tl.gather(codebook(), flat, 0).reshape({self.tile})")
+        elif self.encoding.zero_point or bits == 8:
+            self.out.add("level = code.to(tl.float32)")
+        else:
+            self.out.add(f"level = ((code.to(tl.int8) ^ {sign}) - {sign}).to(tl.float32)")
+
+    def _print_scale(self) -> None:
+        """One load a block: a block is at least as long as what `run_of_block` proves."""
+        run = self.index.run_of_block(self.inner, self.plan.run)
+        names = {E: "e", N: "n", K: "k"}
+        name, extent = str(self.inner), self._extent(self.inner)
+        block, nested = self.index.block, self.index.nested
+        if run > 1:
+            block = self.index.per_run(block, self.inner, run)
+            nested = self.index.per_run(nested, self.inner, run)
+            name, extent = "run", -(-extent // run)
+            start = f"{self.inner}0 // {run}"
+            self.out.add(f"run = {start} + tl.arange(0, {self.size} // {run})[None, :]")
+        elif run == 1 and self.per_byte > 1 and self.plan.axis is not None:
+            self.out.add(f"{name} = {name}0 + tl.arange(0, {self.size})[None, :]")
+        names[self.inner] = name
+        mask = self._mask(block, name, extent)
+        self.out.add(f"block = {index_text(block, names)}")
+        if self.encoding.scale is None:
+            self.out.add(f"scale = tl.load(scales + block{mask})")
+        else:
+            coarse = self._mask(nested, name, extent)
+            where = index_text(nested, names)
+            self.out.add(
+                f"scale_code = tl.load(scales + block{mask}).to(tl.int32)",
+                f"coarse = tl.load(nested + ({where}){coarse})",
+                "scale = tl.load(scale_levels + scale_code) * coarse",
+            )
+            if self.encoding.scale.offset:
+                self.out.add("scale += tl.load(offset)")
+        if self.encoding.zero_point:
+            self.out.add(f"zero = tl.load(zeros + block{mask}).to(tl.float32)")
+        for name in ["scale", "zero"][: 2 if self.encoding.zero_point else 1]:
+            if run > 1:
+                rows = self.sizes[self.outer]
+                shape = f"({rows}, {self.size} // {run}, {run})"
+                spread = f"tl.broadcast_to({name}[:, :, None], {shape})"
+                self.out.add(f"{name} = {spread}.reshape({self.tile})")
+        if self.encoding.zero_point:
+            self.out.add("level = level - zero")

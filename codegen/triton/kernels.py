@@ -1,0 +1,174 @@
+"""Prints the skeletons: GEMV, GEMM and the sum over a split, and their common epilogue."""
+
+from __future__ import annotations
+
+from fxquant.codegen.spec import KernelSpec
+from fxquant.codegen.triton import decode
+from fxquant.codegen.triton.ops import PRELUDE, TritonOps
+from fxquant.codegen.triton.printer import Lines, call
+from fxquant.codegen.triton.tiles import Plan
+
+_JIT = '(do_not_specialize=["rows"])'
+_CONSTEXPRS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT")
+_ACTIVATION = ("rows", "x_stride_e", "x_stride_m")
+REDUCE_BLOCK = 128
+
+
+def operand_names(spec: KernelSpec) -> list[str]:
+    """The epilogue's pointers."""
+    return [f"in{number}" for number in range(len(spec.epilogue.operands))]
+
+
+def print_finish(out: Lines, spec: KernelSpec) -> None:
+    """The function ``finish``: the epilogue, and the store."""
+    ops = TritonOps()
+    names = {"%acc": "acc"}
+    body = Lines()
+    for number, operand in enumerate(spec.epilogue.operands):
+        names[f"%in{number}"] = f"value{number}"
+        where, mask = _operand_index(operand.dims, spec.weight.n)
+        kind = "" if operand.dtype in ("float32", "bool") else ".to(tl.float32)"
+        kind = ".to(tl.int1)" if operand.dtype == "bool" else kind
+        body.add(f"value{number} = tl.load(in{number}{where}{mask}){kind}")
+    for number, node in enumerate(spec.epilogue.nodes):
+        names[f"%{number}"] = f"v{number}"
+        text = ops.call(node, names)
+        body.add(f"v{number} = {text[1:-1] if _is_wrapped(text) else text}")
+    for helper in sorted(ops.prelude):
+        out.add("", *PRELUDE[helper].splitlines())
+
+    params = ["acc", *operand_names(spec), "out", "e", "m", "n", "rows"]
+    doc = "The epilogue on the sums of rows m and outputs n, rounded and stored."
+    with out.function("finish", params, doc):
+        out.add(*body.text().splitlines())
+        result = f"{names[spec.epilogue.result]}.to(out.dtype.element_ty)"
+        out.add(
+            f"tl.store(out + ((e * rows + m) * {spec.weight.n} + n), {result}, "
+            f"mask=(m < rows) & (n < {spec.weight.n}))"
+        )
+
+
+def _operand_index(dims: str, n: int) -> tuple[str, str]:
+    """The address of an operand's element, and the mask of its load."""
+    factors = {"": "", "e": "e", "m": "m", "n": "n", "em": "e * rows + m", "en": f"e * {n} + n"}
+    factors |= {"mn": f"m * {n} + n", "emn": f"(e * rows + m) * {n} + n"}
+    tests = [test for axis, test in (("m", "m < rows"), ("n", f"n < {n}")) if axis in dims]
+    mask = " & ".join(f"({test})" for test in tests)
+    return (f" + ({factors[dims]})" if dims else "", f", mask={mask}, other=0" if tests else "")
+
+
+def _is_wrapped(text: str) -> bool:
+    """Whether the outermost parentheses belong together."""
+    depth = 0
+    for position, letter in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 0:
+            return position == len(text) - 1 and text[0] == "("
+    return False
+
+
+def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+    """Few rows: products in registers, summed over the inputs at the end."""
+    with out.function("add", ["x", "y"], "What sums are made of."):
+        out.add("return x + y")
+    doc = "Few rows: every program streams its share of BLOCK_N outputs' weights once."
+    with out.function(f"{spec.name}_gemv", _parameters(spec), doc, _JIT):
+        _print_start(out, spec)
+        out.add(
+            "x_rows = x + e * x_stride_e + m[:, None, None] * x_stride_m",
+            "sums = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)",
+        )
+        with out.block(_loop(spec)):
+            _print_decode_call(out, spec)
+            out.add("k = k0 + tl.arange(0, BLOCK_K)[None, None, :]")
+            mask = "(m < rows)[:, None, None]" + (
+                "" if plan.whole_k else f" & (k < {spec.weight.k})"
+            )
+            out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0)")
+            round_x = _round_x(spec)
+            if round_x:
+                out.add(f"x_tile = x_tile{round_x}")
+            lift = "" if spec.compute_dtype == "float32" else ".to(tl.float32)"
+            out.add(f"sums += x_tile{lift} * w[None, :, :]{lift}")
+        out.add("acc = tl.reduce(sums, 2, add)")
+        _print_end(out, spec, "m[:, None]", "n[None, :]")
+
+
+def print_gemm(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+    """Many rows: the transposed product, so that the decoded weight stays in registers."""
+    doc = "Many rows: weight tile by activation tile on tensor cores, acc is [outputs, rows]."
+    with out.function(f"{spec.name}_gemm", _parameters(spec), doc, _JIT):
+        _print_start(out, spec)
+        out.add(
+            "x_rows = x + e * x_stride_e + m[None, :] * x_stride_m",
+            "acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)",
+        )
+        with out.block(_loop(spec)):
+            _print_decode_call(out, spec)
+            out.add("k = k0 + tl.arange(0, BLOCK_K)[:, None]")
+            mask = "(m < rows)[None, :]" + ("" if plan.whole_k else f" & (k < {spec.weight.k})")
+            out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0){_round_x(spec)}")
+            exact = ', input_precision="ieee"' if spec.compute_dtype == "float32" else ""
+            out.add("# dot", f"acc = tl.dot(w, x_tile, acc{exact})")
+        _print_end(out, spec, "m[None, :]", "n[:, None]")
+
+
+def print_reduce(out: Lines, spec: KernelSpec) -> None:
+    """The sum over a split, always in the same order, and the epilogue."""
+    params = ["partial", *operand_names(spec), "out", "rows", "BLOCK_N: tl.constexpr"]
+    params.append("SPLIT: tl.constexpr")
+    n, batch = spec.weight.n, spec.weight.batch or 1
+    with out.function(f"{spec.name}_reduce", params, "Adds the shares of a split.", _JIT):
+        out.add(
+            "e = tl.program_id(2).to(tl.int64)",
+            "m = tl.program_id(0).to(tl.int64)",
+            "n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]",
+            "acc = tl.full((1, BLOCK_N), 0.0, tl.float32)",
+        )
+        with out.block("for share in range(SPLIT):"):
+            out.add(
+                f"where = ((share * {batch} + e) * rows + m) * {n} + n",
+                f"acc += tl.load(partial + where, mask=n < {n}, other=0.0)",
+            )
+        out.add(call("finish", ["acc", *operand_names(spec), "out", "e", "m", "n", "rows"]))
+
+
+def _parameters(spec: KernelSpec) -> list[str]:
+    pointers = ["x", *decode.parameters(spec.weight.encoding), *operand_names(spec)]
+    constants = [f"{name}: tl.constexpr" for name in _CONSTEXPRS]
+    return [*pointers, "out", "partial", *_ACTIVATION, *constants]
+
+
+def _print_start(out: Lines, spec: KernelSpec) -> None:
+    batched = spec.weight.batch is not None
+    out.add(
+        "m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)",
+        "n0 = tl.program_id(1) * BLOCK_N",
+        "share = tl.program_id(2) % SPLIT",
+        "e = (tl.program_id(2) // SPLIT).to(tl.int64)" if batched else "e = tl.program_id(2) * 0",
+    )
+
+
+def _loop(spec: KernelSpec) -> str:
+    return f"for k0 in range(share * BLOCK_K, {spec.weight.k}, BLOCK_K * SPLIT):"
+
+
+def _print_decode_call(out: Lines, spec: KernelSpec) -> None:
+    args = [*decode.parameters(spec.weight.encoding), "e", "n0", "k0", "BLOCK_N", "BLOCK_K"]
+    out.add("# load and decode", f"w = {call('decode', args)}")
+
+
+def _round_x(spec: KernelSpec) -> str:
+    return "" if spec.x_dtype == spec.compute_dtype else f".to(tl.{spec.compute_dtype})"
+
+
+def _print_end(out: Lines, spec: KernelSpec, m: str, n: str) -> None:
+    batch, outputs = spec.weight.batch or 1, spec.weight.n
+    out.add("# epilogue", "n = n0 + tl.arange(0, BLOCK_N)", f"m, n = {m}, {n}")
+    with out.block("if SPLIT == 1:"):
+        out.add(call("finish", ["acc", *operand_names(spec), "out", "e", "m", "n", "rows"]))
+    with out.block("else:"):
+        out.add(
+            f"where = ((share * {batch} + e) * rows + m) * {outputs} + n",
+            f"tl.store(partial + where, acc, mask=(m < rows) & (n < {outputs}))",
+        )

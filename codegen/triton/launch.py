@@ -1,0 +1,151 @@
+"""Prints ``run``: picks a variant by the number of rows, allocates and launches."""
+
+from __future__ import annotations
+
+from fxquant.codegen.spec import KernelSpec
+from fxquant.codegen.triton import decode
+from fxquant.codegen.triton.kernels import REDUCE_BLOCK, operand_names
+from fxquant.codegen.triton.printer import Lines, call, wrap_items
+from fxquant.codegen.triton.tiles import Plan
+
+_POINTERS = {
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "float32": "*fp32",
+    "uint8": "*u8",
+    "int8": "*i8",
+    "bool": "*i1",
+}
+
+
+def print_types(out: Lines, spec: KernelSpec) -> None:
+    """``TYPES``: what the arguments are, for compiling on a machine without the device."""
+    encoding = spec.weight.encoding
+    signed = encoding.is_uniform and encoding.bits == 8 and not encoding.zero_point
+    types = {"x": spec.x_dtype, "out": spec.out_dtype, "partial": "float32"}
+    parts = {
+        "codes": "int8" if signed else "uint8",
+        "scales": "float32" if encoding.scale is None else "uint8",
+        "nested": "float32",
+        "offset": "float32",
+        "zeros": "uint8",
+    }
+    types |= {part: parts[part] for part in encoding.parts}
+    types |= dict.fromkeys(decode.tables(encoding), "float32")
+    types |= dict(zip(operand_names(spec), (o.dtype for o in spec.epilogue.operands), strict=True))
+    entries = [f'"{name}": "{_POINTERS[dtype]}"' for name, dtype in types.items()]
+    entries += [f'"{name}": "i32"' for name in ("rows", "x_stride_e", "x_stride_m")]
+    out.add("", "", "# What the kernels take; everything in capitals is a constant.")
+    out.add("TYPES = {", *wrap_items(entries, 4), "}")
+
+
+def print_variants(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+    """``VARIANTS``: the kernel and its constants, by the most rows that it is picked for."""
+    out.add("", "# Most rows -> kernel, constants, launch options; the last serves all above too.")
+    out.add("VARIANTS = {")
+    for tile in plan.tiles:
+        constants = f'"BLOCK_M": {tile.rows}, "BLOCK_N": {tile.n}, "BLOCK_K": {tile.k}'
+        options = f'"num_warps": {tile.warps}, "num_stages": {tile.stages}'
+        out.add(
+            f"    {tile.rows}: (",
+            f"        {spec.name}_{tile.kernel},",
+            f'        {{{constants}, "SPLIT": {tile.split}}},',
+            f"        {{{options}}},",
+            "    ),",
+        )
+    out.add("}")
+
+
+def print_reductions(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+    """``REDUCTIONS``: the constants of the kernels that add the shares of a split."""
+    splits = sorted({tile.split for tile in plan.tiles} - {1})
+    entries = [
+        f'{split}: ({spec.name}_reduce, {{"BLOCK_N": {REDUCE_BLOCK}, "SPLIT": {split}}}, '
+        '{"num_warps": 4})'
+        for split in splits
+    ]
+    if entries:
+        out.add("", "# Shares -> the kernel that adds them.", "REDUCTIONS = {")
+        out.add(*(f"    {entry}," for entry in entries), "}")
+
+
+def print_run(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+    """``prepare`` (tables of levels on a device) and ``run``."""
+    tables = list(decode.tables(spec.weight.encoding))
+    if tables:
+        _print_prepare(out, tables)
+    out.add("", "")
+    with out.block("def run(x, weight, extra, out=None):"):
+        out.add('"""The product: x [.., k] to [.., n] ([e, m, k] to [e, m, n] with a batch)."""')
+        _print_views(out, spec)
+        _print_arguments(out, spec, tables)
+        _print_launch(out, spec, splits=plan.splits)
+        out.add("return out")
+
+
+def _print_prepare(out: Lines, tables: list[str]) -> None:
+    values = "".join(f"{name.upper()}, " for name in tables).rstrip(" ")
+    out.add("", "", "@functools.cache")
+    with out.block("def prepare(device):"):
+        out.add(
+            '"""The tables of levels on a device: make them before a CUDA graph is captured."""',
+            f"return [torch.tensor(t, dtype=torch.float32, device=device) for t in ({values})]",
+        )
+
+
+def _print_views(out: Lines, spec: KernelSpec) -> None:
+    """The activation as rows whose inputs are contiguous, and a contiguous result."""
+    weight = spec.weight
+    out.add(f"shape = (*x.shape[:-1], {weight.n})")
+    with out.block("if out is None:"):
+        out.add(f"out = torch.empty(shape, dtype=torch.{spec.out_dtype}, device=x.device)")
+    with out.block("if not out.is_contiguous():"):
+        out.add("return out.copy_(run(x, weight, extra))")
+    if weight.batch is None:
+        out.add(f"x = x.reshape(1, math.prod(x.shape[:-1]), {weight.k})")
+    with out.block("if x.stride(-1) != 1:"):
+        out.add("x = x.contiguous()")
+    out.add("rows = x.shape[1]")
+    with out.block("if rows == 0:"):
+        out.add("return out")
+
+
+def _print_arguments(out: Lines, spec: KernelSpec, tables: list[str]) -> None:
+    parts = ", ".join(spec.weight.encoding.parts)
+    out.add(f"{parts} = weight")
+    if tables:
+        out.add(f"{', '.join(tables)}{',' if len(tables) == 1 else ''} = prepare(x.device)")
+    for number, name in enumerate(operand_names(spec)):
+        out.add(f"{name} = extra[{number}].contiguous()")
+
+
+def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
+    weight = spec.weight
+    batch, operands = weight.batch or 1, operand_names(spec)
+    pointers = [*decode.parameters(weight.encoding), *operands]
+    out.add(
+        "",
+        "most = next((most for most in VARIANTS if rows <= most), max(VARIANTS))",
+        "kernel, tile, options = VARIANTS[most]",
+        'split = tile["SPLIT"]',
+        "partial = out",
+    )
+    if splits:
+        with out.block("if split > 1:"):
+            out.add(
+                f"sums = (split, {batch}, rows, {weight.n})",
+                "partial = torch.empty(sums, dtype=torch.float32, device=x.device)",
+            )
+    out.add(
+        f'grid = (-(-rows // tile["BLOCK_M"]), -(-{weight.n} // tile["BLOCK_N"]), {batch} * split)'
+    )
+    args = ["x", *pointers, "out", "partial", "rows", "x.stride(0)", "x.stride(1)"]
+    with out.block("with torch.cuda.device_of(x):"):
+        out.add("kernel[grid](", *wrap_items([*args, "**tile", "**options"], 4), ")")
+        if not splits:
+            return
+        with out.block("if split > 1:"):
+            out.add("add_shares, tile, options = REDUCTIONS[split]")
+            out.add(f'grid = (rows, -(-{weight.n} // tile["BLOCK_N"]), {batch})')
+            args = ["partial", *operands, "out", "rows", "**tile", "**options"]
+            out.add(call("add_shares[grid]", args))

@@ -1,0 +1,90 @@
+"""Small printers: lines with indentation, and sympy expressions as Triton text."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+
+import sympy
+
+from fxquant.codegen.indexing import Div, Rem
+
+
+class Lines:
+    """Source text in the making."""
+
+    def __init__(self) -> None:
+        self._lines: list[str] = []
+        self._depth = 0
+
+    def add(self, *lines: str) -> None:
+        """Appends lines at the current indentation."""
+        pad = "    " * self._depth
+        self._lines += [(pad + line).rstrip() for line in lines]
+
+    @contextlib.contextmanager
+    def block(self, head: str) -> Iterator[None]:
+        """A line that ends in a colon, and what is inside."""
+        self.add(head)
+        self._depth += 1
+        yield
+        self._depth -= 1
+
+    @contextlib.contextmanager
+    def function(self, name: str, params: Iterable[str], doc: str, jit: str = "") -> Iterator[None]:
+        """A Triton function, its parameters wrapped to the line length."""
+        params = list(params)
+        self.add("", "", f"@triton.jit{jit}")
+        head = f"def {name}({', '.join(params)}):"
+        if len(head) > 100:
+            self.add(f"def {name}(", *wrap_items(params, 4), "):")
+        else:
+            self.add(head)
+        self._depth += 1
+        self.add(f'"""{doc}"""')
+        yield
+        self._depth -= 1
+
+    def text(self) -> str:
+        """All lines, with a newline at the end."""
+        return "\n".join(self._lines).strip("\n") + "\n"
+
+
+def wrap_items(items: Iterable[str], indent: int, width: int = 100) -> list[str]:
+    """Items followed by commas, as many on a line as fit."""
+    lines, line = [], " " * indent
+    for item in items:
+        if line.strip() and len(line) + len(item) + 1 > width:
+            lines.append(line.rstrip())
+            line = " " * indent
+        line += f"{item}, "
+    return [*lines, line.rstrip()]
+
+
+def call(name: str, args: Iterable[str]) -> str:
+    """A call on one line."""
+    return f"{name}({', '.join(args)})"
+
+
+def index_text(expr: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> str:
+    """An index expression as text, every symbol under the name of its tensor."""
+    if expr.is_Add:
+        terms = sorted(expr.args, key=lambda arg: (not arg.free_symbols, -_weight(arg), str(arg)))
+        return " + ".join(index_text(arg, names) for arg in terms)
+    if expr.is_Mul:
+        coefficient, factor = expr.as_coeff_Mul()
+        return f"{_tight(factor, names)} * {coefficient}"
+    if isinstance(expr, Div):
+        return f"{_tight(expr.args[0], names)} // {expr.args[1]}"
+    if isinstance(expr, Rem):
+        return f"{_tight(expr.args[0], names)} % {expr.args[1]}"
+    return names[expr] if expr.is_Symbol else str(expr)
+
+
+def _tight(expr: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> str:
+    text = index_text(expr, names)
+    return text if expr.is_Symbol or expr.is_Integer else f"({text})"
+
+
+def _weight(term: sympy.Expr) -> int:
+    return int(term.as_coeff_Mul()[0])

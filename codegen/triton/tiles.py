@@ -1,0 +1,124 @@
+"""Which tile of a product one program computes, by the number of rows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import sympy
+
+from fxquant.codegen.indexing import K, N, WeightIndex
+from fxquant.codegen.spec import KernelSpec
+
+GEMV_ROWS = (1, 2, 4)
+GEMM_ROWS = (16, 32, 64, 128)
+_ENOUGH_PROGRAMS = 512  # about four on every processor of a large GPU
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One variant of a kernel.
+
+    Attributes:
+        kernel: ``"gemv"`` or ``"gemm"``.
+        rows: Rows of the activation that one program takes.
+        n: Outputs of one program.
+        k: Inputs that it takes at a time.
+        split: Programs that share the inputs of a tile and leave partial sums.
+        warps: Warps of one program.
+        stages: Depth of the software pipeline.
+    """
+
+    kernel: str
+    rows: int
+    n: int
+    k: int
+    split: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All variants of a product, and what they have in common.
+
+    Attributes:
+        tiles: In the order of rows.
+        axis: The axis along which neighbouring codes lie (k or n), None when neither does.
+        whole_n: Every tile divides the outputs: no mask.
+        whole_k: Every tile divides the inputs: no mask.
+        run: The shortest tile along `axis`.
+    """
+
+    tiles: tuple[Tile, ...]
+    axis: sympy.Symbol | None
+    whole_n: bool
+    whole_k: bool
+    run: int
+
+    @property
+    def splits(self) -> bool:
+        """Whether any variant leaves partial sums."""
+        return any(tile.split > 1 for tile in self.tiles)
+
+
+def plan(spec: KernelSpec, index: WeightIndex) -> Plan:
+    """The variants for a spec."""
+    per_byte = spec.weight.encoding.codes_per_byte
+    axis = next((axis for axis in (K, N) if index.packs_along(axis, per_byte)), None)
+    most = 64 if spec.compute_dtype == "float32" else 128
+    tiles = tuple(_gemv(spec, rows, axis) for rows in GEMV_ROWS)
+    tiles += tuple(_gemm(spec, rows) for rows in GEMM_ROWS if rows <= most)
+    n, k = spec.weight.n, spec.weight.k
+    return Plan(
+        tiles,
+        axis,
+        whole_n=all(n % tile.n == 0 for tile in tiles),
+        whole_k=all(k % tile.k == 0 for tile in tiles),
+        run=min((tile.n if axis == N else tile.k) for tile in tiles),
+    )
+
+
+def _gemv(spec: KernelSpec, rows: int, axis: sympy.Symbol | None) -> Tile:
+    """Few rows: 2048 weights at a time, long along the axis that is contiguous in memory."""
+    weight = spec.weight
+    if axis == N:
+        n = min(128, _fit(weight.n, 16))
+        k = max(16, 2048 // n // 4)
+    else:
+        k = _dividing(weight.k, 512, 16)
+        n = min(2048 // k, _fit(weight.n, 1))
+    split = _split(spec, n, k)
+    return Tile("gemv", rows, n, k, split, 4, 2)
+
+
+def _gemm(spec: KernelSpec, rows: int) -> Tile:
+    """Many rows: tensor cores, with the decoded weight as the left operand."""
+    weight = spec.weight
+    wide = spec.compute_dtype == "float32"
+    n = _dividing(weight.n, 128 if rows == 128 else 64, 16)
+    k = _dividing(weight.k, 32 if wide else 64, 16)
+    split = _split(spec, n, k) if rows == GEMM_ROWS[0] else 1
+    return Tile("gemm", rows, n, k, split, 8 if rows == 128 else 4, 3)
+
+
+def _split(spec: KernelSpec, n: int, k: int) -> int:
+    """Shares of the inputs: until there are enough programs, each with two steps at least."""
+    programs = (spec.weight.batch or 1) * math.ceil(spec.weight.n / n)
+    steps = math.ceil(spec.weight.k / k)
+    split = 1
+    while programs * split < _ENOUGH_PROGRAMS and split * 4 <= steps:
+        split *= 2
+    return split
+
+
+def _fit(size: int, least: int) -> int:
+    """The power of two at or above a size."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def _dividing(size: int, most: int, least: int) -> int:
+    """The power of two to cut a size with: one that divides it, unless that is far shorter."""
+    best = min(most, _fit(size, least))
+    divisor = size & -size
+    return divisor if max(least, best // 4) <= divisor < best else best
