@@ -22,7 +22,7 @@ from fxquant.passes.context import (
 )
 from fxquant.passes.normalize import GRAD_ENABLED, TRANSFORMED
 from fxquant.passes.products import Form
-from fxquant.passes.regions import Region
+from fxquant.passes.regions import Region, body_names
 from fxquant.passes.views import View
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,7 +37,7 @@ def match(ctx: Context) -> PassReport:
         for node in region.graph.nodes:
             if products.is_product(node):
                 _look_at(ctx, region, node, written)
-            elif _has_opaque_bodies(region, node):
+            elif _has_opaque_bodies(node):
                 _look_into(ctx, region, node)
     count = len(ctx.sites)
     return PassReport("match", 0, f"{count} products found, {len(ctx.refusals)} left alone")
@@ -120,9 +120,7 @@ def _objection(
     elif bound.node in written:
         reason = "the parameter is written to in the graph"
     elif (
-        value.requires_grad
-        and node.meta.get(GRAD_ENABLED)
-        and not isinstance(value, PackedWeight)
+        value.requires_grad and node.meta.get(GRAD_ENABLED) and not isinstance(value, PackedWeight)
     ):
         reason = (
             "the parameter is trainable: call the model under torch.no_grad(), or freeze the "
@@ -189,17 +187,9 @@ def _targets_of_writes(node: fx.Node) -> list[Any]:
     return out
 
 
-def _has_opaque_bodies(region: Region, node: fx.Node) -> bool:
+def _has_opaque_bodies(node: fx.Node) -> bool:
     """Whether a call runs graphs that passes leave as they are."""
-    return isinstance(node.target, torch._ops.HigherOrderOperator) and not any(
-        name for name in _threaded(node)
-    )
-
-
-def _threaded(node: fx.Node) -> list[fx.Node]:
-    from fxquant.passes.regions import body_names
-
-    return body_names(node)
+    return isinstance(node.target, torch._ops.HigherOrderOperator) and not body_names(node)
 
 
 def _look_into(ctx: Context, region: Region, node: fx.Node) -> None:

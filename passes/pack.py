@@ -13,7 +13,7 @@ from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from fxquant.codegen.spec import Epilogue, KernelSpec
-from fxquant.formats import Encoding, PackedWeight
+from fxquant.formats import PackedWeight
 from fxquant.passes import adapt, regions, values, views
 from fxquant.passes.context import Context, LinearSite, PassReport
 from fxquant.passes.regions import Region
@@ -94,7 +94,13 @@ def _rewrite(
     values.replace(node, out)
 
 
-def _spec(site: LinearSite, x_dtype: torch.dtype, out_dtype: torch.dtype, biased: bool, compute: str | None) -> KernelSpec:
+def _spec(
+    site: LinearSite,
+    x_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    biased: bool,
+    compute: str | None,
+) -> KernelSpec:
     out = _name(out_dtype)
     return KernelSpec(
         weight=site.operand,

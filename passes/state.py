@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from typing_extensions import Self
 
 
 class State:
@@ -23,7 +24,7 @@ class State:
         self._autocasts: dict[fx.Node, Any] = {}
         self._grad_enabled = torch.is_grad_enabled()
 
-    def __enter__(self) -> State:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

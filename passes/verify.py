@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from fxquant import errors
 from fxquant.formats import PackedWeight
 from fxquant.passes.context import Context
+from fxquant.passes.regions import Region, operands
 
 Aliases = set[tuple[int, str]]
 
@@ -69,9 +70,7 @@ def verify(name: str, ctx: Context, before: Aliases) -> None:
         raise errors.broken_graph(name, f"outputs share memory with inputs: {sorted(added)}")
 
 
-def _check_call(name: str, region: Any) -> None:
-    from fxquant.passes.regions import operands
-
+def _check_call(name: str, region: Region) -> None:
     if region.call is None:
         return
     passed, taken = len(operands(region.call)), len(region.placeholders)

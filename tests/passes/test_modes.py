@@ -42,10 +42,9 @@ def gradients(model, x, **options):
     for function in (compiled, model):
         given = x.clone().requires_grad_()
         if function is model:
-            with captured.decoded():
-                with torch.enable_grad():
-                    out = function(given)
-                    out.square().sum().backward()
+            with captured.decoded(), torch.enable_grad():
+                out = function(given)
+                out.square().sum().backward()
         else:
             out = function(given)
             out.square().sum().backward()
@@ -168,7 +167,7 @@ def test_nested_checkpoint_and_other_use():
 
 def test_cond():
     def body(self, x):
-        return torch.cond(x.sum() > 0, lambda y: self.a(y), lambda y: self.a(y.sin()) * 2, (x,))
+        return torch.cond(x.sum() > 0, self.a, lambda y: self.a(y.sin()) * 2, (x,))
 
     x = torch.rand(5, K)
     for given in (x, -x):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.passes.harness import Captured, run
 from torch import nn
+
+from tests.passes.harness import Captured, run
 
 E, N, K = 3, 48, 64
 
@@ -24,9 +25,9 @@ class Spelled(nn.Module):
 
 
 TWO_D = {
-    "linear": ((5, K), (N, K), lambda x, w, b: F.linear(x, w, b)),
-    "linear 3-D": ((2, 5, K), (N, K), lambda x, w, b: F.linear(x, w, b)),
-    "linear vector": ((K,), (N, K), lambda x, w, b: F.linear(x, w, b)),
+    "linear": ((5, K), (N, K), F.linear),
+    "linear 3-D": ((2, 5, K), (N, K), F.linear),
+    "linear vector": ((K,), (N, K), F.linear),
     "linear no bias": ((5, K), (N, K), lambda x, w, b: F.linear(x, w)),
     "linear cast": ((5, K), (N, K), lambda x, w, b: F.linear(x.half(), w.half()).float()),
     "linear of parameter": ((N, K), (5, K), lambda x, w, b: F.linear(w, x, b)),
@@ -64,10 +65,10 @@ TWO_D = {
     "reshape": ((5, K), (4, 12, K), lambda x, w, b: F.linear(x, w.reshape(-1, K))),
     "reshape T": ((5, K), (N, K), lambda x, w, b: x @ w.T.contiguous().view(K, N)),
     "cast": ((5, K), (N, K), lambda x, w, b: F.linear(x.bfloat16(), w.to(torch.bfloat16))),
-    "conv1d": ((2, K, 9), (N, K, 1), lambda x, w, b: F.conv1d(x, w, b)),
-    "conv1d unbatched": ((K, 9), (N, K, 1), lambda x, w, b: F.conv1d(x, w, b)),
+    "conv1d": ((2, K, 9), (N, K, 1), F.conv1d),
+    "conv1d unbatched": ((K, 9), (N, K, 1), F.conv1d),
     "conv1d same": ((2, K, 9), (N, K, 1), lambda x, w, b: F.conv1d(x, w, b, padding="same")),
-    "conv2d": ((2, K, 3, 5), (N, K, 1, 1), lambda x, w, b: F.conv2d(x, w, b)),
+    "conv2d": ((2, K, 3, 5), (N, K, 1, 1), F.conv2d),
     "conv2d no bias": ((2, K, 3, 5), (N, K, 1, 1), lambda x, w, b: F.conv2d(x, w)),
     "conv2d of linear": ((2, K, 3, 5), (N, K), lambda x, w, b: F.conv2d(x, w[..., None, None])),
     "both ways": ((5, K), (N, K), lambda x, w, b: F.linear(x, w) @ w),
@@ -122,7 +123,7 @@ def test_dtypes_and_schemes(scheme: str, dtype: torch.dtype) -> None:
 
 
 REFUSED = {
-    "conv 3": ((2, K, 9), (N, K, 3), lambda x, w, b: F.conv1d(x, w, b), "kernel of 3"),
+    "conv 3": ((2, K, 9), (N, K, 3), F.conv1d, "kernel of 3"),
     "stride": ((2, K, 9), (N, K, 1), lambda x, w, b: F.conv1d(x, w, b, stride=2), "stride"),
     "padding": ((2, K, 9), (N, K, 1), lambda x, w, b: F.conv1d(x, w, b, padding=1), "padding"),
     "groups": ((2, K, 9), (N, K // 2, 1), lambda x, w, b: F.conv1d(x, w, b, groups=2), "groups"),
