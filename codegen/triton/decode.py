@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import sympy
@@ -51,9 +52,7 @@ def _subject(table: str) -> str:
 
 
 def _number(value: float) -> str:
-    return (
-        repr(float(value)) if value == value and abs(value) != float("inf") else f'float("{value}")'
-    )
+    return repr(float(value)) if math.isfinite(value) else f'float("{value}")'
 
 
 @dataclass
