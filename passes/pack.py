@@ -61,7 +61,7 @@ class _PackedInputs:
         fake = self.mode.from_tensor(tensor, static_shapes=True)
         node = self.root.append_placeholder(re.sub(r"\W", "_", name), fake)
         # AOTAutograd reads both of an input that Dynamo did not make: no source, and static.
-        node._dynamo_source = None  # type: ignore[attr-defined]
+        node._dynamo_source = None
         node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
         node.meta["example_value"] = fake
         context = TracingContext.try_get()
@@ -130,7 +130,7 @@ def _drop_dead(ctx: Context, region: Region) -> None:
     for node in reversed(list(region.graph.nodes)):
         if not node.users and views.is_view(node) and views.resolve(ctx, region, node):
             region.graph.erase_node(node)
-    if region.call is None or region is not region.siblings[0]:
+    if region.parent is None or region.call is None or region is not region.siblings[0]:
         return
     placeholders = [sibling.placeholders for sibling in region.siblings]
     kept = []

@@ -61,9 +61,15 @@ def plan(ctx: Context) -> PassReport:
         site.operand = dataclasses.replace(site.operand, encoding=decision.encoding)
         kept.append(site)
     ctx.sites = kept
-    lost = [refusal for refusal in ctx.refusals if refusal.is_loss]
+    lost = [refusal for refusal in ctx.refusals if refusal.is_loss and not _meant(ctx, refusal)]
     check_coverage(ctx.config, (site.parameter.value.numel() for site in kept), lost)
     return PassReport("plan", len(kept), f"{len(kept)} products to quantize")
+
+
+def _meant(ctx: Context, refusal: Refusal) -> bool:
+    """Whether a skip pattern names a product that could not have been quantized anyway."""
+    patterns = (*ctx.config.skip, *DEFAULT_SKIP)
+    return _first(patterns, (refusal.module, refusal.parameter)) is not None
 
 
 def decide(

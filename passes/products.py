@@ -129,7 +129,8 @@ def _product(x: fx.Node, side: int, layout: Tensor) -> Form | str:
     if layout.ndim > 3:
         return f"its weight has {layout.ndim} dimensions, and at most 3 can be read"
     n, k = (layout.ndim - 1, layout.ndim - 2)
-    to_x, from_out = None, None
+    to_x: Adapter | None = None
+    from_out: Adapter | None = None
     if side == 0:
         n, k = k, n
         if adapt.rank(x) > 1:
@@ -147,7 +148,9 @@ def _product(x: fx.Node, side: int, layout: Tensor) -> Form | str:
 
 def _addmm(node: fx.Node, side: int, layout: Tensor) -> Form | str:
     """``beta * b + alpha * (a @ b)``: a bias goes into the kernel, other addends after it."""
-    addend, beta, alpha = node.args[0], node.kwargs.get("beta", 1), node.kwargs.get("alpha", 1)
+    addend = node.args[0]
+    beta: Any = node.kwargs.get("beta", 1)
+    alpha: Any = node.kwargs.get("alpha", 1)
     found = _product(node.args[2 - side], side, layout)  # type: ignore[arg-type]
     if isinstance(found, str):
         return found

@@ -98,7 +98,7 @@ def operands(call: fx.Node) -> list[Any]:
 def set_operands(call: fx.Node, values: list[Any]) -> None:
     """Changes what a call passes to its bodies."""
     if call.target.name() == "cond":  # type: ignore[union-attr]
-        call.args = (*call.args[:3], type(call.args[3])(values))  # type: ignore[call-arg]
+        call.args = (*call.args[:3], tuple(values))
     else:
         call.args = (call.args[0], *values)
 
@@ -154,7 +154,7 @@ def _copied_module(gm: fx.GraphModule) -> fx.GraphModule:
     graph.output_node().meta.update(old_output.meta)
     for old, new in mapped.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
         if "val" not in new.meta:
             new.meta["val"] = new.meta.get("example_value")
     out = fx.GraphModule(gm, graph, type(gm).__name__)

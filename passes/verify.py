@@ -80,12 +80,14 @@ def _check_call(name: str, region: Region) -> None:
 
 
 def _check_input(name: str, node: fx.Node, given: Any) -> None:
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     if not isinstance(given, Tensor):
         return
     fits = isinstance(value, Tensor) and value.ndim == given.ndim and value.dtype == given.dtype
-    sizes = zip(value.shape, given.shape, strict=False) if fits else ()
-    if not fits or any(isinstance(a, int) and a != b for a, b in sizes):
+    if fits:
+        sizes = zip(value.shape, given.shape, strict=True)
+        fits = not any(isinstance(a, int) and a != b for a, b in sizes)
+    if not fits:
         reason = f"{node.name} is {_said(value)}, its input {_said(given)}"
         raise errors.broken_graph(name, reason)
 

@@ -96,7 +96,9 @@ def _replayed(node: fx.Node, layout: Any) -> Any:
     if layout is None:
         return None
     if node.target is operator.getitem:
-        return layout[node.args[1]] if isinstance(layout, (tuple, list)) else None
+        position = node.args[1]
+        pieces = isinstance(layout, (tuple, list)) and isinstance(position, int)
+        return layout[position] if pieces else None
     packet = node.target.overloadpacket  # type: ignore[union-attr]
     if packet in _COPIES:
         return layout
