@@ -3,5 +3,6 @@
 from fxquant.formats.decode import decode, levels
 from fxquant.formats.encoding import Encoding
 from fxquant.formats.packed import PackedWeight, pack
+from fxquant.formats.quality import sqnr_db
 
-__all__ = ["Encoding", "PackedWeight", "decode", "levels", "pack"]
+__all__ = ["Encoding", "PackedWeight", "decode", "levels", "pack", "sqnr_db"]

@@ -114,16 +114,16 @@ def load_module(name: str, source: str) -> ModuleType:
     from fxquant._version import __version__
 
     key = cache.key_of(__version__, "python", source)
-    folder = cache.get_or_build(
-        "triton", key, lambda path: _write_module(path, name, source)
-    )
+    folder = cache.get_or_build("triton", key, lambda path: _write_module(path, name, source))
     qualified = f"fxquant_kernels.{name}_{key}"
     with _LOADING:
         if qualified in sys.modules:
             return sys.modules[qualified]
         spec = importlib.util.spec_from_file_location(qualified, folder / f"{name}.py")
         if spec is None or spec.loader is None:
-            raise errors.unwritable_folder("kernel cache", folder, cache.ENVIRONMENT, "not readable")
+            raise errors.unwritable_folder(
+                "kernel cache", folder, cache.ENVIRONMENT, "not readable"
+            )
         module = importlib.util.module_from_spec(spec)
         sys.modules[qualified] = module
         try:

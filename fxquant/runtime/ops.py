@@ -51,7 +51,9 @@ def _linear_fake(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str
     return x.new_empty((*x.shape[:-1], parsed.weight.n), dtype=getattr(torch, parsed.out_dtype))
 
 
-def _dequantize(weight: list[Tensor], encoding: str, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _dequantize(
+    weight: list[Tensor], encoding: str, shape: list[int], dtype: torch.dtype
+) -> Tensor:
     return decode(weight, parse_encoding(encoding), tuple(shape), dtype)
 
 
@@ -68,7 +70,7 @@ def _sum_to_operand(grad: Tensor, operand: EpilogueOperand, axes: str) -> Tensor
     return grad.sum(drop) if drop else grad
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, list[Tensor | None], None]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients of the product and of an added bias.
 
     Before autograd an epilogue is empty or adds a bias: other pointwise work is fused afterwards.
@@ -78,18 +80,22 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, list[Tensor 
     grad_x = None
     if needs_x:
         compute = getattr(torch, spec.compute_dtype)
-        dense = reference.dequantize(spec.weight, list(ctx.saved_tensors), compute)
+        dense = reference.operand(spec.weight, list(ctx.saved_tensors), compute)
         grad_x = torch.matmul(grad.to(compute), dense).to(getattr(torch, spec.x_dtype))
     axes = "emn" if spec.weight.batch is not None else "mn"
     rows = grad if spec.weight.batch is not None else grad.reshape(-1, spec.weight.n)
-    wanted = needs_extra if isinstance(needs_extra, (list, tuple)) else [needs_extra] * len(ctx.extra_meta)
+    wanted = (
+        needs_extra
+        if isinstance(needs_extra, (list, tuple))
+        else [needs_extra] * len(ctx.extra_meta)
+    )
     grad_extra: list[Tensor | None] = [
         _sum_to_operand(rows, operand, axes).to(dtype).reshape(shape) if need else None
         for operand, (shape, dtype), need in zip(
             spec.epilogue.operands, ctx.extra_meta, wanted, strict=True
         )
     ]
-    return grad_x, None, grad_extra, None
+    return grad_x, [None] * len(spec.weight.encoding.parts), grad_extra, None
 
 
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")

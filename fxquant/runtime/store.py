@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxquant.formats import Encoding, PackedWeight, pack
+from fxquant.formats import Encoding, PackedWeight, pack, sqnr_db
 
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -34,21 +31,6 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
         tensor.dtype,
         tensor.device,
     )
-
-
-def sqnr_db(original: Tensor, packed: PackedWeight) -> float:
-    """Signal to quantization noise ratio of a packed weight in dB, infinite when it is exact."""
-    signal = noise = 0.0
-    dense = packed.dequantize(torch.float32)
-    for want, got in zip(
-        original.flatten().split(_CHUNK), dense.flatten().split(_CHUNK), strict=True
-    ):
-        exact = want.double()
-        signal += float(exact.square().sum())
-        noise += float((exact - got).square().sum())
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def _version(tensor: Tensor) -> int:
@@ -99,7 +81,7 @@ class WeightStore:
                 return found
             packed = pack(tensor.detach(), encoding, name=name)
             self.packed_count += 1
-            self._errors[packed] = sqnr_db(tensor.detach(), packed)
+            self._errors[packed] = sqnr_db(tensor, packed)
             identity = _identity(tensor)
             entry = _Entry(packed, _version(tensor), identity)
             self._entries.setdefault(tensor, {})[encoding] = entry
