@@ -16,10 +16,10 @@ from torch._inductor.compile_fx import compile_fx
 from fxquant._version import __version__
 from fxquant.codegen import Header
 from fxquant.config import Config
-from fxquant.formats import PackedWeight
 from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.fuse import Fuse
+from fxquant.passes.sources import PackedPart, gather
 from fxquant.report import LEFT_ALONE, QUANTIZED, Row, remember
 from fxquant.runtime import dump, launch, ops, targets
 from fxquant.runtime.store import STORE
@@ -69,14 +69,15 @@ class CompiledGraph:
 
     Args:
         compiled: Takes the rewritten graph's inputs.
-        sources: For each of them: a position among Dynamo's inputs, or the packed tensor.
+        sources: For each of them: a position among Dynamo's inputs, or the part of a
+            packed parameter.
         kernels: What it runs.
     """
 
     def __init__(
         self,
         compiled: Callable[..., Any],
-        sources: Sequence[int | Tensor],
+        sources: Sequence[int | PackedPart],
         kernels: Sequence[launch.Kernel],
     ) -> None:
         self.compiled = compiled
@@ -87,9 +88,7 @@ class CompiledGraph:
         """Runs the graph on Dynamo's inputs."""
         if launch.is_recording():
             launch.record(self.kernels)
-        return self.compiled(
-            *[args[source] if isinstance(source, int) else source for source in self.sources]
-        )
+        return self.compiled(*gather(self.sources, args))
 
 
 def _device_of(ctx: Context) -> torch.device:

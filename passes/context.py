@@ -12,6 +12,7 @@ from fxquant.codegen.spec import WeightOperand
 from fxquant.config import Config
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes.regions import Region
+from fxquant.passes.sources import PackedPart
 from fxquant.schemes import Recipe
 
 # Kinds of refusals that `strict` and `min_coverage` do not count.
@@ -123,7 +124,7 @@ class Context:
         config: The options.
         pack_weight: ``(tensor, encoding, name) -> PackedWeight``: packs, or finds what was packed.
         sources: For each of the final inputs: the position among Dynamo's inputs that it comes
-            from, or the packed tensor itself.
+            from, or the part of a packed parameter; `sources.gather` serves a call.
         regions: The graph and the bodies of its higher-order ops, the outermost first.
         parameters: Bound parameters by their placeholder in the outermost graph.
         sites: Products to quantize.
@@ -135,7 +136,7 @@ class Context:
     inputs: list[Any]
     config: Config
     pack_weight: Callable[[Tensor, Encoding, str], PackedWeight]
-    sources: list[int | Tensor] = field(default_factory=list)
+    sources: list[int | PackedPart] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
     parameters: dict[fx.Node, BoundParameter] = field(default_factory=dict)
     sites: list[LinearSite] = field(default_factory=list)

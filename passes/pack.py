@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import weakref
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
 from fxquant.codegen.spec import Epilogue, KernelSpec
-from fxquant.formats import PackedWeight
+from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes import adapt, regions, values, views
-from fxquant.passes.context import Context, LinearSite, PassReport
+from fxquant.passes.context import BoundParameter, Context, LinearSite, PassReport
 from fxquant.passes.regions import Region
+from fxquant.passes.sources import PackedPart
 
 _fxquant = torch.ops.fxquant
 
@@ -29,7 +31,7 @@ def pack(ctx: Context) -> PassReport:
         site.packed = ctx.pack_weight(
             site.parameter.value, site.operand.encoding, site.parameter.name
         )
-        _rewrite(site, inputs.of(site.packed, site.parameter.name), names, ctx.config.compute_dtype)
+        _rewrite(site, inputs.of(site.packed, site.parameter), names, ctx.config.compute_dtype)
     for region in reversed(ctx.regions):
         _drop_dead(ctx, region)
     _dequantize_other_uses(ctx, inputs)
@@ -37,24 +39,40 @@ def pack(ctx: Context) -> PassReport:
     for region in reversed(ctx.regions):
         region.gm.recompile()
     count = len(ctx.sites)
-    return PassReport("pack", count, f"{count} products rewritten on {len(inputs.by_id)} weights")
+    weights = len(inputs.placeholders)
+    return PassReport("pack", count, f"{count} products rewritten on {weights} weights")
 
 
 class _PackedInputs:
-    """Placeholders for packed tensors: one set for each packed weight, whoever uses it."""
+    """Placeholders for packed tensors: one set for each packed parameter, whoever uses it."""
 
     def __init__(self, ctx: Context) -> None:
         self.root = ctx.regions[0]
-        self.by_id: dict[int, list[fx.Node]] = {}
-        self.tensors: dict[fx.Node, Tensor] = {}
+        self.placeholders: dict[tuple[int, Encoding], list[fx.Node]] = {}
+        self.tensors: dict[fx.Node, PackedPart] = {}
+        self.pack_weight = ctx.pack_weight
         self.mode = values.fake_mode_of(self.root.placeholders)
 
-    def of(self, packed: PackedWeight, name: str) -> list[fx.Node]:
+    def of(self, packed: PackedWeight, bound: BoundParameter) -> list[fx.Node]:
         """The placeholders in the outermost graph, in the order of ``Encoding.parts``."""
-        if id(packed) not in self.by_id:
+        key = (bound.index, packed.encoding)
+        if key not in self.placeholders:
+            nodes = []
             parts = zip(packed.encoding.parts, packed.tensors(), strict=True)
-            self.by_id[id(packed)] = [self._add(f"{name}_{part}", t) for part, t in parts]
-        return self.by_id[id(packed)]
+            for position, (part, tensor) in enumerate(parts):
+                node = self._add(f"{bound.name}_{part}", tensor)
+                self.tensors[node] = PackedPart(
+                    bound.index,
+                    position,
+                    tensor,
+                    packed.encoding,
+                    bound.name,
+                    self.pack_weight,
+                    weakref.ref(bound.value),
+                )
+                nodes.append(node)
+            self.placeholders[key] = nodes
+        return self.placeholders[key]
 
     def _add(self, name: str, tensor: Tensor) -> fx.Node:
         assert self.mode is not None
@@ -71,7 +89,6 @@ class _PackedInputs:
             context.tensor_to_context[tensor] = StatefulSymbolicContext(
                 dynamic_sizes=dims, tensor_source=ConstantSource(node.name)
             )
-        self.tensors[node] = tensor
         return node
 
 
@@ -152,7 +169,7 @@ def _dequantize_other_uses(ctx: Context, inputs: _PackedInputs) -> None:
     for node, bound in ctx.parameters.items():
         if not isinstance(bound.value, PackedWeight) or not node.users:
             continue
-        parts = inputs.of(bound.value, bound.name)
+        parts = inputs.of(bound.value, bound)
         value = values.value(node)
         users = list(node.users)
         with node.graph.inserting_after(inputs.root.placeholders[-1]):
@@ -171,7 +188,7 @@ def _settle_inputs(ctx: Context, inputs: _PackedInputs) -> None:
     dynamo_inputs = list(ctx.inputs)
     for index, node in enumerate(inputs.root.placeholders):
         if node in inputs.tensors:
-            used.append(inputs.tensors[node])
+            used.append(inputs.tensors[node].tensor)
             ctx.sources.append(inputs.tensors[node])
         elif node in ctx.parameters and not node.users:
             inputs.root.graph.erase_node(node)

@@ -16,6 +16,7 @@ from fxquant.config import Config
 from fxquant.formats import PackedWeight, pack
 from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context
+from fxquant.passes.sources import gather
 from fxquant.runtime import ops
 
 assert ops  # imported for its registrations
@@ -50,8 +51,8 @@ class Captured:
         if self.autograd:
             # As Inductor gets it: checkpointing and gradients are settled by AOTAutograd.
             compiled = aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=_op_by_op)
-            return lambda *a: compiled(*[a[s] if isinstance(s, int) else s for s in ctx.sources])
-        return lambda *a: ctx.gm(*[a[s] if isinstance(s, int) else s for s in ctx.sources])
+            return lambda *a: compiled(*gather(ctx.sources, a))
+        return lambda *a: ctx.gm(*gather(ctx.sources, a))
 
     @property
     def sites(self) -> list[Any]:

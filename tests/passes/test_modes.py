@@ -320,3 +320,42 @@ def test_dynamic_batch_compiles_once():
                 compare(got, model(x))
     assert len(captured.contexts) == 1
     assert len(captured.packed) == 2
+
+
+class Broken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(K, K)
+
+    def forward(self, x):
+        x = self.inner(x)
+        torch._dynamo.graph_break()
+        return x + self.inner(x.relu())
+
+
+def test_one_graph_for_many_blocks_reads_the_weights_of_each():
+    """Dynamo reuses a graph for other parameters: it does not guard on which one it passes."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, captured = nn.Sequential(Broken(), Broken(), Broken()), Captured()
+    compiled = torch.compile(model, backend=captured.backend)
+    x = torch.randn(3, K)
+    with torch.no_grad():
+        for _ in range(2):
+            got = compiled(x)
+            with captured.decoded():
+                compare(got, model(x))
+    assert len(captured.packed) == 3
+    assert len(captured.contexts) < 6
+
+
+def test_a_parameter_passed_as_an_argument_is_not_baked_in():
+    torch._dynamo.reset()
+    captured = Captured()
+    compiled = torch.compile(lambda x, w: x @ w, backend=captured.backend, fullgraph=True)
+    x = torch.randn(3, K)
+    weights = [nn.Parameter(torch.randn(K, N), requires_grad=False) for _ in range(2)]
+    for weight in weights:
+        got = compiled(x, weight)
+        compare(got, x @ captured.dense[id(weight)][1])
+    assert len(captured.packed) == 2
