@@ -214,11 +214,15 @@ class _Decode:
                 self.out.add("scale += tl.load(offset)")
         if self.encoding.zero_point:
             self.out.add(f"zero = tl.load(zeros + block{mask}).to(tl.float32)")
-        for name in ["scale", "zero"][: 2 if self.encoding.zero_point else 1]:
-            if run > 1:
-                rows = self.sizes[self.outer]
-                shape = f"({rows}, {self.size} // {run}, {run})"
-                spread = f"tl.broadcast_to({name}[:, :, None], {shape})"
-                self.out.add(f"{name} = {spread}.reshape({self.tile})")
+        if run > 1:
+            self._print_spread(run)
         if self.encoding.zero_point:
             self.out.add("level = level - zero")
+
+    def _print_spread(self, run: int) -> None:
+        """One scale a run becomes one an element; a tile of a single run broadcasts by itself."""
+        shape = f"({self.sizes[self.outer]}, {self.size} // {run}, {run})"
+        with self.out.block(f"if {self.size} > {run}:"):
+            for name in ("scale", "zero") if self.encoding.zero_point else ("scale",):
+                spread = f"tl.broadcast_to({name}[:, :, None], {shape})"
+                self.out.add(f"{name} = {spread}.reshape({self.tile})")

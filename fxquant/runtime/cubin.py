@@ -105,7 +105,7 @@ def compile_for(target: str, module: ModuleType, build: Build) -> Binary:
 
 
 def _is_aligned(name: str, kind: str) -> bool:
-    """Whether torch's allocator (pointers) or the usual sizes (strides) make it a multiple of 16."""
+    """Whether torch's allocator (pointers) or usual sizes (strides) make it divisible by 16."""
     return kind.startswith("*") or name.startswith("x_stride")
 
 
@@ -134,6 +134,8 @@ def _cuobjdump(option: str, path: Path) -> str:
 
 def _read_amdgcn(text: str, shared: int) -> Binary:
     notes = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
-    instructions = Counter(re.findall(r"^\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+)\b", text, re.M))
+    instructions = Counter(
+        re.findall(r"^\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+)\b", text, re.MULTILINE)
+    )
     spills = notes.get("vgpr_spill_count", 0) + notes.get("sgpr_spill_count", 0)
     return Binary(notes.get("vgpr_count", 0), spills, shared, instructions)

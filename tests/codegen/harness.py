@@ -74,18 +74,42 @@ def operands(spec: KernelSpec, rows: int, seed: int = 2) -> list[Tensor]:
     return made
 
 
-def tolerance(spec: KernelSpec, x: Tensor, weight: Tensor) -> Tensor:
-    """How far two right ways to sum may be apart, element by element.
+def plain_epilogue(spec: KernelSpec, acc: Tensor, extra: list[Tensor]) -> Tensor:
+    """The epilogues of `tests.codegen.specs.epilogues`, written by hand."""
+    if not extra:
+        return acc
+    first = extra[0].unsqueeze(-2) if spec.epilogue.operands[0].dims == "en" else extra[0]
+    if len(extra) == 1:
+        return acc + first
+    return torch.sigmoid(acc * first) + 2 * extra[1]
 
-    Two float32 sums of k products differ by at most ``2 k u sum|x||w|`` (Higham, Accuracy and
-    Stability of Numerical Algorithms, equation 3.5, u = 2^-24). A float32 weight may differ by
-    three roundings (the scale's multiply-add is fused or not), and then round to the neighbour in
-    the dtype of the product: one unit in its last place.
+
+def bound(
+    spec: KernelSpec, x: Tensor, weight: Tensor, extra: list[Tensor], *, decoded_apart: bool = False
+) -> Tensor:
+    """How far a result may be from the exact one, element by element.
+
+    A float32 sum of k products errs by at most ``k u sum|x||w|`` (Higham, Accuracy and Stability
+    of Numerical Algorithms, section 3.1, u = 2^-24); with `decoded_apart` the weights may be apart
+    by the three roundings of a decode in float32, which can move one to the neighbour in the dtype
+    of the product. Through ``sigmoid(acc * gate)`` an error grows by at most gate / 4; every
+    operation of the epilogue rounds once; the result is rounded to its dtype.
     """
-    magnitude = (x.double().abs() @ weight.double().abs().transpose(-1, -2)).float()
-    ulp = {"float32": 3 * 2.0**-24, "float16": 2.0**-10, "bfloat16": 2.0**-7}[spec.compute_dtype]
-    out = torch.finfo(getattr(torch, spec.out_dtype)).eps
-    return magnitude * (2 * spec.weight.k * 2.0**-24 + ulp) + (magnitude + 1) * out
+    magnitude = x.double().abs() @ weight.double().abs().transpose(-1, -2)
+    unit = 2.0**-24
+    moved = 0.0
+    if decoded_apart:
+        moved = 4 * unit + (0.0 if spec.compute_dtype == "float32" else 2.0**-10)
+    error = magnitude * (spec.weight.k * unit + moved)
+    reach = magnitude
+    for number, value in enumerate(extra):
+        dims = spec.epilogue.operands[number].dims
+        value = value.double().abs()
+        reach = reach + 2 * (value.unsqueeze(-2) if dims == "en" else value)
+    if len(extra) == 2:
+        error = error * extra[0].double().abs() / 4 + magnitude * extra[0].double().abs() * unit
+    rounding = torch.finfo(getattr(torch, spec.out_dtype)).eps + 8 * unit
+    return error + (reach + 2) * rounding
 
 
 def whole(encoding: Encoding, *shape: int, transposed: bool = False) -> WeightOperand:

@@ -1,0 +1,72 @@
+"""Hypothesis strategies: encodings, operands of odd sizes and strange strides, whole specs."""
+
+from __future__ import annotations
+
+import math
+
+from hypothesis import strategies as st
+
+from fxquant.codegen.spec import Epilogue, EpilogueNode, EpilogueOperand, KernelSpec, WeightOperand
+from fxquant.formats import Encoding
+
+SCALES = (None, Encoding(8, "dynamic8", (32,), offset=True), Encoding(8, "e4m3", (256,)))
+
+
+@st.composite
+def encodings(draw: st.DrawFn) -> Encoding:
+    """Codebooks and uniform levels of every width, flat and 2-D blocks."""
+    bits = draw(st.sampled_from((2, 4, 8)))
+    book = {2: "nf2", 4: "nf4", 8: "nf8"}[bits]
+    block = draw(st.sampled_from(((16,), (64,), (1, 16), (1, -1), (-1, 1), (16, 16), (16, 1))))
+    if draw(st.booleans()):
+        return Encoding(bits, book, block, scale=draw(st.sampled_from(SCALES)))
+    return Encoding(bits, block=block, zero_point=draw(st.booleans()))
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> WeightOperand:
+    """A whole parameter, transposed or not, with or without a batch, or a slice of one."""
+    encoding = draw(encodings())
+    rows, cols = draw(st.integers(1, 40)), draw(st.integers(1, 70))
+    batch = draw(st.sampled_from((None, None, 1, 3)))
+    shape = (rows, cols) if batch is None else (batch, rows, cols)
+    whole = WeightOperand.whole(encoding, shape, transposed=draw(st.booleans()))
+    if not draw(st.booleans()):
+        return whole
+    first_n, first_k = draw(st.integers(0, whole.n - 1)), draw(st.integers(0, whole.k - 1))
+    step = draw(st.sampled_from((1, 2)))
+    n = math.ceil((whole.n - first_n) / step)
+    k = draw(st.integers(1, whole.k - first_k))
+    e, sn, sk = whole.strides
+    offset = first_n * sn + first_k * sk
+    return WeightOperand(encoding, shape, batch, n, k, (e, step * sn, sk), offset)
+
+
+@st.composite
+def epilogues(draw: st.DrawFn, *, batched: bool) -> Epilogue:
+    """Nothing, a bias, or a gated residual."""
+    kind = draw(st.sampled_from(("none", "bias", "gated")))
+    if kind == "none":
+        return Epilogue()
+    dtype = draw(st.sampled_from(("float16", "float32")))
+    if kind == "bias":
+        return Epilogue.bias(dtype, draw(st.sampled_from(("n", "en"))) if batched else "n")
+    return Epilogue(
+        (EpilogueOperand("n", dtype), EpilogueOperand("emn" if batched else "mn", dtype)),
+        (
+            EpilogueNode("aten.mul.Tensor", ("%acc", "%in0")),
+            EpilogueNode("aten.sigmoid.default", ("%0",)),
+            EpilogueNode("aten.add.Tensor", ("%1", "%in1"), (("alpha", 2),)),
+        ),
+    )
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> KernelSpec:
+    """Whole specs, in the dtypes that Triton's interpreter gets right."""
+    weight = draw(weights())
+    compute = draw(st.sampled_from(("float16", "float32")))
+    x = draw(st.sampled_from((compute, "float32")))
+    out = draw(st.sampled_from(("float16", "float32")))
+    epilogue = draw(epilogues(batched=weight.batch is not None))
+    return KernelSpec(weight, x, compute, out, epilogue, "drawn")

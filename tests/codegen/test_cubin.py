@@ -1,0 +1,72 @@
+"""Printed kernels, built for GPUs that are not there: do they fit, and use the tensor cores?"""
+
+import sys
+
+import pytest
+
+from fxquant import errors
+from fxquant.codegen.spec import Epilogue, KernelSpec
+from fxquant.formats import Encoding
+from fxquant.runtime import cubin
+from tests.codegen import harness
+
+NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
+SPECS = {
+    "nf4": (NF4, "bfloat16", Epilogue.bias("bfloat16")),
+    "int8": (Encoding(8, block=(1, -1)), "bfloat16", Epilogue()),
+    "int4": (Encoding(4, block=(1, 128)), "bfloat16", Epilogue()),
+    "fp4": (Encoding(4, "fp4"), "float16", Epilogue()),
+    "exact": (NF4, "float32", Epilogue()),
+}
+# Bytes of one program: CUDA C++ programming guide, table of compute capabilities; CDNA3 ISA, LDS.
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA|HMMA", "sm_100": "UTCHMMA|HMMA", "gfx942": "v_mfma_.*"}
+CASES = [
+    *(("nf4", target, rows) for target in cubin.TARGETS for rows in (1, 16, 128)),
+    *(("int8", target, rows) for target in ("sm_80", "sm_90") for rows in (1, 128)),
+    *(("int4", target, 128) for target in ("sm_80", "sm_90", "gfx942")),
+    *(("fp4", "sm_90", rows) for rows in (1, 128)),
+    *(("exact", target, rows) for target, rows in (("sm_80", 1), ("sm_80", 64), ("gfx942", 64))),
+]
+
+
+@pytest.fixture(scope="module")
+def modules(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("printed")
+    made = {}
+    for name, (encoding, dtype, epilogue) in SPECS.items():
+        weight = harness.whole(encoding, 4096, 4096)
+        spec = KernelSpec(weight, dtype, dtype, dtype, epilogue, f"{name}_4096x4096")
+        made[name] = harness.load(spec, folder, interpreted=False)
+    return made
+
+
+@pytest.mark.parametrize(("name", "target", "rows"), CASES)
+def test_fits_and_uses_the_matrix_unit(modules, name, target, rows):
+    module = modules[name]
+    (build,) = (b for b in cubin.builds(module) if b.name.endswith(f"m_{rows}") or b.name.endswith(f"v_{rows}"))
+    binary = cubin.compile_for(target, module, build)
+    assert 0 < binary.registers <= 255
+    assert binary.spills == 0
+    assert binary.shared_bytes <= SHARED_LIMIT[target]
+    matrix = binary.count(MATRIX[target])
+    if "gemv" in build.name:
+        assert matrix == 0
+    elif name != "exact":
+        assert matrix > 0
+
+
+def test_sum_over_a_split_is_built_too(tmp_path):
+    spec = KernelSpec(harness.whole(NF4, 64, 4096), *["bfloat16"] * 3, Epilogue.bias("bfloat16"), "narrow")
+    module = harness.load(spec, tmp_path, interpreted=False)
+    reductions = [build for build in cubin.builds(module) if "reduce" in build.name]
+    assert reductions
+    binary = cubin.compile_for("sm_90", module, reductions[-1])
+    assert binary.spills == 0
+
+
+def test_without_triton_it_is_one_clear_sentence(modules, monkeypatch):
+    build = next(cubin.builds(modules["nf4"]))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(errors.KernelError, match="pip install"):
+        cubin.compile_for("sm_90", modules["nf4"], build)
