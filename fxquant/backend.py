@@ -16,12 +16,12 @@ from torch._inductor.compile_fx import compile_fx
 from fxquant._version import __version__
 from fxquant.codegen import Header
 from fxquant.config import Config
+from fxquant.ledger import Ledger
 from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.fuse import Fuse
-from fxquant.passes.sources import PackedPart, gather
-from fxquant.report import LEFT_ALONE, QUANTIZED, Row, remember
 from fxquant.runtime import dump, launch, ops, targets
+from fxquant.runtime.graph import CompiledGraph, Slot, Source
 from fxquant.runtime.store import STORE
 
 LOG = logging.getLogger("fxquant.backend")
@@ -59,36 +59,10 @@ def fxquant(
     device = _device_of(ctx)
     target = targets.choose(config.target, device)
     kernels = _print_kernels(ctx, target)
-    _remember(ctx, target)
+    ledger = Ledger(ctx, target)
+    ledger.file()
     compiled = _lower(ctx, target, device, mode)
-    return CompiledGraph(compiled, ctx.sources, kernels)
-
-
-class CompiledGraph:
-    """A compiled graph behind Dynamo's calling convention.
-
-    Args:
-        compiled: Takes the rewritten graph's inputs.
-        sources: For each of them: a position among Dynamo's inputs, or the part of a
-            packed parameter.
-        kernels: What it runs.
-    """
-
-    def __init__(
-        self,
-        compiled: Callable[..., Any],
-        sources: Sequence[int | PackedPart],
-        kernels: Sequence[launch.Kernel],
-    ) -> None:
-        self.compiled = compiled
-        self.sources = tuple(sources)
-        self.kernels = tuple(kernels)
-
-    def __call__(self, *args: Any) -> Any:
-        """Runs the graph on Dynamo's inputs."""
-        if launch.is_recording():
-            launch.record(self.kernels)
-        return self.compiled(*gather(self.sources, args))
+    return CompiledGraph(compiled, *_sources(ctx), kernels, ledger.meet)
 
 
 def _device_of(ctx: Context) -> torch.device:
@@ -119,37 +93,17 @@ def _print_kernels(ctx: Context, target: targets.Choice) -> list[launch.Kernel]:
     return kernels
 
 
-def _remember(ctx: Context, target: targets.Choice) -> None:
-    """Files what was done for `fxquant.report` and `release_weights`, and logs it."""
-    rows = [_row(site, target) for site in ctx.sites]
-    rows += [
-        Row(r.module, r.parameter, r.shape, LEFT_ALONE, reason=r.reason, where=r.where)
-        for r in ctx.refusals
-    ]
-    remember(rows, [bound.value for bound in ctx.parameters.values()])
-    read = {source for source in ctx.sources if isinstance(source, int)}
-    for bound in ctx.parameters.values():
-        if bound.index in read:
-            STORE.keep(bound.value)
-    LOG.info("%d products quantized, %d left alone", len(ctx.sites), len(ctx.refusals))
-    for refusal in ctx.refusals:
-        LOG.info("left alone: %s (%s): %s", refusal.module, refusal.where, refusal.reason)
-
-
-def _row(site: LinearSite, target: targets.Choice) -> Row:
-    assert site.packed is not None
-    fallback = " (dequantize + matmul fallback)" if target.runs == "torch" else ""
-    return Row(
-        module=site.module,
-        parameter=site.parameter.name,
-        shape=tuple(site.parameter.value.shape),
-        status=QUANTIZED,
-        scheme=site.scheme,
-        bits=site.packed.bits_per_weight,
-        error_db=STORE.error_db(site.packed),
-        kernel=f"{target.runs}:{launch.parse_spec(site.spec_json).name}{fallback}",
-        where=site.where,
-    )
+def _sources(ctx: Context) -> tuple[list[Source], list[Slot]]:
+    """The rewritten graph's inputs, as positions among Dynamo's and as parts of packed slots."""
+    slots: dict[Slot, int] = {}
+    sources: list[Source] = []
+    for source in ctx.sources:
+        if isinstance(source, int):
+            sources.append(source)
+        else:
+            slot = Slot(source.index, source.encoding, source.name)
+            sources.append((slots.setdefault(slot, len(slots)), source.part))
+    return sources, list(slots)
 
 
 def _lower(

@@ -41,24 +41,24 @@ def quantize_(model: nn.Module, config: Config | Mapping[str, Any] | None = None
     """
     config = config if isinstance(config, Config) else Config.from_options(config)
     planned = _plan(model, config)
-    rows = []
+    rows: list[tuple[Row, Tensor | None]] = []
     replaced: dict[int, nn.Parameter] = {}
     for weight, found in planned:
         old = weight.parameter
         if isinstance(found, Declined):
-            rows.append(weight.row(status=LEFT_ALONE, reason=found.reason))
+            rows.append((weight.row(status=LEFT_ALONE, reason=found.reason), old))
             continue
         if id(old) not in replaced:
             replaced[id(old)] = _replace(model, old, STORE.pack(old, found.encoding, weight.name))
-        rows.append(
-            weight.row(
-                status=QUANTIZED,
-                scheme=found.scheme,
-                bits=replaced[id(old)].bits_per_weight,
-                error_db=STORE.error_db(replaced[id(old)]),
-                kernel="none yet: packed ahead of a compile",
-            )
+        new = replaced[id(old)]
+        row = weight.row(
+            status=QUANTIZED,
+            scheme=found.scheme,
+            bits=new.bits_per_weight,
+            error_db=STORE.error_db(new),
+            kernel="none yet: packed ahead of a compile",
         )
+        rows.append((row, new))
     remember(rows, model.parameters())
     return report(model)
 
@@ -115,7 +115,7 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
 
 
 def _weights_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Names of the product weights that a module holds, with their dimensions of outputs and inputs."""
+    """Names of the product weights a module holds, and their output and input dimensions."""
     if isinstance(module, nn.Linear):
         yield "weight", (0,), (1,)
     elif isinstance(module, nn.MultiheadAttention):

@@ -8,7 +8,7 @@ import io
 import json
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -157,17 +157,47 @@ class Report:
 
 
 class _Record:
-    """The rows of one compile, found again by the parameters of its graph."""
+    """The rows of one compile, found again by the parameters of its graph.
 
-    def __init__(self, rows: tuple[Row, ...], tensors: Iterable[Tensor]) -> None:
-        self.rows = rows
+    Args:
+        rows: Each with the parameter that it is about, or None.
+        tensors: All parameters of the graph.
+    """
+
+    def __init__(
+        self, rows: Iterable[tuple[Row, Tensor | None]], tensors: Iterable[Tensor]
+    ) -> None:
+        self.rows = [(row, None if about is None else weakref.ref(about)) for row, about in rows]
         self.refs = [weakref.ref(tensor) for tensor in tensors]
 
-    def alive(self) -> Iterator[Tensor]:
-        for ref in self.refs:
-            tensor = ref()
-            if tensor is not None:
-                yield tensor
+    def is_dead(self) -> bool:
+        return all(ref() is None for ref in self.refs)
+
+    def follow(self, old: Tensor, new: Tensor) -> None:
+        """A parameter was replaced."""
+        ref = weakref.ref(new)
+        self.refs = [ref if known() is old else known for known in self.refs]
+        self.rows = [
+            (row, ref if about is not None and about() is old else about)
+            for row, about in self.rows
+        ]
+
+    def rows_for(self, names: Mapping[int, str]) -> Iterator[Row]:
+        """Rows about a model's tensors (names by identity), under the names that they have there.
+
+        A block that was compiled on its own knows only the end of its parameters' paths.
+        """
+        tensors = [ref() for ref in self.refs]
+        is_concerned = any(id(tensor) in names for tensor in tensors if tensor is not None)
+        for row, ref in self.rows:
+            about = None if ref is None else ref()
+            if ref is None and is_concerned:
+                yield row
+            elif about is not None and id(about) in names:
+                full = names[id(about)]
+                prefix = full.removesuffix(row.parameter) if full.endswith(row.parameter) else ""
+                module = f"{prefix}{row.module}" if row.module else prefix.rstrip(".")
+                yield dataclasses.replace(row, module=module, parameter=prefix + row.parameter)
 
 
 _records: list[_Record] = []
@@ -175,14 +205,19 @@ _watchers: list[list[Row]] = []
 _lock = threading.Lock()
 
 
-def remember(rows: Iterable[Row], tensors: Iterable[Tensor]) -> None:
-    """Keeps the rows of a compile for as long as one of its parameters lives."""
-    record = _Record(tuple(rows), tensors)
+def remember(rows: Iterable[tuple[Row, Tensor | None]], tensors: Iterable[Tensor]) -> None:
+    """Keeps the rows of a compile for as long as one of its parameters lives.
+
+    Args:
+        rows: Each with the parameter that it is about, or None.
+        tensors: All parameters of the graph.
+    """
+    record = _Record(rows, tensors)
     with _lock:
-        _records[:] = [old for old in _records if any(True for _ in old.alive())]
+        _records[:] = [old for old in _records if not old.is_dead()]
         _records.append(record)
         for watcher in _watchers:
-            watcher.extend(record.rows)
+            watcher.extend(row for row, _ in record.rows)
 
 
 @contextmanager
@@ -199,11 +234,10 @@ def watch() -> Iterator[list[Row]]:
 
 
 def follow(old: Tensor, new: Tensor) -> None:
-    """A parameter was replaced: its records now belong to the new one too."""
+    """A parameter was replaced: its rows are now about the new one."""
     with _lock:
         for record in _records:
-            if any(tensor is old for tensor in record.alive()):
-                record.refs.append(weakref.ref(new))
+            record.follow(old, new)
 
 
 def report(model: nn.Module) -> Report:
@@ -216,13 +250,14 @@ def report(model: nn.Module) -> Report:
         The latest row of every product. Empty if the model was never compiled by fxquant: a
         graph is compiled at its first call.
     """
-    mine = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    model = getattr(model, "_orig_mod", model)
+    names = {id(tensor): name for name, tensor in model.named_buffers()}
+    names.update({id(tensor): name for name, tensor in model.named_parameters()})
     latest: dict[tuple[str, str, str], Row] = {}
     with _lock:
         for record in _records:
-            if any(id(tensor) in mine for tensor in record.alive()):
-                for row in record.rows:
-                    _supersede(latest, row)
+            for row in record.rows_for(names):
+                _supersede(latest, row)
     return Report(tuple(latest.values()))
 
 

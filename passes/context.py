@@ -124,7 +124,7 @@ class Context:
         config: The options.
         pack_weight: ``(tensor, encoding, name) -> PackedWeight``: packs, or finds what was packed.
         sources: For each of the final inputs: the position among Dynamo's inputs that it comes
-            from, or the part of a packed parameter; `sources.gather` serves a call.
+            from, or the part of a packed parameter.
         regions: The graph and the bodies of its higher-order ops, the outermost first.
         parameters: Bound parameters by their placeholder in the outermost graph.
         sites: Products to quantize.

@@ -43,10 +43,11 @@ class Fuse(CustomGraphPass):
         if self.before is not None:
             self.before(graph)
         if self.inline:
+            tables = _Tables(graph)
             for node in graph.find_nodes(
                 op="call_function", target=torch.ops.fxquant.linear.default
             ):
-                _inline_reference(graph, node)
+                _inline_reference(graph, node, tables)
 
     def uuid(self) -> Any | None:
         """What Inductor's cache tells this pass from another by; None if the user's has none."""
@@ -58,7 +59,7 @@ class Fuse(CustomGraphPass):
         return ("fxquant", self.version, self.inline, inner)
 
 
-def _inline_reference(graph: fx.Graph, node: fx.Node) -> None:
+def _inline_reference(graph: fx.Graph, node: fx.Node, tables: _Tables) -> None:
     """Puts the reference's ops in the place of one op."""
     x, weight, extra, text = node.args
     spec = KernelSpec.from_json(str(text))
@@ -67,7 +68,9 @@ def _inline_reference(graph: fx.Graph, node: fx.Node) -> None:
     count = len(weight)  # type: ignore[arg-type]
 
     def body(*tensors: torch.Tensor) -> torch.Tensor:
-        return reference.run(spec, tensors[0], list(tensors[1 : 1 + count]), list(tensors[1 + count :]))
+        return reference.run(
+            spec, tensors[0], list(tensors[1 : 1 + count]), list(tensors[1 + count :])
+        )
 
     mode = detect_fake_mode(values)
     with torch.no_grad(), mode or contextlib.nullcontext():
@@ -81,21 +84,30 @@ def _inline_reference(graph: fx.Graph, node: fx.Node) -> None:
             elif inner.op == "output":
                 node.replace_all_uses_with(copied[inner.args[0]])
             elif inner.op == "get_attr":
-                copied[inner] = _adopt_constant(graph, traced, inner)
+                copied[inner] = tables.node_for(getattr(traced, str(inner.target)), inner)
             else:
                 copied[inner] = graph.node_copy(inner, lambda n: copied[n])
     graph.erase_node(node)
 
 
-def _adopt_constant(graph: fx.Graph, source: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """Moves a constant that tracing made (a codebook) to the outer graph's module."""
-    owner = graph.owning_module
-    value = getattr(source, str(node.target))
-    number = 0
-    while hasattr(owner, f"_fxquant_constant_{number}"):
-        number += 1
-    name = f"_fxquant_constant_{number}"
-    owner.register_buffer(name, value)
-    constant = graph.get_attr(name)
-    constant.meta.update(node.meta)
-    return constant
+class _Tables:
+    """The constants of inlined references (codebooks), one `fxquant::table` each a graph."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.nodes: dict[tuple[Any, ...], fx.Node] = {}
+
+    def node_for(self, value: torch.Tensor, like: fx.Node) -> fx.Node:
+        """The node that yields a constant's values; `like` is the one that read the constant."""
+        assert value.dtype == torch.float32, "the constants of a reference are codebooks"
+        values = value.flatten().tolist()
+        key = (*values, *value.shape, value.device)
+        if key not in self.nodes:
+            first = next(node for node in self.graph.nodes if node.op != "placeholder")
+            with self.graph.inserting_before(first):
+                node = self.graph.call_function(
+                    torch.ops.fxquant.table.default, (values, list(value.shape), value.device)
+                )
+            node.meta.update(like.meta)
+            self.nodes[key] = node
+        return self.nodes[key]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import weakref
 from typing import Any
 
 import torch
@@ -26,12 +25,11 @@ _fxquant = torch.ops.fxquant
 def pack(ctx: Context) -> PassReport:
     """Packs the sites' parameters, rewrites the sites, and settles the graph's inputs."""
     inputs = _PackedInputs(ctx)
-    names: dict[KernelSpec, str] = {}
     for site in ctx.sites:
         site.packed = ctx.pack_weight(
             site.parameter.value, site.operand.encoding, site.parameter.name
         )
-        _rewrite(site, inputs.of(site.packed, site.parameter), names, ctx.config.compute_dtype)
+        _rewrite(site, inputs.of(site.packed, site.parameter), ctx.config.compute_dtype)
     for region in reversed(ctx.regions):
         _drop_dead(ctx, region)
     _dequantize_other_uses(ctx, inputs)
@@ -50,7 +48,6 @@ class _PackedInputs:
         self.root = ctx.regions[0]
         self.placeholders: dict[tuple[int, Encoding], list[fx.Node]] = {}
         self.tensors: dict[fx.Node, PackedPart] = {}
-        self.pack_weight = ctx.pack_weight
         self.mode = values.fake_mode_of(self.root.placeholders)
 
     def of(self, packed: PackedWeight, bound: BoundParameter) -> list[fx.Node]:
@@ -62,13 +59,7 @@ class _PackedInputs:
             for position, (part, tensor) in enumerate(parts):
                 node = self._add(f"{bound.name}_{part}", tensor)
                 self.tensors[node] = PackedPart(
-                    bound.index,
-                    position,
-                    tensor,
-                    packed.encoding,
-                    bound.name,
-                    self.pack_weight,
-                    weakref.ref(bound.value),
+                    bound.index, position, tensor, packed.encoding, bound.name
                 )
                 nodes.append(node)
             self.placeholders[key] = nodes
@@ -92,9 +83,7 @@ class _PackedInputs:
         return node
 
 
-def _rewrite(
-    site: LinearSite, packed: list[fx.Node], names: dict[KernelSpec, str], compute: str | None
-) -> None:
+def _rewrite(site: LinearSite, packed: list[fx.Node], compute: str | None) -> None:
     node, graph = site.node, site.region.graph
     weight = [site.region.bring_in(part) for part in packed]
     out_dtype = node.meta["val"].dtype
@@ -103,7 +92,7 @@ def _rewrite(
         x = x if site.to_x is None else site.to_x(x)
         bias = [] if site.bias is None else [adapt.cast(site.bias, out_dtype, node)]
         spec = _spec(site, x.meta["val"].dtype, out_dtype, bool(bias), compute)
-        spec = dataclasses.replace(spec, name=names.setdefault(spec, _kernel_name(site)))
+        spec = dataclasses.replace(spec, name=_kernel_name(spec))
         site.spec_json = spec.to_json()
         out = values.emit(graph, node, _fxquant.linear.default, x, weight, bias, site.spec_json)
         out = out if site.from_out is None else site.from_out(out)
@@ -132,14 +121,17 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _kernel_name(site: LinearSite) -> str:
-    """A name for a kernel: the parameter's path without numbers, as an identifier."""
-    steps = re.split(r"\W+", site.parameter.name)
-    words = [step for step in steps if step and not step.isdigit()]
-    if len(words) > 1 and words[-1] == "weight":
-        words.pop()
-    name = "_".join(words) or "linear"
-    return name if name.isidentifier() else f"linear_{name}"
+def _kernel_name(spec: KernelSpec) -> str:
+    """A name that says what a kernel does, as in ``nf4_linear_1536x384_bias``."""
+    weight = spec.weight
+    encoding = weight.encoding
+    if encoding.is_uniform:
+        kind = f"int{encoding.bits}"
+    else:
+        kind = encoding.levels if isinstance(encoding.levels, str) else f"codebook{encoding.bits}"
+    batch = "" if weight.batch is None else f"{weight.batch}x"
+    words = [kind, "linear" if weight.batch is None else "bmm", f"{batch}{weight.n}x{weight.k}"]
+    return "_".join([*words, *(["bias"] if spec.epilogue.operands else [])])
 
 
 def _drop_dead(ctx: Context, region: Region) -> None:

@@ -26,6 +26,7 @@ from tests.bounds import assert_close_within, product_bound
 @pytest.fixture(autouse=True)
 def fresh() -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
 
 
@@ -317,7 +318,9 @@ def test_inductor_options_are_handed_on() -> None:
 
 
 def test_kernels_are_collected_and_dumped(tmp_path: Path) -> None:
-    model = frozen(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 32)))
+    model = frozen(
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 32))
+    )
     compiled = compile_(model, dump=str(tmp_path))
     _, kernels = run_and_get_kernels(compiled, torch.randn(2, 64))
     assert len(kernels) == 2, "equal specs share a kernel"
@@ -454,6 +457,74 @@ def test_a_changed_weight_is_packed_again_at_the_next_compile() -> None:
     torch._dynamo.reset()
     out = compile_(model)(x)
     torch.testing.assert_close(out, decoded(model)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_one_graph_serves_other_models_of_the_class() -> None:
+    x = torch.randn(3, 128)
+    compiles = torch._dynamo.utils.counters["stats"]
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = frozen(TwoLayers())
+        out = compile_(model)(x)
+        torch.testing.assert_close(out, decoded(model)(x), rtol=1e-4, atol=1e-4)
+        assert len(fxquant.report(model).quantized) == 2
+        fxquant.release_weights(model)
+        torch.testing.assert_close(compile_(model)(x), out, rtol=1e-4, atol=1e-4)
+    assert compiles["unique_graphs"] == 2, "one for dense and one for packed parameters"
+
+
+def test_blocks_compiled_one_by_one_share_a_graph() -> None:
+    model = frozen(nn.Sequential(*[TwoLayers() for _ in range(4)]))
+    expected = decoded(model)
+    for block in model:
+        block.compile(backend="fxquant")
+    x = torch.randn(3, 128)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected(x), rtol=1e-3, atol=1e-3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    modules = [row.module for row in fxquant.report(model).quantized]
+    assert sorted(modules) == sorted(f"{i}.{name}" for i in range(4) for name in ("up", "down"))
+
+
+def test_other_options_get_another_graph() -> None:
+    model = frozen(nn.Linear(128, 128))
+    x = torch.randn(3, 128)
+    for scheme in ("nf4", "int8", "nf4"):
+        out = compile_(model, scheme=scheme)(x)
+        torch.testing.assert_close(out, decoded(model, scheme)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_packed_weights_of_another_encoding_get_another_graph() -> None:
+    x = torch.randn(3, 128)
+    model = frozen(nn.Linear(128, 128))
+    compiled = compile_(model)
+    for scheme in ("nf4", "int8"):
+        weight = packed_of(torch.randn(128, 128), scheme)
+        model.weight = nn.Parameter(weight, requires_grad=False)
+        expected = nn.functional.linear(x, weight.dequantize(), model.bias)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_changed_in_place_are_packed_again() -> None:
+    model = frozen(TwoLayers())
+    compiled = compile_(model)
+    x = torch.randn(3, 128)
+    compiled(x)
+    model.load_state_dict(TwoLayers().state_dict())
+    torch.testing.assert_close(compiled(x), decoded(model)(x), rtol=1e-4, atol=1e-4)
+    model.up.weight.data = torch.randn(64, 128)
+    torch.testing.assert_close(compiled(x), decoded(model)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_cond_with_products_in_its_branches() -> None:
+    model = frozen(TwoLayers())
+
+    def run(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda x: model.up(x), lambda x: model.up(-x) * 2, (x,))
+
+    for x in (torch.rand(3, 128), -torch.rand(3, 128)):
+        expected = decoded(model).up(x) if x.sum() > 0 else decoded(model).up(-x) * 2
+        torch.testing.assert_close(compile_(run)(x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_threads_share_one_packing() -> None:

@@ -1,6 +1,6 @@
-"""The two operators that compiled graphs carry: `fxquant::linear` and `fxquant::dequantize`.
+"""The operators that compiled graphs carry: `fxquant::linear`, `dequantize` and `table`.
 
-Both are plain library ops with fake and autograd rules, so they pass through AOTAutograd, dynamic
+They are plain library ops with fake and autograd rules, so they pass through AOTAutograd, dynamic
 shapes and CUDA graphs like any ATen op. What they compute is defined by
 `fxquant.codegen.reference`; what runs is a kernel that `fxquant.runtime.launch` picks.
 
@@ -9,6 +9,9 @@ shapes and CUDA graphs like any ATen op. What they compute is defined by
     `Encoding.parts`; `extra` the epilogue's operands; `spec` is a `KernelSpec` as JSON.
 ``dequantize(Tensor[] weight, str encoding, int[] shape, ScalarType dtype) -> Tensor``
     The stored tensor in full.
+``table(float[] values, int[] shape, Device device) -> Tensor``
+    A float32 constant, such as a codebook. Inductor takes no constants inside the bodies of
+    higher-order ops (``cond``); an op that yields one is fine everywhere.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ _LIBRARY.define(
     "dequantize(Tensor[] weight, str encoding, int[] shape, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_LIBRARY.define(
+    "table(float[] values, int[] shape, Device device) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -55,6 +62,22 @@ def _dequantize(
     weight: list[Tensor], encoding: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
     return decode(weight, parse_encoding(encoding), tuple(shape), dtype)
+
+
+def _table(values: list[float], shape: list[int], device: torch.device) -> Tensor:
+    # A copy: an op's result must not alias between calls.
+    return _cached_table(tuple(values), tuple(shape), device).clone()
+
+
+@functools.lru_cache(maxsize=256)
+def _cached_table(
+    values: tuple[float, ...], shape: tuple[int, ...], device: torch.device
+) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device).view(shape)
+
+
+def _table_fake(values: list[float], shape: list[int], device: torch.device) -> Tensor:  # noqa: ARG001
+    return torch.empty(shape, dtype=torch.float32, device=device)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
@@ -100,7 +123,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+_LIBRARY.impl("table", _table, "CompositeExplicitAutograd")
 torch.library.register_fake("fxquant::linear", _linear_fake, lib=_LIBRARY)
+torch.library.register_fake("fxquant::table", _table_fake, lib=_LIBRARY)
 torch.library.register_autograd(
     "fxquant::linear", _backward, setup_context=_setup_context, lib=_LIBRARY
 )

@@ -13,11 +13,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxquant.formats import Encoding, PackedWeight, pack, sqnr_db
 
 
-
 @dataclass(frozen=True)
 class _Entry:
     packed: PackedWeight
-    version: int
+    state: tuple[int, int]
     identity: tuple[Any, ...]
 
 
@@ -33,9 +32,13 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
-def _version(tensor: Tensor) -> int:
-    """Counts in-place writes; inference tensors do not (and cannot be written outside)."""
-    return 0 if tensor.is_inference() else tensor._version
+def state_of(tensor: Tensor) -> tuple[int, int]:
+    """Changes when a tensor is written to or its storage is replaced.
+
+    Writes through ``.data`` and to inference tensors leave no trace that could be seen here.
+    """
+    version = 0 if tensor.is_inference() else tensor._version
+    return (version, 0 if isinstance(tensor, PackedWeight) else tensor.data_ptr())
 
 
 class WeightStore:
@@ -60,7 +63,7 @@ class WeightStore:
             entry = entries.get(encoding)
             if entry is None or entry.identity != _identity(tensor):
                 return None
-            return entry.packed if entry.version == _version(tensor) else None
+            return entry.packed if entry.state == state_of(tensor) else None
 
     def pack(self, tensor: Tensor, encoding: Encoding, name: str) -> PackedWeight:
         """Packs a parameter, or finds what was packed from it.
@@ -83,7 +86,7 @@ class WeightStore:
             self.packed_count += 1
             self._errors[packed] = sqnr_db(tensor, packed)
             identity = _identity(tensor)
-            entry = _Entry(packed, _version(tensor), identity)
+            entry = _Entry(packed, state_of(tensor), identity)
             self._entries.setdefault(tensor, {})[encoding] = entry
             self._aliases = {k: ref for k, ref in self._aliases.items() if ref() is not None}
             self._aliases[identity] = weakref.ref(tensor)
@@ -94,7 +97,7 @@ class WeightStore:
         return self._errors.get(packed)
 
     def adopt(self, packed: PackedWeight, parameter: Tensor) -> None:
-        """A module now holds the packed weight as this parameter: what is known of it goes along."""
+        """A module now holds a packed weight as this parameter: its error goes along."""
         known = self._errors.get(packed)
         if known is not None:
             self._errors[parameter] = known

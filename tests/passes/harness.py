@@ -16,7 +16,6 @@ from fxquant.config import Config
 from fxquant.formats import PackedWeight, pack
 from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context
-from fxquant.passes.sources import gather
 from fxquant.runtime import ops
 
 assert ops  # imported for its registrations
@@ -51,8 +50,16 @@ class Captured:
         if self.autograd:
             # As Inductor gets it: checkpointing and gradients are settled by AOTAutograd.
             compiled = aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=_op_by_op)
-            return lambda *a: compiled(*gather(ctx.sources, a))
-        return lambda *a: ctx.gm(*gather(ctx.sources, a))
+            return lambda *a: compiled(*self.gather(ctx, a))
+        return lambda *a: ctx.gm(*self.gather(ctx, a))
+
+    def gather(self, ctx: Context, args: tuple[Any, ...]) -> list[Any]:
+        return [
+            args[s]
+            if isinstance(s, int)
+            else self.pack(args[s.index], s.encoding, s.name).tensors()[s.part]
+            for s in ctx.sources
+        ]
 
     @property
     def sites(self) -> list[Any]:

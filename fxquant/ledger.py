@@ -1,0 +1,77 @@
+"""What a compile leaves for `fxquant.report` and `fxquant.release_weights`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+from torch import Tensor
+
+from fxquant.formats import PackedWeight
+from fxquant.passes.context import Context, LinearSite
+from fxquant.report import LEFT_ALONE, QUANTIZED, Row, remember
+from fxquant.runtime import launch
+from fxquant.runtime.graph import Slot
+from fxquant.runtime.store import STORE
+from fxquant.runtime.targets import Choice
+
+LOG = logging.getLogger("fxquant.report")
+
+
+class Ledger:
+    """The rows of one graph, filed for the model that was compiled and for every later one.
+
+    Args:
+        ctx: The graph after the pipeline.
+        target: What runs it.
+    """
+
+    def __init__(self, ctx: Context, target: Choice) -> None:
+        self.rows: dict[int, list[Row]] = {}
+        for site in ctx.sites:
+            self.rows.setdefault(site.parameter.index, []).append(_row(site, target))
+        bound = ctx.parameters.values()
+        self.values = {b.index: b.value for b in bound}
+        self.names = {b.name: b.value for b in bound}
+        self.refused = [
+            Row(r.module, r.parameter, r.shape, LEFT_ALONE, reason=r.reason, where=r.where)
+            for r in ctx.refusals
+        ]
+        self.read_dense = {source for source in ctx.sources if isinstance(source, int)}
+
+    def file(self) -> None:
+        """Files the compile itself, and logs what was left alone."""
+        rows = [(row, self.values[index]) for index, rows in self.rows.items() for row in rows]
+        refused = [(row, self.names.get(row.parameter)) for row in self.refused]
+        remember([*rows, *refused], self.values.values())
+        for index in self.read_dense & self.values.keys():
+            STORE.keep(self.values[index])
+        LOG.info("%d products quantized, %d left alone", len(rows), len(refused))
+        for row in self.refused:
+            LOG.info("left alone: %s (%s): %s", row.module or row.parameter, row.where, row.reason)
+        # A parameter of the model must not outlive it because its graph does.
+        self.values, self.names = {}, {}
+
+    def meet(self, slot: Slot, parameter: Tensor, packed: PackedWeight) -> None:
+        """Files another parameter that the graph serves."""
+        error = STORE.error_db(packed)
+        rows = [dataclasses.replace(row, error_db=error) for row in self.rows.get(slot.index, [])]
+        remember([(row, parameter) for row in rows], [parameter])
+        if slot.index in self.read_dense:
+            STORE.keep(parameter)
+
+
+def _row(site: LinearSite, target: Choice) -> Row:
+    assert site.packed is not None, "the pack pass ran"
+    fallback = " (dequantize + matmul fallback)" if target.runs == "torch" else ""
+    return Row(
+        module=site.module,
+        parameter=site.parameter.name,
+        shape=tuple(site.parameter.value.shape),
+        status=QUANTIZED,
+        scheme=site.scheme,
+        bits=site.packed.bits_per_weight,
+        error_db=STORE.error_db(site.packed),
+        kernel=f"{target.runs}:{launch.parse_spec(site.spec_json).name}{fallback}",
+        where=site.where,
+    )

@@ -1,0 +1,98 @@
+"""A compiled graph behind Dynamo's calling convention.
+
+Dynamo does not guard on which parameter it passes: one graph serves every block of a model that is
+compiled block by block, and a second model of the same class. So packed tensors are not constants
+of a graph: they are looked up for the parameter that arrives, which is packed when it is new or was
+written to since.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fxquant.formats import Encoding, PackedWeight
+from fxquant.runtime import launch
+from fxquant.runtime.store import STORE, state_of
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A packed parameter's place in a graph.
+
+    Attributes:
+        index: The parameter's position among Dynamo's inputs.
+        encoding: How it is stored.
+        name: Its path in the model that was compiled, for messages.
+    """
+
+    index: int
+    encoding: Encoding
+    name: str
+
+
+Source = int | tuple[int, int]
+"""Where an input of the rewritten graph comes from: a position among Dynamo's inputs, or the number
+of a slot and of a part of it."""
+
+
+class CompiledGraph:
+    """Runs a rewritten graph on Dynamo's inputs.
+
+    Args:
+        compiled: Takes the rewritten graph's inputs.
+        sources: Where each of them comes from.
+        slots: The packed parameters.
+        kernels: What it runs.
+        on_new: Told of each parameter that a slot meets for the first time.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        sources: Sequence[Source],
+        slots: Sequence[Slot],
+        kernels: Sequence[launch.Kernel],
+        on_new: Callable[[Slot, Tensor, PackedWeight], None],
+    ) -> None:
+        self.compiled = compiled
+        self.sources = [s if isinstance(s, tuple) else (-1, s) for s in sources]
+        self.lookups = [_Lookup(slot, on_new) for slot in slots]
+        self.kernels = tuple(kernels)
+
+    def __call__(self, *args: Any) -> Any:
+        """Runs the graph.
+
+        Raises:
+            WeightError: Another parameter than at compile time was passed and cannot be encoded.
+        """
+        if launch.is_recording():
+            launch.record(self.kernels)
+        parts = [lookup(args[lookup.index]) for lookup in self.lookups]
+        parts.append(args)
+        return self.compiled(*[parts[slot][part] for slot, part in self.sources])
+
+
+class _Lookup:
+    """The packed tensors of whatever parameter arrives at a slot; this is on the path of a call."""
+
+    def __init__(self, slot: Slot, on_new: Callable[[Slot, Tensor, PackedWeight], None]) -> None:
+        self.slot = slot
+        self.index = slot.index
+        self.on_new = on_new
+        self.known: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], Sequence[Any]]] = {}
+
+    def __call__(self, parameter: Tensor) -> Sequence[Any]:
+        key = id(parameter)
+        found = self.known.get(key)
+        if found is not None and found[0]() is parameter and found[1] == state_of(parameter):
+            return found[2]
+        packed = STORE.pack(parameter, self.slot.encoding, self.slot.name)
+        ref = weakref.ref(parameter, lambda _: self.known.pop(key, None))
+        self.known[key] = (ref, state_of(parameter), packed.tensors())
+        self.on_new(self.slot, parameter, packed)
+        return self.known[key][2]
