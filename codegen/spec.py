@@ -164,6 +164,15 @@ class Epilogue:
             for value in node.values:
                 if isinstance(value, str) and value.startswith("%"):
                     self._check_reference(value, number)
+        if not self._uses_sums():
+            raise errors.bad_spec("epilogue result", self.result, "made of the sums, '%acc'")
+
+    def _uses_sums(self) -> bool:
+        made = {"%acc"}
+        for number, node in enumerate(self.nodes):
+            if any(value in made for value in node.values if isinstance(value, str)):
+                made.add(f"%{number}")
+        return self.result in made
 
     def _check_reference(self, value: str, number: int) -> None:
         match = _REFERENCE.fullmatch(value)

@@ -134,6 +134,10 @@ class _Decode:
             self.out.add(f"byte = {start} + tl.arange(0, {self.size} // {count})[None, :]")
         mask = self._mask(expr, names[self.inner], -(-self._extent(self.inner) // count))
         self.out.add(f"code = tl.load(codes + ({index_text(expr, names)}){mask})")
+        if not expr.has(self.outer):
+            self.out.add(
+                f"code = tl.broadcast_to(code, ({self.sizes[self.outer]}, {self.size} // {count}))"
+            )
         if count == 2:
             parts = "tl.join(code >> 4, code & 15)"
         elif count == 4:
@@ -152,7 +156,7 @@ class _Decode:
             place = index_text(self.index.place, names)
             self.out.add(f"shift = ({self.per_byte - 1} - ({place})) * {bits}")
             self.out.add(f"code = (code >> shift.to(tl.uint8)) & {2**bits - 1}")
-            self.out.add(f"code = tl.broadcast_to(code, ({self.tile}))")
+        self.out.add(f"code = tl.broadcast_to(code, ({self.tile}))")
 
     def _extent(self, axis: sympy.Symbol) -> int:
         return self.index.ranges[axis]

@@ -37,7 +37,8 @@ def tanh(x):
 def power(x, y):
     """``x ** y`` as C defines it: signs for whole exponents, NaN for roots of negatives."""
     x, y = tl.broadcast(x, y)
-    size = tl.where(x == 0.0, tl.where(y > 0.0, 0.0, float("inf")), tl.exp2(y * tl.log2(tl.abs(x))))
+    zero = tl.where(y > 0.0, 0.0, float("inf"))
+    size = tl.where(x == 0.0, zero, tl.exp2(y * tl.log2(tl.where(x == 0.0, 1.0, tl.abs(x)))))
     odd = tl.floor(y * 0.5) * 2.0 != y
     signed = tl.where(tl.floor(y) == y, tl.where(odd, -size, size), float("nan"))
     return tl.where((y == 0.0) | (x == 1.0), 1.0, tl.where(x < 0.0, signed, size))

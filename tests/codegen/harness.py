@@ -104,8 +104,10 @@ def bound(
     reach = magnitude
     for number, value in enumerate(extra):
         dims = spec.epilogue.operands[number].dims
-        value = value.double().abs()
-        reach = reach + 2 * (value.unsqueeze(-2) if dims == "en" else value)
+        axes = "emn" if spec.weight.batch else "mn"
+        sizes = zip(axes, magnitude.shape, strict=True)
+        shape = [size if axis in dims else 1 for axis, size in sizes]
+        reach = reach + 2 * value.double().abs().reshape(shape)
     if len(extra) == 2:
         error = error * extra[0].double().abs() / 4 + magnitude * extra[0].double().abs() * unit
     rounding = torch.finfo(getattr(torch, spec.out_dtype)).eps + 8 * unit

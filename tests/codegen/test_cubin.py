@@ -44,7 +44,11 @@ def modules(tmp_path_factory):
 @pytest.mark.parametrize(("name", "target", "rows"), CASES)
 def test_fits_and_uses_the_matrix_unit(modules, name, target, rows):
     module = modules[name]
-    (build,) = (b for b in cubin.builds(module) if b.name.endswith(f"m_{rows}") or b.name.endswith(f"v_{rows}"))
+    (build,) = (
+        b
+        for b in cubin.builds(module)
+        if b.name.endswith(f"m_{rows}") or b.name.endswith(f"v_{rows}")
+    )
     binary = cubin.compile_for(target, module, build)
     assert 0 < binary.registers <= 255
     assert binary.spills == 0
@@ -57,7 +61,9 @@ def test_fits_and_uses_the_matrix_unit(modules, name, target, rows):
 
 
 def test_sum_over_a_split_is_built_too(tmp_path):
-    spec = KernelSpec(harness.whole(NF4, 64, 4096), *["bfloat16"] * 3, Epilogue.bias("bfloat16"), "narrow")
+    spec = KernelSpec(
+        harness.whole(NF4, 64, 4096), *["bfloat16"] * 3, Epilogue.bias("bfloat16"), "narrow"
+    )
     module = harness.load(spec, tmp_path, interpreted=False)
     reductions = [build for build in cubin.builds(module) if "reduce" in build.name]
     assert reductions

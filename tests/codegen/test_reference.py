@@ -74,7 +74,9 @@ def test_leading_dimensions_and_no_rows():
     tensors = harness.stored(NF4, (24, 64))
     x = torch.randn(2, 3, 64)
     got = reference.run(spec, x, tensors, [])
-    torch.testing.assert_close(got.reshape(6, 24), reference.run(spec, x.reshape(6, 64), tensors, []))
+    torch.testing.assert_close(
+        got.reshape(6, 24), reference.run(spec, x.reshape(6, 64), tensors, [])
+    )
     assert reference.run(spec, torch.empty(0, 64), tensors, []).shape == (0, 24)
     assert reference.run(spec, torch.ones(64), tensors, []).shape == (24,)
 

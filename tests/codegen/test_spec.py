@@ -64,7 +64,7 @@ def test_operand_outside_the_stored_tensor_is_refused(fields):
 
 @pytest.mark.parametrize("reference", ["%in1", "%1", "%0", "%x", "%"])
 def test_epilogue_refers_only_to_what_is_there(reference):
-    node = EpilogueNode("aten.neg.default", (reference,))
+    node = EpilogueNode("aten.add.Tensor", ("%acc", reference))
     with pytest.raises(errors.KernelError, match="earlier node"):
         Epilogue((EpilogueOperand("n", "float32"),), (node,))
 
@@ -104,3 +104,9 @@ def test_header_holds_the_spec_and_where_it_is_used():
     assert json.loads(written) == json.loads(spec.to_json())
     for fact in ("layers.1.q", "Scheme: fp4", "[2, 16] -> [2, 4]"):
         assert fact in text
+
+
+def test_epilogue_has_to_use_the_sums():
+    node = EpilogueNode("aten.neg.default", ("%in0",))
+    with pytest.raises(errors.KernelError, match="made of the sums"):
+        Epilogue((EpilogueOperand("n", "float32"),), (node,))

@@ -43,7 +43,9 @@ def test_drawn_specs(tmp_path, spec, rows, seed):
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("shape", [(96, 256), (64, 1024)])
 def test_whole_tiles_and_splits(tmp_path, shape, dtype):
-    spec = KernelSpec(harness.whole(NF4, *shape), dtype, dtype, dtype, Epilogue.bias(dtype), "tiled")
+    spec = KernelSpec(
+        harness.whole(NF4, *shape), dtype, dtype, dtype, Epilogue.bias(dtype), "tiled"
+    )
     module = harness.load(spec, tmp_path, interpreted=True)
     assert any(tile["SPLIT"] > 1 for _, tile, _ in module.VARIANTS.values())
     for rows in (1, 4, 16, 40, 140):
@@ -52,7 +54,9 @@ def test_whole_tiles_and_splits(tmp_path, shape, dtype):
 
 def test_experts(tmp_path):
     weight = harness.whole(NF4, 3, 40, 128)
-    spec = KernelSpec(weight, "float16", "float16", "float16", Epilogue.bias("float16", "en"), "experts")
+    spec = KernelSpec(
+        weight, "float16", "float16", "float16", Epilogue.bias("float16", "en"), "experts"
+    )
     module = harness.load(spec, tmp_path, interpreted=True)
     for rows in (1, 20):
         check(spec, module, rows)
@@ -104,7 +108,10 @@ def test_masks_and_divisions_fall_away():
 
 def test_large_weights_use_wide_indices():
     big = WeightOperand.whole(Encoding(4, "nf4"), (2**17, 2**15), transposed=False)
-    assert "to(tl.int64)" in render(KernelSpec(big, *["float16"] * 3), Header()).split("def finish(")[0]
+    assert (
+        "to(tl.int64)"
+        in render(KernelSpec(big, *["float16"] * 3), Header()).split("def finish(")[0]
+    )
     small = harness.whole(NF4, 512, 1024)
     body = render(KernelSpec(small, *["float16"] * 3), Header()).split("def finish(")[0]
     assert "to(tl.int64)" not in body
