@@ -66,13 +66,29 @@ def divide(expr: sympy.Expr, by: int, ranges: Ranges) -> sympy.Expr:
     whole = whole / by
     if largest(rest, ranges) < by:
         return whole
-    constant, terms = rest.as_coeff_Add()
-    common = math.gcd(by, *(int(t.as_coeff_Mul()[0]) for t in sympy.Add.make_args(terms)))
-    if common > 1:
-        return whole + divide(terms / common + constant // common, by // common, ranges)
+    reduced = _reduce(rest, by, ranges)
+    if reduced is not None:
+        return whole + divide(*reduced, ranges)
     if isinstance(rest, Div):
         return whole + Div(rest.args[0], rest.args[1] * by)
     return whole + Div(rest, sympy.Integer(by))
+
+
+def _reduce(expr: sympy.Expr, by: int, ranges: Ranges) -> tuple[sympy.Expr, int] | None:
+    """A smaller division with the same quotient: ``(64*a + b) // 128`` is ``a // 2`` if b < 64.
+
+    Terms that share a divisor with `by` count in steps of it, and what is left never makes a step.
+    """
+    constant, terms = expr.as_coeff_Add()
+    ordered = sorted(sympy.Add.make_args(terms), key=lambda t: -int(t.as_coeff_Mul()[0]))
+    step = by
+    for count, term in enumerate(ordered, 1):
+        step = math.gcd(step, int(term.as_coeff_Mul()[0]))
+        left = sympy.Add(*ordered[count:], int(constant) % step)
+        if step > 1 and largest(left, ranges) < step:
+            steps = sum(taken / step for taken in ordered[:count]) + int(constant) // step
+            return steps, by // step
+    return None
 
 
 def remainder(expr: sympy.Expr, by: int, ranges: Ranges) -> sympy.Expr:

@@ -78,6 +78,13 @@ def test_divisions_fall_away_where_divisibility_is_known():
     assert not index.packs_along(N, 2)
 
 
+def test_tiles_shorter_than_a_block_take_one_scale():
+    group = WeightOperand.whole(Encoding(4, block=(1, 128)), (8, 256), transposed=False)
+    index = WeightIndex.of(group)
+    assert index.run_of_block(K, 64) == 64
+    assert index.per_run(index.block, K, 64) == 2 * N + Div(K, sympy.Integer(2))
+
+
 def test_per_channel_scales_do_not_depend_on_inputs():
     channel = WeightOperand.whole(Encoding(8, block=(1, -1)), (5, 33), transposed=False)
     index = WeightIndex.of(channel)
