@@ -96,7 +96,9 @@ def _gemm(spec: KernelSpec, rows: int) -> Tile:
     """Many rows: tensor cores, with the decoded weight as the left operand."""
     weight = spec.weight
     wide = spec.compute_dtype == "float32"
-    n = _dividing(weight.n, 128 if rows == 128 else 64, 16)
+    # Triton gives float32 tiles of 64 outputs to Blackwell's matrix unit, which rounds to tf32.
+    most = 32 if wide else 128 if rows == 128 else 64
+    n = _dividing(weight.n, most, 16)
     k = _dividing(weight.k, 32 if wide else 64, 16)
     split = _split(spec, n, k) if rows == GEMM_ROWS[0] else 1
     return Tile("gemm", rows, n, k, split, 8 if rows == 128 else 4, 3)
