@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.aot_autograd import aot_module_simplified
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
@@ -113,15 +113,14 @@ def _lower(
     missing = targets.inductor_missing(device)
     if missing:
         LOG.warning("%s: the graph runs op by op, without Inductor", missing)
-        return aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=_run_op_by_op)
+        return aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=_op_by_op)
     patches = {**(list_mode_options(mode) if mode else {}), **ctx.config.inductor}
     users = patches.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
     fuse = Fuse(__version__, inline=target.runs == "torch", before=users)
     patches["post_grad_custom_post_pass"] = fuse
-    return compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
+    compiled: Any = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
+    return compiled
 
 
-def _run_op_by_op(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-    from functorch.compile import make_boxed_func
-
+def _op_by_op(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:  # noqa: ARG001
     return make_boxed_func(gm.forward)

@@ -65,7 +65,7 @@ class Measurement:
 
 def sentences() -> list[str]:
     """The sentences that come with the demo."""
-    text = files("fxquant").joinpath("demo_data", "sentences.txt").read_text(encoding="utf-8")
+    text = (files("fxquant") / "demo_data" / "sentences.txt").read_text(encoding="utf-8")
     return text.splitlines()
 
 

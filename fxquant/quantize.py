@@ -42,7 +42,7 @@ def quantize_(model: nn.Module, config: Config | Mapping[str, Any] | None = None
     config = config if isinstance(config, Config) else Config.from_options(config)
     planned = _plan(model, config)
     rows: list[tuple[Row, Tensor | None]] = []
-    replaced: dict[int, nn.Parameter] = {}
+    replaced: dict[int, PackedWeight] = {}
     for weight, found in planned:
         old = weight.parameter
         if isinstance(found, Declined):
@@ -161,7 +161,7 @@ def _plan(model: nn.Module, config: Config) -> list[tuple[_Weight, Decision | De
     return planned
 
 
-def _replace(model: nn.Module, old: Tensor, packed: PackedWeight) -> nn.Parameter:
+def _replace(model: nn.Module, old: Tensor, packed: PackedWeight) -> PackedWeight:
     """Puts a packed weight where a parameter was, in every module that holds it."""
     new = nn.Parameter(packed, requires_grad=False)
     for module in model.modules():
@@ -170,4 +170,5 @@ def _replace(model: nn.Module, old: Tensor, packed: PackedWeight) -> nn.Paramete
                 module._parameters[name] = new
     STORE.adopt(packed, new)
     follow(old, new)
+    assert isinstance(new, PackedWeight), "a parameter keeps the class of its tensor"
     return new

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fxquant.runtime.launch import Collector, Kernel
+from fxquant.runtime.launch import Kernel, recording
 
 __all__ = ["Kernel", "run_and_get_kernels"]
 
@@ -19,6 +19,6 @@ def run_and_get_kernels(
         The result, and each kernel once, in the order of the first graph that has it. A kernel
         that was printed but could not run on this machine says why in its `note`.
     """
-    with Collector() as collector:
+    with recording() as seen:
         result = fn(*args, **kwargs)
-    return result, collector.kernels
+    return result, list(seen.values())

@@ -68,9 +68,7 @@ def _inline_reference(graph: fx.Graph, node: fx.Node, tables: _Tables) -> None:
     count = len(weight)  # type: ignore[arg-type]
 
     def body(*tensors: torch.Tensor) -> torch.Tensor:
-        return reference.run(
-            spec, tensors[0], list(tensors[1 : 1 + count]), list(tensors[1 + count :])
-        )
+        return reference.run(spec, tensors[0], tensors[1 : 1 + count], tensors[1 + count :])
 
     mode = detect_fake_mode(values)
     with torch.no_grad(), mode or contextlib.nullcontext():

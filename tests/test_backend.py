@@ -520,7 +520,7 @@ def test_cond_with_products_in_its_branches() -> None:
     model = frozen(TwoLayers())
 
     def run(x: Tensor) -> Tensor:
-        return torch.cond(x.sum() > 0, lambda x: model.up(x), lambda x: model.up(-x) * 2, (x,))
+        return torch.cond(x.sum() > 0, model.up, lambda x: model.up(-x) * 2, (x,))
 
     for x in (torch.rand(3, 128), -torch.rand(3, 128)):
         expected = decoded(model).up(x) if x.sum() > 0 else decoded(model).up(-x) * 2

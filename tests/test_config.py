@@ -63,7 +63,7 @@ def test_dtypes_and_lists_are_taken() -> None:
 
 
 def test_backend_reports_unknown_option() -> None:
-    model = torch.nn.Linear(64, 64).requires_grad_(False)  # noqa: FBT003
+    model = torch.nn.Linear(64, 64).requires_grad_(False)
     compiled = torch.compile(model, backend="fxquant", options={"shceme": "nf4"})
     with pytest.raises(Exception, match="unknown fxquant option 'shceme'"):
         compiled(torch.randn(2, 64))

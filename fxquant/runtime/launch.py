@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -155,20 +156,12 @@ def is_recording() -> bool:
     return bool(_collectors)
 
 
-class Collector:
-    """Listens for kernels while it is entered."""
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[str, str], Kernel] = {}
-
-    @property
-    def kernels(self) -> list[Kernel]:
-        """The kernels that ran, each once, in the order of their first run."""
-        return list(self._seen.values())
-
-    def __enter__(self) -> Collector:
-        _collectors.append(self._seen)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        _collectors[:] = [c for c in _collectors if c is not self._seen]
+@contextlib.contextmanager
+def recording() -> Iterator[dict[tuple[str, str], Kernel]]:
+    """Collects the kernels that run while it is entered, each once, in the order of first runs."""
+    seen: dict[tuple[str, str], Kernel] = {}
+    _collectors.append(seen)
+    try:
+        yield seen
+    finally:
+        _collectors[:] = [collector for collector in _collectors if collector is not seen]

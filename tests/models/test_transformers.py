@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -11,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.formats import pack
 from fxquant.runtime.store import STORE
-from fxquant.schemes import get_scheme
 
 transformers = pytest.importorskip("transformers")
 
@@ -22,6 +19,7 @@ SMALL = {
     "intermediate_size": 160,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": 128,
     "max_position_embeddings": 64,
 }
@@ -48,8 +46,12 @@ def decode_in_place(model: nn.Module, scheme: str) -> nn.Module:
 
 
 def random_model(kind: str) -> nn.Module:
-    config = transformers.AutoConfig.for_model(kind, **SMALL) if kind != "gpt2" else (
-        transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64)
+    config = (
+        transformers.AutoConfig.for_model(kind, **SMALL)
+        if kind != "gpt2"
+        else (
+            transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64)
+        )
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     return model.eval().requires_grad_(requires_grad=False)
@@ -90,7 +92,9 @@ def test_minilm_keeps_its_meaning() -> None:
 
     folder = Path(gt.__file__).parent / "model"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    model = transformers.AutoModel.from_pretrained(folder).eval().requires_grad_(requires_grad=False)
+    model = (
+        transformers.AutoModel.from_pretrained(folder).eval().requires_grad_(requires_grad=False)
+    )
     texts = ["The cat sleeps.", "A kitten is napping.", "Stocks fell sharply on Monday."]
     batch = tokenizer(texts, padding=True, return_tensors="pt")
 

@@ -131,7 +131,7 @@ def test_llama():
     assert captured.sites[0].parameter.name == "model.layers.0.self_attn.q_proj.weight"
     assert captured.sites[0].module == "model.layers.0.self_attn.q_proj"
     names = {spec.split('"name":"')[1].split('"')[0] for spec in map(_spec, captured.sites)}
-    assert "model_layers_mlp_down_proj" in names
+    assert names == {f"nf4_linear_{size}" for size in ("32x64", "64x64", "64x96", "96x64")}
     assert len({_spec(site) for site in captured.sites}) <= 7
 
 

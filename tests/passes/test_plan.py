@@ -143,10 +143,10 @@ def test_one_encoding_for_a_parameter_used_both_ways():
     assert len(placeholders) == 1 + len(captured.sites[0].packed.tensors())
 
 
-def test_equal_specs_share_a_name_without_numbers():
+def test_equal_specs_share_a_kernel_named_after_what_it_does():
     captured = run(Model(), X)
     assert len({site.spec_json for site in captured.sites}) == 1
-    assert '"name":"layers"' in captured.sites[0].spec_json
+    assert '"name":"nf4_linear_64x64_bias"' in captured.sites[0].spec_json
 
 
 @pytest.mark.parametrize("compute", ["float16", "bfloat16"])
