@@ -315,12 +315,14 @@ class Header:
         """The docstring that a printed Python module starts with."""
         weight = spec.weight
         lines = [
-            f'"""{spec.name}: {spec.describe()}.',
+            f'"""{spec.name}.',
+            "",
+            *textwrap.wrap(f"{spec.describe()}.", 98),
             "",
             "Printed by fxquant. The spec, which fxquant.codegen.reference defines:",
             *textwrap.wrap(spec.to_json(), 96, initial_indent="  ", subsequent_indent="  "),
             "",
-            f"Weight: {list(weight.shape)} stored, {weight.encoding}",
+            f"Weight: {list(weight.shape)}, {weight.encoding.bits} bits, see the spec's encoding",
         ]
         facts = {"Scheme": (self.scheme,), "Modules": self.modules, "Shapes": self.shapes}
         for title, values in facts.items():

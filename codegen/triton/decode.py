@@ -22,6 +22,11 @@ def parameters(encoding: Encoding) -> list[str]:
     return [*encoding.parts, *tables(encoding)]
 
 
+def batch_index(weight: WeightOperand) -> list[str]:
+    """The parameter that says which matrix of a batch it is."""
+    return ["e"] if weight.batch else []
+
+
 def tables(encoding: Encoding) -> dict[str, tuple[float, ...]]:
     """The codebooks that are read from memory: those of 256 levels."""
     found = {"levels": levels(encoding)}
@@ -77,7 +82,7 @@ class _Decode:
 
     def print(self) -> None:
         self._print_codebook()
-        params = [*parameters(self.encoding), "e", "n0", "k0"]
+        params = [*parameters(self.encoding), *batch_index(self.weight), "n0", "k0"]
         params += ["BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
         doc = f"The weight at outputs n0 .. and inputs k0 .., [BLOCK_N, BLOCK_K] in {self.dtype}."
         with self.out.function("decode", params, doc):
@@ -108,9 +113,8 @@ class _Decode:
     # --- load ---
 
     def _print_indices(self) -> None:
-        wide = ".to(tl.int64)" if self.weight.last + 2**16 > _INT32_LIMIT else ""
-        if wide:
-            self.out.add("e, n0, k0 = e.to(tl.int64), n0.to(tl.int64), k0.to(tl.int64)")
+        if self.weight.last + 2**16 > _INT32_LIMIT:
+            self.out.add("n0, k0 = n0.to(tl.int64), k0.to(tl.int64)")
         self.out.add("# load")
         for axis, start in ((N, "n0"), (K, "k0")):
             if axis == self.outer or self.per_byte == 1 or self.plan.axis is None:
@@ -141,8 +145,12 @@ class _Decode:
         if count == 2:
             parts = "tl.join(code >> 4, code & 15)"
         elif count == 4:
-            parts = "tl.join(tl.join(code >> 6, code >> 2 & 3), tl.join(code >> 4 & 3, code & 3))"
-            self.out.add("# the last axis of a join is its fastest: codes 0 2 beside 1 3")
+            self.out.add(
+                "# the last axis of a join is its fastest: codes 0, 2 beside 1, 3",
+                "even = tl.join(code >> 6, code >> 2 & 3)",
+                "odd = tl.join(code >> 4 & 3, code & 3)",
+            )
+            parts = "tl.join(even, odd)"
         if count > 1:
             self.out.add(f"code = {parts}.reshape({self.tile})")
 
@@ -228,5 +236,7 @@ class _Decode:
         shape = f"({self.sizes[self.outer]}, {self.size} // {run}, {run})"
         with self.out.block(f"if {self.size} > {run}:"):
             for name in ("scale", "zero") if self.encoding.zero_point else ("scale",):
-                spread = f"tl.broadcast_to({name}[:, :, None], {shape})"
-                self.out.add(f"{name} = {spread}.reshape({self.tile})")
+                self.out.add(
+                    f"{name} = tl.broadcast_to({name}[:, :, None], {shape})",
+                    f"{name} = {name}.reshape({self.tile})",
+                )

@@ -10,7 +10,6 @@ from fxquant.codegen.triton.tiles import Plan
 
 _JIT = '(do_not_specialize=["rows"])'
 _CONSTEXPRS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT")
-_ACTIVATION = ("rows", "x_stride_e", "x_stride_m")
 REDUCE_BLOCK = 128
 
 
@@ -37,15 +36,27 @@ def print_finish(out: Lines, spec: KernelSpec) -> None:
     for helper in sorted(ops.prelude):
         out.add("", *PRELUDE[helper].splitlines())
 
-    params = ["acc", *operand_names(spec), "out", "e", "m", "n", "rows"]
+    params = _finish_args(spec)
     doc = "The epilogue on the sums of rows m and outputs n, rounded and stored."
     with out.function("finish", params, doc):
         out.add(*body.text().splitlines())
         result = f"{names[spec.epilogue.result]}.to(out.dtype.element_ty)"
+        row = "(e * rows + m)" if spec.weight.batch else "m"
         out.add(
-            f"tl.store(out + ((e * rows + m) * {spec.weight.n} + n), {result}, "
-            f"mask=(m < rows) & (n < {spec.weight.n}))"
+            f"where = {row} * {spec.weight.n} + n",
+            f"tl.store(out + where, {result}, mask=(m < rows) & (n < {spec.weight.n}))",
         )
+
+
+def _finish_args(spec: KernelSpec) -> list[str]:
+    return ["acc", *operand_names(spec), "out", *decode.batch_index(spec.weight), "m", "n", "rows"]
+
+
+def _share_index(spec: KernelSpec) -> str:
+    """Where a partial sum lies, in [shares, (batch,) rows, outputs]."""
+    batch = spec.weight.batch
+    matrix = f"(share * {batch} + e)" if batch else "share"
+    return f"where = ({matrix} * rows + m) * {spec.weight.n} + n"
 
 
 def _operand_index(dims: str, n: int) -> tuple[str, str]:
@@ -75,7 +86,7 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     with out.function(f"{spec.name}_gemv", _parameters(spec), doc, _JIT):
         _print_start(out, spec)
         out.add(
-            "x_rows = x + e * x_stride_e + m[:, None, None] * x_stride_m",
+            f"x_rows = {_matrix(spec)} + m[:, None, None] * x_stride_m",
             "sums = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)",
         )
         with out.block(_loop(spec)):
@@ -100,7 +111,7 @@ def print_gemm(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     with out.function(f"{spec.name}_gemm", _parameters(spec), doc, _JIT):
         _print_start(out, spec)
         out.add(
-            "x_rows = x + e * x_stride_e + m[None, :] * x_stride_m",
+            f"x_rows = {_matrix(spec)} + m[None, :] * x_stride_m",
             "acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)",
         )
         with out.block(_loop(spec)):
@@ -117,36 +128,43 @@ def print_reduce(out: Lines, spec: KernelSpec) -> None:
     """The sum over a split, always in the same order, and the epilogue."""
     params = ["partial", *operand_names(spec), "out", "rows", "BLOCK_N: tl.constexpr"]
     params.append("SPLIT: tl.constexpr")
-    n, batch = spec.weight.n, spec.weight.batch or 1
+    n = spec.weight.n
     with out.function(f"{spec.name}_reduce", params, "Adds the shares of a split.", _JIT):
+        if spec.weight.batch:
+            out.add("e = tl.program_id(2).to(tl.int64)")
         out.add(
-            "e = tl.program_id(2).to(tl.int64)",
             "m = tl.program_id(0).to(tl.int64)",
             "n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]",
             "acc = tl.full((1, BLOCK_N), 0.0, tl.float32)",
         )
         with out.block("for share in range(SPLIT):"):
             out.add(
-                f"where = ((share * {batch} + e) * rows + m) * {n} + n",
+                _share_index(spec),
                 f"acc += tl.load(partial + where, mask=n < {n}, other=0.0)",
             )
-        out.add(call("finish", ["acc", *operand_names(spec), "out", "e", "m", "n", "rows"]))
+        out.add(call("finish", _finish_args(spec)))
 
 
 def _parameters(spec: KernelSpec) -> list[str]:
     pointers = ["x", *decode.parameters(spec.weight.encoding), *operand_names(spec)]
     constants = [f"{name}: tl.constexpr" for name in _CONSTEXPRS]
-    return [*pointers, "out", "partial", *_ACTIVATION, *constants]
+    strides = ["x_stride_e", "x_stride_m"] if spec.weight.batch else ["x_stride_m"]
+    return [*pointers, "out", "partial", "rows", *strides, *constants]
 
 
 def _print_start(out: Lines, spec: KernelSpec) -> None:
-    batched = spec.weight.batch is not None
     out.add(
         "m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)",
         "n0 = tl.program_id(1) * BLOCK_N",
-        "share = tl.program_id(2) % SPLIT",
-        "e = (tl.program_id(2) // SPLIT).to(tl.int64)" if batched else "e = tl.program_id(2) * 0",
     )
+    if spec.weight.batch:
+        out.add("share, e = tl.program_id(2) % SPLIT, (tl.program_id(2) // SPLIT).to(tl.int64)")
+    else:
+        out.add("share = tl.program_id(2)")
+
+
+def _matrix(spec: KernelSpec) -> str:
+    return "x + e * x_stride_e" if spec.weight.batch else "x"
 
 
 def _loop(spec: KernelSpec) -> str:
@@ -154,7 +172,8 @@ def _loop(spec: KernelSpec) -> str:
 
 
 def _print_decode_call(out: Lines, spec: KernelSpec) -> None:
-    args = [*decode.parameters(spec.weight.encoding), "e", "n0", "k0", "BLOCK_N", "BLOCK_K"]
+    args = [*decode.parameters(spec.weight.encoding), *decode.batch_index(spec.weight)]
+    args += ["n0", "k0", "BLOCK_N", "BLOCK_K"]
     out.add("# load and decode", f"w = {call('decode', args)}")
 
 
@@ -163,12 +182,12 @@ def _round_x(spec: KernelSpec) -> str:
 
 
 def _print_end(out: Lines, spec: KernelSpec, m: str, n: str) -> None:
-    batch, outputs = spec.weight.batch or 1, spec.weight.n
+    outputs = spec.weight.n
     out.add("# epilogue", "n = n0 + tl.arange(0, BLOCK_N)", f"m, n = {m}, {n}")
     with out.block("if SPLIT == 1:"):
-        out.add(call("finish", ["acc", *operand_names(spec), "out", "e", "m", "n", "rows"]))
+        out.add(call("finish", _finish_args(spec)))
     with out.block("else:"):
         out.add(
-            f"where = ((share * {batch} + e) * rows + m) * {outputs} + n",
+            _share_index(spec),
             f"tl.store(partial + where, acc, mask=(m < rows) & (n < {outputs}))",
         )

@@ -34,7 +34,8 @@ def print_types(out: Lines, spec: KernelSpec) -> None:
     types |= dict.fromkeys(decode.tables(encoding), "float32")
     types |= dict(zip(operand_names(spec), (o.dtype for o in spec.epilogue.operands), strict=True))
     entries = [f'"{name}": "{_POINTERS[dtype]}"' for name, dtype in types.items()]
-    entries += [f'"{name}": "i32"' for name in ("rows", "x_stride_e", "x_stride_m")]
+    scalars = ("rows", "x_stride_e", "x_stride_m") if spec.weight.batch else ("rows", "x_stride_m")
+    entries += [f'"{name}": "i32"' for name in scalars]
     out.add("", "", "# What the kernels take; everything in capitals is a constant.")
     out.add("TYPES = {", *wrap_items(entries, 4), "}")
 
@@ -102,10 +103,10 @@ def _print_views(out: Lines, spec: KernelSpec) -> None:
     with out.block("if not out.is_contiguous():"):
         out.add("return out.copy_(run(x, weight, extra))")
     if weight.batch is None:
-        out.add(f"x = x.reshape(1, math.prod(x.shape[:-1]), {weight.k})")
+        out.add(f"x = x.reshape(math.prod(x.shape[:-1]), {weight.k})")
     with out.block("if x.stride(-1) != 1:"):
         out.add("x = x.contiguous()")
-    out.add("rows = x.shape[1]")
+    out.add("rows = x.shape[-2]")
     with out.block("if rows == 0:"):
         out.add("return out")
 
@@ -133,15 +134,15 @@ def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
     if splits:
         with out.block("if split > 1:"):
             out.add(
-                f"sums = (split, {batch}, rows, {weight.n})",
+                f"sums = (split, {f'{batch}, ' if weight.batch else ''}rows, {weight.n})",
                 "partial = torch.empty(sums, dtype=torch.float32, device=x.device)",
             )
-    out.add(
-        f'grid = (-(-rows // tile["BLOCK_M"]), -(-{weight.n} // tile["BLOCK_N"]), {batch} * split)'
-    )
-    args = ["x", *pointers, "out", "partial", "rows", "x.stride(0)", "x.stride(1)"]
+    shares = f"{batch} * split" if weight.batch else "split"
+    out.add(f'grid = (-(-rows // tile["BLOCK_M"]), -(-{weight.n} // tile["BLOCK_N"]), {shares})')
+    strides = ["x.stride(0)", "x.stride(1)"] if weight.batch else ["x.stride(0)"]
+    args = ["x", *pointers, "out", "partial", "rows", *strides]
     with out.block("with torch.cuda.device_of(x):"):
-        out.add("kernel[grid](", *wrap_items([*args, "**tile", "**options"], 4), ")")
+        out.add("kernel[grid](", *wrap_items([*args, "**tile", "**options"], 4, 88), ")")
         if not splits:
             return
         with out.block("if split > 1:"):

@@ -1,0 +1,64 @@
+"""Printed kernels that are reviewed like source: ``make golden`` prints them again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fxquant.codegen import RENDERERS, Header
+from fxquant.codegen.spec import (
+    Epilogue,
+    EpilogueNode,
+    EpilogueOperand,
+    KernelSpec,
+    WeightOperand,
+)
+from fxquant.formats import Encoding
+
+FOLDER = Path(__file__).parent
+NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
+GATED = Epilogue(
+    (EpilogueOperand("n", "bfloat16"), EpilogueOperand("mn", "bfloat16")),
+    (
+        EpilogueNode("aten.add.Tensor", ("%acc", "%in0")),
+        EpilogueNode("aten.gelu.default", ("%0",), (("approximate", "tanh"),)),
+        EpilogueNode("aten.add.Tensor", ("%1", "%in1")),
+    ),
+)
+
+
+def _spec(
+    name: str, weight: WeightOperand, dtype: str = "bfloat16", epilogue: Epilogue | None = None
+) -> KernelSpec:
+    return KernelSpec(weight, dtype, dtype, dtype, epilogue or Epilogue(), name)
+
+
+def _whole(encoding: Encoding, *shape: int, transposed: bool = False) -> WeightOperand:
+    return WeightOperand.whole(encoding, shape, transposed=transposed)
+
+
+BIAS = Epilogue.bias("bfloat16")
+SPECS = (
+    _spec("nf4_linear_384x1536_bias", _whole(NF4, 384, 1536), epilogue=BIAS),
+    _spec("nf4_linear_1536x384_bias_gelu_add", _whole(NF4, 1536, 384), epilogue=GATED),
+    _spec("nf4_experts_8x256x128", _whole(NF4, 8, 256, 128)),
+    _spec("fp4_linear_33x77_odd", _whole(Encoding(4, "fp4"), 33, 77), "float32"),
+    _spec(
+        "fp4_conv1d_768x2304_bias",
+        _whole(Encoding(4, "fp4"), 768, 2304, transposed=True),
+        epilogue=BIAS,
+    ),
+    _spec("int8_linear_384x384_channel", _whole(Encoding(8, block=(1, -1)), 384, 384), "float16"),
+    _spec("int4_linear_512x512_group", _whole(Encoding(4, block=(1, 128)), 512, 512), "float16"),
+    _spec(
+        "int2_value_of_qkv_128x128",
+        WeightOperand(
+            Encoding(2, block=(32,), full_range=True), (384, 128), None, 128, 128, (0, 128, 1), 32768
+        ),
+        "float16",
+    ),
+)
+
+
+def render(spec: KernelSpec) -> str:
+    """The text of a golden file."""
+    return RENDERERS["triton"](spec, Header(("golden",), spec.name.split("_")[0]))
