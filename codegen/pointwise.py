@@ -345,8 +345,8 @@ def from_fx(graph: fx.Graph, operands: Sequence[EpilogueOperand]) -> Epilogue:
             nodes.append(EpilogueNode(str(node.target), args, kwargs))
     (result,) = graph.output_node().args
     epilogue = Epilogue(tuple(operands), tuple(nodes))
-    if names.get(result) != epilogue.result:
-        raise errors.bad_spec("epilogue", names.get(result), f"its last node, {epilogue.result}")
+    if not isinstance(result, fx.Node) or names[result] != epilogue.result:
+        raise errors.bad_spec("epilogue", str(result), f"its last node, {epilogue.result}")
     return epilogue
 
 

@@ -32,7 +32,7 @@ def render(spec: KernelSpec, header: Header) -> str:
     out.add("import torch", "import triton", "import triton.language as tl")
     decode.print_constants(out, spec.weight.encoding)
     decode.print_decode(out, spec.weight, index, variants, spec.compute_dtype)
-    kernels.print_finish(out, spec)
+    kernels.print_finish(out, spec, variants)
     kernels.print_gemv(out, spec, variants)
     kernels.print_gemm(out, spec, variants)
     if variants.splits:

@@ -18,14 +18,19 @@ def operand_names(spec: KernelSpec) -> list[str]:
     return [f"in{number}" for number in range(len(spec.epilogue.operands))]
 
 
-def print_finish(out: Lines, spec: KernelSpec) -> None:
+def print_finish(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """The function ``finish``: the epilogue, and the store."""
+    n = spec.weight.n
+    whole_n = plan.whole_n and (n % REDUCE_BLOCK == 0 or not plan.splits)
+    tests = {"m": "(m < rows)", "n": "" if whole_n else f"(n < {n})"}
     ops = TritonOps()
     names = {"%acc": "acc"}
     body = Lines()
     for number, operand in enumerate(spec.epilogue.operands):
         names[f"%in{number}"] = f"value{number}"
-        where, mask = _operand_index(operand.dims, spec.weight.n)
+        where = _operand_index(operand.dims, n)
+        found = " & ".join(tests[axis] for axis in operand.dims if tests.get(axis))
+        mask = f", mask={found}, other=0" if found else ""
         kind = "" if operand.dtype in ("float32", "bool") else ".to(tl.float32)"
         kind = ".to(tl.int1)" if operand.dtype == "bool" else kind
         body.add(f"value{number} = tl.load(in{number}{where}{mask}){kind}")
@@ -39,13 +44,11 @@ def print_finish(out: Lines, spec: KernelSpec) -> None:
     params = _finish_args(spec)
     doc = "The epilogue on the sums of rows m and outputs n, rounded and stored."
     with out.function("finish", params, doc):
-        out.add(*body.text().splitlines())
+        out.add(*body.lines())
         result = f"{names[spec.epilogue.result]}.to(out.dtype.element_ty)"
+        mask = " & ".join(test for test in tests.values() if test)
         row = "(e * rows + m)" if spec.weight.batch else "m"
-        out.add(
-            f"where = {row} * {spec.weight.n} + n",
-            f"tl.store(out + where, {result}, mask=(m < rows) & (n < {spec.weight.n}))",
-        )
+        out.add(f"where = {row} * {n} + n", f"tl.store(out + where, {result}, mask={mask})")
 
 
 def _finish_args(spec: KernelSpec) -> list[str]:
@@ -59,13 +62,12 @@ def _share_index(spec: KernelSpec) -> str:
     return f"where = ({matrix} * rows + m) * {spec.weight.n} + n"
 
 
-def _operand_index(dims: str, n: int) -> tuple[str, str]:
-    """The address of an operand's element, and the mask of its load."""
-    factors = {"": "", "e": "e", "m": "m", "n": "n", "em": "e * rows + m", "en": f"e * {n} + n"}
-    factors |= {"mn": f"m * {n} + n", "emn": f"(e * rows + m) * {n} + n"}
-    tests = [test for axis, test in (("m", "m < rows"), ("n", f"n < {n}")) if axis in dims]
-    mask = " & ".join(f"({test})" for test in tests)
-    return (f" + ({factors[dims]})" if dims else "", f", mask={mask}, other=0" if tests else "")
+def _operand_index(dims: str, n: int) -> str:
+    """The offset of an operand's element, as text behind its pointer."""
+    row = {"e": "e", "m": "m", "em": "(e * rows + m)"}.get(dims.removesuffix("n"), "")
+    if not dims.endswith("n"):
+        return f" + {row}" if row else ""
+    return f" + ({row} * {n} + n)" if row else " + n"
 
 
 def _is_wrapped(text: str) -> bool:
@@ -102,7 +104,7 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
             lift = "" if spec.compute_dtype == "float32" else ".to(tl.float32)"
             out.add(f"sums += x_tile{lift} * w[None, :, :]{lift}")
         out.add("acc = tl.reduce(sums, 2, add)")
-        _print_end(out, spec, "m[:, None]", "n[None, :]")
+        _print_end(out, spec, plan, "m[:, None]", "n[None, :]")
 
 
 def print_gemm(out: Lines, spec: KernelSpec, plan: Plan) -> None:
@@ -121,7 +123,7 @@ def print_gemm(out: Lines, spec: KernelSpec, plan: Plan) -> None:
             out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0){_round_x(spec)}")
             exact = ', input_precision="ieee"' if spec.compute_dtype == "float32" else ""
             out.add("# dot", f"acc = tl.dot(w, x_tile, acc{exact})")
-        _print_end(out, spec, "m[None, :]", "n[:, None]")
+        _print_end(out, spec, plan, "m[None, :]", "n[:, None]")
 
 
 def print_reduce(out: Lines, spec: KernelSpec) -> None:
@@ -129,6 +131,7 @@ def print_reduce(out: Lines, spec: KernelSpec) -> None:
     params = ["partial", *operand_names(spec), "out", "rows", "BLOCK_N: tl.constexpr"]
     params.append("SPLIT: tl.constexpr")
     n = spec.weight.n
+    mask = f", mask=n < {n}, other=0.0" if n % REDUCE_BLOCK else ""
     with out.function(f"{spec.name}_reduce", params, "Adds the shares of a split.", _JIT):
         if spec.weight.batch:
             out.add("e = tl.program_id(2).to(tl.int64)")
@@ -140,7 +143,7 @@ def print_reduce(out: Lines, spec: KernelSpec) -> None:
         with out.block("for share in range(SPLIT):"):
             out.add(
                 _share_index(spec),
-                f"acc += tl.load(partial + where, mask=n < {n}, other=0.0)",
+                f"acc += tl.load(partial + where{mask})",
             )
         out.add(call("finish", _finish_args(spec)))
 
@@ -181,13 +184,13 @@ def _round_x(spec: KernelSpec) -> str:
     return "" if spec.x_dtype == spec.compute_dtype else f".to(tl.{spec.compute_dtype})"
 
 
-def _print_end(out: Lines, spec: KernelSpec, m: str, n: str) -> None:
-    outputs = spec.weight.n
+def _print_end(out: Lines, spec: KernelSpec, plan: Plan, m: str, n: str) -> None:
+    mask = "(m < rows)" + ("" if plan.whole_n else f" & (n < {spec.weight.n})")
     out.add("# epilogue", "n = n0 + tl.arange(0, BLOCK_N)", f"m, n = {m}, {n}")
     with out.block("if SPLIT == 1:"):
         out.add(call("finish", _finish_args(spec)))
     with out.block("else:"):
         out.add(
             _share_index(spec),
-            f"tl.store(partial + where, acc, mask=(m < rows) & (n < {outputs}))",
+            f"tl.store(partial + where, acc, mask={mask})",
         )

@@ -45,6 +45,10 @@ class Lines:
         yield
         self._depth -= 1
 
+    def lines(self) -> list[str]:
+        """What was added, line by line."""
+        return list(self._lines)
+
     def text(self) -> str:
         """All lines, with a newline at the end."""
         return "\n".join(self._lines).strip("\n") + "\n"

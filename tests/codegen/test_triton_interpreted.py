@@ -33,22 +33,21 @@ def check(spec, module, rows, seed=0, x=None):
 
 
 @settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(specs(), st.sampled_from((0, 1, 2, 3, 5, 17)), st.integers(0, 2**16))
 def test_drawn_specs(tmp_path, spec, rows, seed):
     check(spec, harness.load(spec, tmp_path, interpreted=True), rows, seed)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("shape", [(96, 256), (64, 1024)])
+@pytest.mark.parametrize(("shape", "dtype"), [((96, 256), "float32"), ((64, 1024), "float16")])
 def test_whole_tiles_and_splits(tmp_path, shape, dtype):
     spec = KernelSpec(
         harness.whole(NF4, *shape), dtype, dtype, dtype, Epilogue.bias(dtype), "tiled"
     )
     module = harness.load(spec, tmp_path, interpreted=True)
     assert any(tile["SPLIT"] > 1 for _, tile, _ in module.VARIANTS.values())
-    for rows in (1, 4, 16, 40, 140):
+    for rows in (1, 4, 16, 140):
         check(spec, module, rows)
 
 

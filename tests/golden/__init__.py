@@ -52,7 +52,13 @@ SPECS = (
     _spec(
         "int2_value_of_qkv_128x128",
         WeightOperand(
-            Encoding(2, block=(32,), full_range=True), (384, 128), None, 128, 128, (0, 128, 1), 32768
+            Encoding(2, block=(32,), full_range=True),
+            (384, 128),
+            batch=None,
+            n=128,
+            k=128,
+            strides=(0, 128, 1),
+            offset=32768,
         ),
         "float16",
     ),

@@ -66,10 +66,10 @@ def decode(codes, scales, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def finish(acc, in0, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
-    value0 = tl.load(in0 + (n), mask=(n < 2304), other=0).to(tl.float32)
+    value0 = tl.load(in0 + n).to(tl.float32)
     v0 = acc + value0
     where = m * 2304 + n
-    tl.store(out + where, v0.to(out.dtype.element_ty), mask=(m < rows) & (n < 2304))
+    tl.store(out + where, v0.to(out.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def fp4_conv1d_768x2304_bias_gemv(
         finish(acc, in0, out, m, n, rows)
     else:
         where = (share * rows + m) * 2304 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 2304))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -131,7 +131,7 @@ def fp4_conv1d_768x2304_bias_gemm(
         finish(acc, in0, out, m, n, rows)
     else:
         where = (share * rows + m) * 2304 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 2304))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -144,7 +144,7 @@ def fp4_conv1d_768x2304_bias_reduce(
     acc = tl.full((1, BLOCK_N), 0.0, tl.float32)
     for share in range(SPLIT):
         where = (share * rows + m) * 2304 + n
-        acc += tl.load(partial + where, mask=n < 2304, other=0.0)
+        acc += tl.load(partial + where)
     finish(acc, in0, out, m, n, rows)
 
 

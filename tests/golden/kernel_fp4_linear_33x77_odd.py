@@ -63,7 +63,6 @@ def decode(codes, scales, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def finish(acc, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
-
     where = m * 33 + n
     tl.store(out + where, acc.to(out.dtype.element_ty), mask=(m < rows) & (n < 33))
 

@@ -45,9 +45,8 @@ def decode(codes, scales, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def finish(acc, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
-
     where = m * 128 + n
-    tl.store(out + where, acc.to(out.dtype.element_ty), mask=(m < rows) & (n < 128))
+    tl.store(out + where, acc.to(out.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit
@@ -81,7 +80,7 @@ def int2_value_of_qkv_128x128_gemv(
         finish(acc, out, m, n, rows)
     else:
         where = (share * rows + m) * 128 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 128))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -109,7 +108,7 @@ def int2_value_of_qkv_128x128_gemm(
         finish(acc, out, m, n, rows)
     else:
         where = (share * rows + m) * 128 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 128))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 # What the kernels take; everything in capitals is a constant.

@@ -41,9 +41,8 @@ def decode(codes, scales, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def finish(acc, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
-
     where = m * 512 + n
-    tl.store(out + where, acc.to(out.dtype.element_ty), mask=(m < rows) & (n < 512))
+    tl.store(out + where, acc.to(out.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit
@@ -77,7 +76,7 @@ def int4_linear_512x512_group_gemv(
         finish(acc, out, m, n, rows)
     else:
         where = (share * rows + m) * 512 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 512))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -105,7 +104,7 @@ def int4_linear_512x512_group_gemm(
         finish(acc, out, m, n, rows)
     else:
         where = (share * rows + m) * 512 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 512))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -118,7 +117,7 @@ def int4_linear_512x512_group_reduce(
     acc = tl.full((1, BLOCK_N), 0.0, tl.float32)
     for share in range(SPLIT):
         where = (share * rows + m) * 512 + n
-        acc += tl.load(partial + where, mask=n < 512, other=0.0)
+        acc += tl.load(partial + where)
     finish(acc, out, m, n, rows)
 
 

@@ -36,9 +36,8 @@ def decode(codes, scales, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def finish(acc, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
-
     where = m * 384 + n
-    tl.store(out + where, acc.to(out.dtype.element_ty), mask=(m < rows) & (n < 384))
+    tl.store(out + where, acc.to(out.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit
@@ -72,7 +71,7 @@ def int8_linear_384x384_channel_gemv(
         finish(acc, out, m, n, rows)
     else:
         where = (share * rows + m) * 384 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 384))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -100,7 +99,7 @@ def int8_linear_384x384_channel_gemm(
         finish(acc, out, m, n, rows)
     else:
         where = (share * rows + m) * 384 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 384))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -113,7 +112,7 @@ def int8_linear_384x384_channel_reduce(
     acc = tl.full((1, BLOCK_N), 0.0, tl.float32)
     for share in range(SPLIT):
         where = (share * rows + m) * 384 + n
-        acc += tl.load(partial + where, mask=n < 384, other=0.0)
+        acc += tl.load(partial + where)
     finish(acc, out, m, n, rows)
 
 

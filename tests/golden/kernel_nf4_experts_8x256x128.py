@@ -135,9 +135,8 @@ def decode(
 @triton.jit
 def finish(acc, out, e, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
-
     where = (e * rows + m) * 256 + n
-    tl.store(out + where, acc.to(out.dtype.element_ty), mask=(m < rows) & (n < 256))
+    tl.store(out + where, acc.to(out.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit
@@ -171,7 +170,7 @@ def nf4_experts_8x256x128_gemv(
         finish(acc, out, e, m, n, rows)
     else:
         where = ((share * 8 + e) * rows + m) * 256 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 256))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -199,7 +198,7 @@ def nf4_experts_8x256x128_gemm(
         finish(acc, out, e, m, n, rows)
     else:
         where = ((share * 8 + e) * rows + m) * 256 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 256))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 # What the kernels take; everything in capitals is a constant.

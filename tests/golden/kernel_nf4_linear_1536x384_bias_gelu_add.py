@@ -148,13 +148,13 @@ def tanh(x):
 @triton.jit
 def finish(acc, in0, in1, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
-    value0 = tl.load(in0 + (n), mask=(n < 1536), other=0).to(tl.float32)
-    value1 = tl.load(in1 + (m * 1536 + n), mask=(m < rows) & (n < 1536), other=0).to(tl.float32)
+    value0 = tl.load(in0 + n).to(tl.float32)
+    value1 = tl.load(in1 + (m * 1536 + n), mask=(m < rows), other=0).to(tl.float32)
     v0 = acc + value0
     v1 = (0.5 * v0) * (1.0 + tanh((0.7978845608028654 * (v0 + (0.044715 * (v0 * (v0 * v0)))))))
     v2 = v1 + value1
     where = m * 1536 + n
-    tl.store(out + where, v2.to(out.dtype.element_ty), mask=(m < rows) & (n < 1536))
+    tl.store(out + where, v2.to(out.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit
@@ -188,7 +188,7 @@ def nf4_linear_1536x384_bias_gelu_add_gemv(
         finish(acc, in0, in1, out, m, n, rows)
     else:
         where = (share * rows + m) * 1536 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 1536))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -216,7 +216,7 @@ def nf4_linear_1536x384_bias_gelu_add_gemm(
         finish(acc, in0, in1, out, m, n, rows)
     else:
         where = (share * rows + m) * 1536 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 1536))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -229,7 +229,7 @@ def nf4_linear_1536x384_bias_gelu_add_reduce(
     acc = tl.full((1, BLOCK_N), 0.0, tl.float32)
     for share in range(SPLIT):
         where = (share * rows + m) * 1536 + n
-        acc += tl.load(partial + where, mask=n < 1536, other=0.0)
+        acc += tl.load(partial + where)
     finish(acc, in0, in1, out, m, n, rows)
 
 

@@ -137,10 +137,10 @@ def decode(
 @triton.jit
 def finish(acc, in0, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
-    value0 = tl.load(in0 + (n), mask=(n < 384), other=0).to(tl.float32)
+    value0 = tl.load(in0 + n).to(tl.float32)
     v0 = acc + value0
     where = m * 384 + n
-    tl.store(out + where, v0.to(out.dtype.element_ty), mask=(m < rows) & (n < 384))
+    tl.store(out + where, v0.to(out.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit
@@ -174,7 +174,7 @@ def nf4_linear_384x1536_bias_gemv(
         finish(acc, in0, out, m, n, rows)
     else:
         where = (share * rows + m) * 384 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 384))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -202,7 +202,7 @@ def nf4_linear_384x1536_bias_gemm(
         finish(acc, in0, out, m, n, rows)
     else:
         where = (share * rows + m) * 384 + n
-        tl.store(partial + where, acc, mask=(m < rows) & (n < 384))
+        tl.store(partial + where, acc, mask=(m < rows))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -215,7 +215,7 @@ def nf4_linear_384x1536_bias_reduce(
     acc = tl.full((1, BLOCK_N), 0.0, tl.float32)
     for share in range(SPLIT):
         where = (share * rows + m) * 384 + n
-        acc += tl.load(partial + where, mask=n < 384, other=0.0)
+        acc += tl.load(partial + where)
     finish(acc, in0, out, m, n, rows)
 
 
