@@ -48,4 +48,5 @@ def test_pieces_are_the_whole(name: str, rows: int, columns: int, chunk: int) ->
 
 def test_edges() -> None:
     assert sqnr_db(torch.zeros(4, 16), pack(torch.zeros(4, 16), NF4)) == math.inf
-    assert 19 < sqnr_db(w := torch.randn(256, 256), pack(w, NF4)) < 22
+    weight = torch.randn(256, 256)
+    assert 19 < sqnr_db(weight, pack(weight, NF4)) < 22
