@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def product_bound(x: Tensor, w: Tensor, out_dtype: torch.dtype, extra: Tensor | None = None) -> Tensor:
+def product_bound(
+    x: Tensor, w: Tensor, out_dtype: torch.dtype, extra: Tensor | None = None
+) -> Tensor:
     """How far two float32-accumulated products of the same 16- or 32-bit operands may differ.
 
     Any order of summation of k products in float32 errs by at most ``gamma_k * sum |x||w|`` with
