@@ -86,7 +86,7 @@ def _print_kernels(ctx: Context, target: targets.Choice) -> list[launch.Kernel]:
         if target.runs != target.asked:
             kernels.append(launch.make_kernel(spec, target.runs, header))
         elif target.runs == "triton":
-            launch.provide(text, header)
+            launch.prepare(text, header, _device_of(ctx))
     where = dump.folder(ctx.config.dump)
     if where is not None:
         dump.write(where, kernels)

@@ -30,6 +30,7 @@ def render(spec: KernelSpec, header: Header) -> str:
         out.add("import functools")
     out.add(*(["import math", ""] if spec.weight.batch is None else [""]))
     out.add("import torch", "import triton", "import triton.language as tl")
+    decode.print_imports(out, spec.weight.encoding)
     decode.print_constants(out, spec.weight.encoding)
     decode.print_decode(out, spec.weight, index, variants, spec.compute_dtype)
     kernels.print_finish(out, spec, variants)

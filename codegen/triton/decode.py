@@ -40,9 +40,18 @@ def print_constants(out: Lines, encoding: Encoding) -> None:
     for name, book in tables(encoding).items():
         owner = encoding if name == "levels" else encoding.scale
         assert owner is not None, "scale_levels without an encoding of scales"
-        called = owner.levels if isinstance(owner.levels, str) else "given"
-        out.add("", f"# What the codes of {_subject(name)} stand for: the codebook {called!r}.")
-        out.add(f"{name.upper()} = (", *wrap_items(map(_number, book), 4), ")")
+        out.add("", f"# What the codes of {_subject(name)} stand for.")
+        if isinstance(owner.levels, str):
+            out.add(f'{name.upper()} = get_codebook("{owner.levels}").levels')
+        else:
+            out.add(f"{name.upper()} = (", *wrap_items(map(_number, book), 4), ")")
+
+
+def print_imports(out: Lines, encoding: Encoding) -> None:
+    """What the constants take from fxquant."""
+    owners = [encoding if name == "levels" else encoding.scale for name in tables(encoding)]
+    if any(owner is not None and isinstance(owner.levels, str) for owner in owners):
+        out.add("", "from fxquant.formats.codebooks import get_codebook")
 
 
 def print_decode(

@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +20,6 @@ from fxquant import errors
 from fxquant.codegen import RENDERERS, Header, reference
 from fxquant.codegen.spec import KernelSpec
 from fxquant.runtime import cache
-
-Runner = Callable[[Tensor, list[Tensor], list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,23 +80,34 @@ def run(spec: str, x: Tensor, weight: list[Tensor], extra: list[Tensor]) -> Tens
     if device != weight[0].device:
         raise errors.device_mismatch(parse_spec(spec).name, device, weight[0].device)
     if runs_triton(device):
-        return _triton_runner(spec)(x, weight, extra)
+        return _triton_module(spec).run(x, weight, extra)
     return reference.run(parse_spec(spec), x, weight, extra)
 
 
 _headers: dict[str, Header] = {}
 
 
-def provide(spec: str, header: Header) -> None:
-    """Says whom a spec's kernel serves, for the header of its source; the first call counts."""
+def prepare(spec: str, header: Header, device: torch.device) -> None:
+    """Builds a spec's Triton module ahead of its first call.
+
+    Its tables have to lie on the device before a CUDA graph is captured.
+
+    Args:
+        spec: As JSON.
+        header: Whom the kernel serves, for its source; the first call for a spec counts.
+        device: Where it will run.
+    """
     _headers.setdefault(spec, header)
+    tables = getattr(_triton_module(spec), "prepare", None)
+    if tables is not None:
+        tables(device)
 
 
 @functools.lru_cache(maxsize=4096)
-def _triton_runner(spec: str) -> Runner:
+def _triton_module(spec: str) -> ModuleType:
     parsed = parse_spec(spec)
     source = make_kernel(parsed, "triton", _headers.get(spec, Header())).source
-    return load_module(parsed.name, source).run
+    return load_module(parsed.name, source)
 
 
 _LOADING = threading.Lock()
