@@ -123,6 +123,14 @@ def weight_not_finite(where: str, count: int) -> WeightError:
     )
 
 
+def weight_on_meta(where: str) -> WeightError:
+    """A weight that has a shape and no values."""
+    return WeightError(
+        f"cannot quantize {where}: it is on the meta device and holds no values; load the "
+        f"checkpoint first."
+    )
+
+
 def weight_empty(where: str, shape: Iterable[int]) -> WeightError:
     """A weight with no elements."""
     return WeightError(

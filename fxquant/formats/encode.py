@@ -51,6 +51,8 @@ def encode(tensor: Tensor, encoding: Encoding, name: str = "weight") -> list[Ten
         raise errors.weight_dtype(tensor.dtype, name)
     if tensor.numel() == 0:
         raise errors.weight_empty(name, tensor.shape)
+    if tensor.is_meta:
+        raise errors.weight_on_meta(name)
     if encoding.offset:
         raise errors.bad_encoding("offset", True, "False for a weight, whose mean is not stored")
     work = _Work(tensor, encoding)

@@ -1,0 +1,91 @@
+"""The operators: rules, gradients and refusals, on their own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxquant import errors
+from fxquant.codegen import reference
+from fxquant.codegen.spec import Epilogue, KernelSpec, WeightOperand
+from fxquant.formats import PackedWeight, pack
+from fxquant.runtime import ops
+from fxquant.schemes import get_scheme
+
+assert ops  # imported for its registrations
+
+
+def spec_of(packed: PackedWeight, *, bias: bool = False, dtype: str = "float32") -> KernelSpec:
+    operand = WeightOperand.whole(packed.encoding, tuple(packed.shape), transposed=False)
+    epilogue = Epilogue.bias(dtype) if bias else Epilogue()
+    return KernelSpec(operand, dtype, dtype, dtype, epilogue)
+
+
+def packed_weight(*shape: int) -> PackedWeight:
+    torch.manual_seed(0)
+    return pack(torch.randn(shape), get_scheme("nf4").recipe.weight)
+
+
+@pytest.mark.parametrize("shape", [(5, 48), (2, 3, 48), (48,), (0, 48)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_obeys_the_rules_of_operators(shape: tuple[int, ...], bias: bool) -> None:
+    packed = packed_weight(33, 48)
+    x = torch.randn(shape, requires_grad=True)
+    extra = [torch.randn(33, requires_grad=True)] if bias else []
+    text = spec_of(packed, bias=bias).to_json()
+    args = (x, packed.tensors(), extra, text)
+    torch.library.opcheck(torch.ops.fxquant.linear.default, args)
+    expected = torch.nn.functional.linear(x, packed.dequantize(), *extra)
+    torch.testing.assert_close(torch.ops.fxquant.linear(*args), expected)
+
+
+def test_dequantize_and_table_obey_the_rules_of_operators() -> None:
+    packed = packed_weight(7, 33)
+    args = (packed.tensors(), str(packed.encoding), [7, 33], torch.bfloat16)
+    torch.library.opcheck(torch.ops.fxquant.dequantize.default, args)
+    assert torch.equal(torch.ops.fxquant.dequantize(*args), packed.dequantize(torch.bfloat16))
+    args = ([0.5, 1.5, 2.5, 3.5], [2, 2], torch.device("cpu"))
+    torch.library.opcheck(torch.ops.fxquant.table.default, args)
+    torch.ops.fxquant.table(*args).zero_()
+    assert torch.ops.fxquant.table(*args).tolist() == [[0.5, 1.5], [2.5, 3.5]]
+
+
+def test_gradients_of_a_batched_product_with_a_batched_bias() -> None:
+    packed = packed_weight(2, 9, 16)
+    spec = dataclasses.replace(spec_of(packed), epilogue=Epilogue.bias("float32", "en"))
+    x = torch.randn(2, 5, 16, dtype=torch.float32, requires_grad=True)
+    bias = torch.randn(2, 9, requires_grad=True)
+    weight = packed.dequantize()
+
+    def by_op(x: Tensor, bias: Tensor) -> Tensor:
+        return torch.ops.fxquant.linear(x, packed.tensors(), [bias], spec.to_json())
+
+    def by_hand(x: Tensor, bias: Tensor) -> Tensor:
+        return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
+
+    torch.testing.assert_close(by_op(x, bias), by_hand(x, bias))
+    seed = torch.randn(2, 5, 9)
+    got = torch.autograd.grad(by_op(x, bias), (x, bias), seed)
+    wanted = torch.autograd.grad(by_hand(x, bias), (x, bias), seed)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_operands_on_two_devices_are_refused_by_name() -> None:
+    packed = packed_weight(9, 16)
+    with pytest.raises(errors.DeviceError, match=r"linear: the activation is on meta and the pack"):
+        ops._linear(torch.empty(2, 16, device="meta"), packed.tensors(), [], _text(packed))
+
+
+def _text(packed: PackedWeight) -> str:
+    return spec_of(packed).to_json()
+
+
+def test_reference_is_what_runs_without_a_gpu() -> None:
+    packed = packed_weight(9, 16)
+    x = torch.randn(3, 16)
+    spec = spec_of(packed)
+    out = torch.ops.fxquant.linear(x, packed.tensors(), [], spec.to_json())
+    assert torch.equal(out, reference.run(spec, x, packed.tensors(), []))
