@@ -301,6 +301,8 @@ def test_gradient_checkpointing() -> None:
     assert len(fxquant.report(model).quantized) == 2
 
 
+# Autotuning in Inductor of torch 2.11 reads `Tensor.storage()`.
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_modes_are_handed_on(mode: str) -> None:
     model = frozen(nn.Linear(64, 64))
