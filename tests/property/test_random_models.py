@@ -73,7 +73,7 @@ def product(step: Step, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         return torch.addmm(b, x, w)
     if step.spelling == "conv":
         return F.conv1d(x.t()[None], w, b)[0].t()
-    if step.spelling == "matmul" or step.spelling == "addmm":
+    if step.spelling in ("matmul", "addmm"):
         y = x @ w
     elif step.spelling == "transposed":
         y = (w @ x.t()).t()
