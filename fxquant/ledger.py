@@ -33,22 +33,32 @@ class Ledger:
         bound = ctx.parameters.values()
         self.values = {b.index: b.value for b in bound}
         self.names = {b.name: b.value for b in bound}
-        self.refused = [
-            Row(r.module, r.parameter, r.shape, LEFT_ALONE, reason=r.reason, where=r.where)
-            for r in ctx.refusals
-        ]
+        self.refusals = ctx.refusals
         self.read_dense = {source for source in ctx.sources if isinstance(source, int)}
 
     def file(self) -> None:
         """Files the compile itself, and logs what was left alone."""
         rows = [(row, self.values[index]) for index, rows in self.rows.items() for row in rows]
-        refused = [(row, self.names.get(row.parameter)) for row in self.refused]
+        refused = [
+            (
+                Row(r.module, r.parameter, r.shape, LEFT_ALONE, reason=r.reason, where=r.where),
+                self.names.get(r.parameter),
+            )
+            for r in self.refusals
+        ]
         remember([*rows, *refused], self.values.values())
         for index in self.read_dense & self.values.keys():
             STORE.keep(self.values[index])
         LOG.info("%d products quantized, %d left alone", len(rows), len(refused))
-        for row in self.refused:
-            LOG.info("left alone: %s (%s): %s", row.module or row.parameter, row.where, row.reason)
+        lost = [r for r in self.refusals if r.is_loss]
+        if lost and not rows:
+            LOG.warning(
+                "none of the %d products against parameters was quantized, the first because %s",
+                len(lost),
+                lost[0].reason,
+            )
+        for r in self.refusals:
+            LOG.info("left alone: %s (%s): %s", r.module or r.parameter, r.where, r.reason)
         # A parameter of the model must not outlive it because its graph does.
         self.values, self.names = {}, {}
 

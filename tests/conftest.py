@@ -23,6 +23,8 @@ hypothesis.settings.load_profile("fxquant-ci" if os.environ.get("CI") else "fxqu
 THIRD_PARTY_WARNINGS = (
     # Importing Inductor imports torch.utils.mkldnn, which is still written in TorchScript.
     "ignore:`torch.jit.script(_method)?` is deprecated:DeprecationWarning",
+    # Triton 3.6's interpreter makes an int of an array of one element, which numpy 2.4 refuses.
+    "ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning",
 )
 
 

@@ -270,13 +270,16 @@ def test_inference_mode() -> None:
     torch.testing.assert_close(out, decoded(model)(x), rtol=1e-4, atol=1e-4)
 
 
-def test_gradient_mode_leaves_trainable_weights_alone_and_says_so() -> None:
+def test_gradient_mode_leaves_trainable_weights_alone_and_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = nn.Linear(64, 64)
     x = torch.randn(3, 64)
     compiled = compile_(model)
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-5)
     (row,) = fxquant.report(model).left_alone
     assert "requires_grad_(False)" in row.reason
+    assert "none of the 1 products against parameters was quantized" in caplog.text
     with torch.no_grad():
         compiled(x)
     assert len(fxquant.report(model).quantized) == 1
