@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,17 +41,28 @@ def quantize_(model: nn.Module, config: Config | Mapping[str, Any] | None = None
             stay packed, the model stays usable.
     """
     config = config if isinstance(config, Config) else Config.from_options(config)
-    planned = _plan(model, config)
+    groups = _plan(model, config)
     rows: list[tuple[Row, Tensor | None]] = []
-    replaced: dict[int, PackedWeight] = {}
-    for weight, found in planned:
-        old = weight.parameter
+    while groups:
+        # Nothing here may hold on to an original once it is packed.
+        group = groups.pop(0)
+        name = group[0][0].name
+        rows += _pack_group(model, model.get_parameter(name), group)
+    remember(rows, model.parameters())
+    return report(model)
+
+
+def _pack_group(
+    model: nn.Module, old: nn.Parameter, group: Sequence[tuple[_Weight, Decision | Declined]]
+) -> Iterator[tuple[Row, Tensor]]:
+    """Packs one parameter for all modules that multiply by it, and yields their rows."""
+    new: PackedWeight | None = None
+    for weight, found in group:
         if isinstance(found, Declined):
-            rows.append((weight.row(status=LEFT_ALONE, reason=found.reason), old))
+            yield weight.row(status=LEFT_ALONE, reason=found.reason), old
             continue
-        if id(old) not in replaced:
-            replaced[id(old)] = _replace(model, old, STORE.pack(old, found.encoding, weight.name))
-        new = replaced[id(old)]
+        if new is None:
+            new = _replace(model, old, STORE.pack(old, found.encoding, weight.name))
         row = weight.row(
             status=QUANTIZED,
             scheme=found.scheme,
@@ -58,9 +70,7 @@ def quantize_(model: nn.Module, config: Config | Mapping[str, Any] | None = None
             error_db=STORE.error_db(new),
             kernel="none yet: packed ahead of a compile",
         )
-        rows.append((row, new))
-    remember(rows, model.parameters())
-    return report(model)
+        yield row, new
 
 
 def release_weights(model: nn.Module) -> int:
@@ -92,26 +102,26 @@ class _Weight:
     Attributes:
         path: Of the module.
         name: Of the parameter, in the model.
-        parameter: The tensor.
+        shape: Of the parameter.
         n_dims: Dimensions that make up the outputs.
         k_dims: Dimensions that make up the inputs.
     """
 
     path: str
     name: str
-    parameter: nn.Parameter
-    n_dims: tuple[int, ...] = (0,)
-    k_dims: tuple[int, ...] = (1,)
+    shape: tuple[int, ...]
+    n_dims: tuple[int, ...]
+    k_dims: tuple[int, ...]
 
     def row(self, **fields: Any) -> Row:
-        return Row(self.path, self.name, tuple(self.parameter.shape), **fields)
+        return Row(self.path, self.name, self.shape, **fields)
 
 
 def _weights(model: nn.Module) -> Iterator[_Weight]:
     for path, module in model.named_modules():
         for name, n_dims, k_dims in _weights_of(module):
             full = f"{path}.{name}" if path else name
-            yield _Weight(path, full, getattr(module, name), n_dims, k_dims)
+            yield _Weight(path, full, tuple(getattr(module, name).shape), n_dims, k_dims)
 
 
 def _weights_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
@@ -130,35 +140,36 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple
         yield "weight", (1,), (0,)
 
 
-def _plan(model: nn.Module, config: Config) -> list[tuple[_Weight, Decision | Declined]]:
-    """What to do with each weight; checks coverage before anything is changed."""
-    known = list(_weights(model))
-    names = {weight.name for weight in known}
-    others = {
-        id(parameter): name
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name not in names
-    }
-    planned: list[tuple[_Weight, Decision | Declined]] = []
-    for weight in known:
-        value = weight.parameter
+def _plan(model: nn.Module, config: Config) -> list[list[tuple[_Weight, Decision | Declined]]]:
+    """What to do with each weight, those of one parameter together.
+
+    Raises:
+        CoverageError: `strict` or `min_coverage` is not met.
+    """
+    known = {weight.name: weight for weight in _weights(model)}
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    others = {id(value): name for name, value in everything.items() if name not in known}
+    groups: dict[int, list[tuple[_Weight, Decision | Declined]]] = {}
+    for weight in known.values():
+        value = everything[weight.name]
         found: Decision | Declined
         if id(value) in others:
             found = Declined(f"the same parameter is also {others[id(value)]}")
         elif not value.is_floating_point() or value.numel() == 0:
-            found = Declined(f"it is {value.dtype} of shape {tuple(value.shape)}")
+            found = Declined(f"it is {value.dtype} of shape {weight.shape}")
         else:
             patterns = (weight.path, weight.name)
             found = decide(config, value, patterns, weight.n_dims, weight.k_dims)
-        planned.append((weight, found))
-    done = [w.parameter.numel() for w, found in planned if isinstance(found, Decision)]
+        groups.setdefault(id(value), []).append((weight, found))
+    planned = [item for group in groups.values() for item in group]
+    done = [math.prod(w.shape) for w, found in planned if isinstance(found, Decision)]
     lost = [
-        Refusal(found.reason, "", w.path, "quantize_", tuple(w.parameter.shape), w.name)
+        Refusal(found.reason, "", w.path, "quantize_", w.shape, w.name)
         for w, found in planned
         if isinstance(found, Declined) and found.kind == LEFT
     ]
     check_coverage(config, done, lost)
-    return planned
+    return list(groups.values())
 
 
 def _replace(model: nn.Module, old: Tensor, packed: PackedWeight) -> PackedWeight:

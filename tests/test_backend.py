@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,23 @@ def test_quantize_then_compile() -> None:
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(compile_(model)(x), expected, rtol=1e-4, atol=1e-4)
     assert STORE.packed_count == before
+
+
+def test_quantize_frees_each_original_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen(nn.Sequential(*[nn.Linear(64, 64) for _ in range(5)]))
+    model[4].weight = model[3].weight
+    originals = [weakref.ref(module.weight) for module in model]
+    pack_weight, alive = STORE.pack, []
+
+    def watched(*args: Any) -> PackedWeight:
+        alive.append(len({id(ref()) for ref in originals if ref() is not None}))
+        return pack_weight(*args)
+
+    monkeypatch.setattr(STORE, "pack", watched)
+    report = fxquant.quantize_(model)
+    assert alive == [4, 3, 2, 1], "two of the five are one"
+    assert len(report.quantized) == 5
+    assert model[3].weight is model[4].weight
 
 
 def test_quantize_leaves_tied_embeddings_and_heads_alone() -> None:
