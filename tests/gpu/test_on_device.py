@@ -1,4 +1,4 @@
-"""Printed kernels on a real GPU: each dtype against the reference, and a model under CUDA graphs."""
+"""Printed kernels on a real GPU: each dtype against the reference, and CUDA graphs."""
 
 from __future__ import annotations
 
