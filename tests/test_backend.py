@@ -332,6 +332,12 @@ def test_modes_are_handed_on(mode: str) -> None:
     torch.testing.assert_close(out, decoded(model)(x), rtol=1e-4, atol=1e-4)
 
 
+def test_unknown_mode() -> None:
+    model = frozen(nn.Linear(64, 64))
+    with pytest.raises(Exception, match="unknown mode 'fast': Inductor has default, reduce-overh"):
+        torch.compile(model, backend="fxquant", mode="fast")(torch.randn(3, 64))
+
+
 def test_inductor_options_are_handed_on() -> None:
     seen = []
     model = frozen(nn.Linear(64, 64))
