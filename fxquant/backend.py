@@ -14,7 +14,6 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
-from fxquant import errors
 from fxquant._version import __version__
 from fxquant.codegen import Header
 from fxquant.config import Config
@@ -116,22 +115,12 @@ def _lower(
     if missing:
         LOG.warning("%s: the graph runs op by op, without Inductor", missing)
         return aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=_op_by_op)
-    patches = {**_options_of(mode), **ctx.config.inductor}
+    patches = {**(list_mode_options(mode) if mode else {}), **ctx.config.inductor}
     users = patches.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
     fuse = Fuse(__version__, inline=target.runs == "torch", before=users)
     patches["post_grad_custom_post_pass"] = fuse
     compiled: Any = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
     return compiled
-
-
-def _options_of(mode: str | None) -> dict[str, Any]:
-    """The Inductor options that a mode stands for."""
-    if mode is None:
-        return {}
-    known = list_mode_options()
-    if mode not in known:
-        raise errors.unknown_mode(mode, known)
-    return known[mode]
 
 
 def _op_by_op(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:  # noqa: ARG001

@@ -86,11 +86,6 @@ def unknown_scheme(name: str, known: Iterable[str]) -> OptionError:
     return OptionError(f"unknown quantization scheme {name!r}: the schemes are {_listed(known)}.")
 
 
-def unknown_mode(mode: object, known: Iterable[str]) -> OptionError:
-    """A `mode` of `torch.compile` that Inductor does not have."""
-    return OptionError(f"unknown mode {mode!r}: Inductor has {_listed(known)}.")
-
-
 # --- encodings and weights -------------------------------------------------------------------
 
 
