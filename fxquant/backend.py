@@ -14,14 +14,14 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
-from fxquant._version import __version__
+from fxquant import codegen, formats
 from fxquant.codegen import Header
 from fxquant.config import Config
 from fxquant.ledger import Ledger
 from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.fuse import Fuse
-from fxquant.runtime import dump, launch, ops, targets
+from fxquant.runtime import cache, dump, launch, ops, targets
 from fxquant.runtime.graph import CompiledGraph, Slot, Source
 from fxquant.runtime.store import STORE
 
@@ -117,7 +117,8 @@ def _lower(
         return aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=_op_by_op)
     patches = {**(list_mode_options(mode) if mode else {}), **ctx.config.inductor}
     users = patches.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
-    fuse = Fuse(__version__, inline=target.runs == "torch", before=users)
+    version = cache.fingerprint(codegen, formats)
+    fuse = Fuse(version, inline=target.runs == "torch", before=users)
     patches["post_grad_custom_post_pass"] = fuse
     compiled: Any = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
     return compiled

@@ -9,6 +9,7 @@ built again.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -17,6 +18,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from fxquant import errors
 
@@ -41,6 +43,16 @@ def key_of(*parts: str) -> str:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part.encode())
     return digest.hexdigest()[:32]
+
+
+@functools.lru_cache(maxsize=8)
+def fingerprint(*packages: ModuleType) -> str:
+    """Changes with the source of packages: what a cache of their results has to know.
+
+    A version number does not do: between two releases the source moves and the number stays.
+    """
+    files = [path for package in packages for path in Path(package.__path__[0]).rglob("*.py")]
+    return key_of(*(path.read_text(encoding="utf-8") for path in sorted(files)))
 
 
 def get_or_build(target: str, key: str, build: Callable[[Path], None]) -> Path:

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -27,6 +28,18 @@ class Builder:
     def __call__(self, folder: Path) -> None:
         self.calls += 1
         (folder / "kernel.py").write_text(self.text)
+
+
+def test_fingerprint_changes_with_the_source(tmp_path: Path) -> None:
+    packages = []
+    for number, text in enumerate(["a = 1", "a = 1", "a = 2"]):
+        package = ModuleType(f"package{number}")
+        package.__path__ = [str(tmp_path / str(number))]
+        (tmp_path / str(number) / "deep").mkdir(parents=True)
+        (tmp_path / str(number) / "deep" / "module.py").write_text(text)
+        packages.append(package)
+    one, same, other = (cache.fingerprint(package) for package in packages)
+    assert one == same != other
 
 
 def test_builds_once() -> None:
