@@ -14,7 +14,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
-from fxquant import codegen, formats
+from fxquant import codegen, formats, passes, runtime
 from fxquant.codegen import Header
 from fxquant.config import Config
 from fxquant.ledger import Ledger
@@ -117,7 +117,7 @@ def _lower(
         return aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=_op_by_op)
     patches = {**(list_mode_options(mode) if mode else {}), **ctx.config.inductor}
     users = patches.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
-    version = cache.fingerprint(codegen, formats)
+    version = cache.fingerprint(codegen, formats, passes, runtime)
     fuse = Fuse(version, inline=target.runs == "torch", before=users)
     patches["post_grad_custom_post_pass"] = fuse
     compiled: Any = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
