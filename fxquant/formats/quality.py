@@ -22,7 +22,7 @@ def sqnr_db(original: Tensor, packed: PackedWeight) -> float:
 
     Decodes piece by piece, so that the extra memory stays small beside a layer. Of a weight with
     more than 2**22 elements every second, third .. piece is looked at: a part of that size tells
-    the ratio to a hundredth of a dB, and decoding all would take as long as packing.
+    the ratio to a few hundredths of a dB, and decoding all would take as long as packing.
 
     Args:
         original: What was packed, in the same shape.

@@ -61,6 +61,6 @@ def test_a_part_of_a_large_weight_tells_the_ratio(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(quality, "_CHUNK", 1 << 14)
     looked_at = sum(piece.numel() for _, piece in quality._pieces(packed, every=7))
     assert looked_at < packed.numel() / 6
-    # The noise of 2**17 elements varies by 1 / sqrt(2**17) = 0.3 % or so, 0.012 dB: five times that.
+    # The noise of 2**17 elements varies by 1 / sqrt(2**17), 0.3 % or 0.012 dB: five times that.
     assert sqnr_db(weight, packed) == pytest.approx(whole, abs=0.06)
     assert sqnr_db(weight, packed) != whole
