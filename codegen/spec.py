@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -302,31 +303,36 @@ class Header:
     Attributes:
         modules: Paths of the modules whose products it computes.
         scheme: Name of the scheme.
-        shapes: Shapes seen, as in ``"x [s0, 384] -> [s0, 1536]"``.
-        notes: Further lines, as in ``"not run: this machine has no GPU"``.
     """
 
     modules: tuple[str, ...] = ()
     scheme: str = ""
-    shapes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
 
     def comment(self, spec: KernelSpec) -> str:
         """The docstring that a printed Python module starts with."""
         weight = spec.weight
+        # With spaces, so that lines break between values and every name can be searched for.
+        text = json.dumps(json.loads(spec.to_json()))
+        wrap = functools.partial(textwrap.wrap, width=96, break_on_hyphens=False)
         lines = [
             f'"""{spec.name}.',
             "",
             *textwrap.wrap(f"{spec.describe()}.", 98),
             "",
             "Printed by fxquant. The spec, which fxquant.codegen.reference defines:",
-            *textwrap.wrap(spec.to_json(), 96, initial_indent="  ", subsequent_indent="  "),
+            *wrap(text, initial_indent="  ", subsequent_indent="  "),
             "",
-            f"Weight: {list(weight.shape)}, {weight.encoding.bits} bits, see the spec's encoding",
+            f"Weight: {list(weight.shape)}, {_in_words(weight.encoding)}",
         ]
-        facts = {"Scheme": (self.scheme,), "Modules": self.modules, "Shapes": self.shapes}
-        for title, values in facts.items():
+        for title, values in (("Scheme", (self.scheme,)), ("Modules", self.modules)):
             if any(values):
-                text = f"{title}: {', '.join(values)}"
-                lines += textwrap.wrap(text, 98, subsequent_indent="  ")
-        return "\n".join([*lines, *self.notes, '"""'])
+                lines += wrap(f"{title}: {', '.join(values)}", subsequent_indent="  ")
+        return "\n".join([*lines, '"""'])
+
+
+def _in_words(encoding: Encoding) -> str:
+    """``4 bits nf4 in blocks of 64, scales 8 bits dynamic8 in blocks of 256``."""
+    levels = encoding.levels if isinstance(encoding.levels, str) else "with levels of its own"
+    block = "x".join("all" if size == -1 else str(size) for size in encoding.block)
+    text = f"{encoding.bits} bits {levels} in blocks of {block}"
+    return text if encoding.scale is None else f"{text}, scales {_in_words(encoding.scale)}"

@@ -98,12 +98,27 @@ def test_malformed_specs_are_one_clear_sentence(make):
 def test_header_holds_the_spec_and_where_it_is_used():
     weight = WeightOperand.whole(FP4, (4, 16), transposed=False)
     spec = KernelSpec(weight, "float32", "float32", "float32")
-    text = Header(("layers.0.q", "layers.1.q"), "fp4", ("[2, 16] -> [2, 4]",)).comment(spec)
-    body = text.split("  {", 1)[1].split("\n\n", 1)[0]
-    written = "{" + body.replace("\n  ", "")
+    text = Header(("layers.0.q", "layers.1.q"), "fp4").comment(spec)
+    written = text.partition("defines:\n")[2].partition("\n\n")[0]
     assert json.loads(written) == json.loads(spec.to_json())
-    for fact in ("layers.1.q", "Scheme: fp4", "[2, 16] -> [2, 4]"):
+    weight = "Weight: [4, 16], 4 bits fp4 in blocks of 64"
+    for fact in ("layers.1.q", "Scheme: fp4", '"encoding": {', weight):
         assert fact in text
+
+
+def test_header_says_the_encoding_in_words():
+    scales = Encoding(8, "dynamic8", (256,), offset=True)
+    said = {
+        Encoding(4, "nf4", scale=scales): (
+            "4 bits nf4 in blocks of 64, scales 8 bits dynamic8 in blocks of 256"
+        ),
+        Encoding(8, block=(1, -1)): "8 bits uniform in blocks of 1xall",
+        Encoding(2, (-1.0, 0.0, 0.5, 1.0)): "2 bits with levels of its own in blocks of 64",
+    }
+    for encoding, words in said.items():
+        weight = WeightOperand.whole(encoding, (16, 64), transposed=False)
+        text = Header().comment(KernelSpec(weight, "float32", "float32", "float32"))
+        assert f"Weight: [16, 64], {words}\n" in text
 
 
 def test_epilogue_has_to_use_the_sums():

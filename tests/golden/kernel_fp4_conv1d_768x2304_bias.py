@@ -3,12 +3,12 @@
 out[m, 2304] = x[m, 768] @ weight.T, then add (bfloat16 to bfloat16).
 
 Printed by fxquant. The spec, which fxquant.codegen.reference defines:
-  {"compute_dtype":"bfloat16","epilogue":{"nodes":[["aten.add.Tensor",["%acc","%in0"],[]]],"oper
-  ands":[["n","bfloat16"]]},"name":"fp4_conv1d_768x2304_bias","out_dtype":"bfloat16","weight":{"
-  batch":null,"encoding":{"bits":4,"levels":"fp4"},"k":768,"n":2304,"offset":0,"shape":[768,2304
-  ],"strides":[0,1,2304]},"x_dtype":"bfloat16"}
+  {"compute_dtype": "bfloat16", "epilogue": {"nodes": [["aten.add.Tensor", ["%acc", "%in0"],
+  []]], "operands": [["n", "bfloat16"]]}, "name": "fp4_conv1d_768x2304_bias", "out_dtype":
+  "bfloat16", "weight": {"batch": null, "encoding": {"bits": 4, "levels": "fp4"}, "k": 768, "n":
+  2304, "offset": 0, "shape": [768, 2304], "strides": [0, 1, 2304]}, "x_dtype": "bfloat16"}
 
-Weight: [768, 2304], 4 bits, see the spec's encoding
+Weight: [768, 2304], 4 bits fp4 in blocks of 64
 Scheme: fp4
 Modules: golden
 """

@@ -3,11 +3,12 @@
 out[m, 33] = x[m, 77] @ weight.T (float32 to float32).
 
 Printed by fxquant. The spec, which fxquant.codegen.reference defines:
-  {"compute_dtype":"float32","epilogue":{"nodes":[],"operands":[]},"name":"fp4_linear_33x77_odd"
-  ,"out_dtype":"float32","weight":{"batch":null,"encoding":{"bits":4,"levels":"fp4"},"k":77,"n":
-  33,"offset":0,"shape":[33,77],"strides":[0,77,1]},"x_dtype":"float32"}
+  {"compute_dtype": "float32", "epilogue": {"nodes": [], "operands": []}, "name":
+  "fp4_linear_33x77_odd", "out_dtype": "float32", "weight": {"batch": null, "encoding": {"bits":
+  4, "levels": "fp4"}, "k": 77, "n": 33, "offset": 0, "shape": [33, 77], "strides": [0, 77, 1]},
+  "x_dtype": "float32"}
 
-Weight: [33, 77], 4 bits, see the spec's encoding
+Weight: [33, 77], 4 bits fp4 in blocks of 64
 Scheme: fp4
 Modules: golden
 """

@@ -3,12 +3,12 @@
 out[m, 128] = x[m, 128] @ weight.T (float16 to float16).
 
 Printed by fxquant. The spec, which fxquant.codegen.reference defines:
-  {"compute_dtype":"float16","epilogue":{"nodes":[],"operands":[]},"name":"int2_value_of_qkv_128
-  x128","out_dtype":"float16","weight":{"batch":null,"encoding":{"bits":2,"block":[32],"full_ran
-  ge":true},"k":128,"n":128,"offset":32768,"shape":[384,128],"strides":[0,128,1]},"x_dtype":"flo
-  at16"}
+  {"compute_dtype": "float16", "epilogue": {"nodes": [], "operands": []}, "name":
+  "int2_value_of_qkv_128x128", "out_dtype": "float16", "weight": {"batch": null, "encoding":
+  {"bits": 2, "block": [32], "full_range": true}, "k": 128, "n": 128, "offset": 32768, "shape":
+  [384, 128], "strides": [0, 128, 1]}, "x_dtype": "float16"}
 
-Weight: [384, 128], 2 bits, see the spec's encoding
+Weight: [384, 128], 2 bits uniform in blocks of 32
 Scheme: int2
 Modules: golden
 """

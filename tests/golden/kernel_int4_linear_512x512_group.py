@@ -3,11 +3,12 @@
 out[m, 512] = x[m, 512] @ weight.T (float16 to float16).
 
 Printed by fxquant. The spec, which fxquant.codegen.reference defines:
-  {"compute_dtype":"float16","epilogue":{"nodes":[],"operands":[]},"name":"int4_linear_512x512_g
-  roup","out_dtype":"float16","weight":{"batch":null,"encoding":{"bits":4,"block":[1,128]},"k":5
-  12,"n":512,"offset":0,"shape":[512,512],"strides":[0,512,1]},"x_dtype":"float16"}
+  {"compute_dtype": "float16", "epilogue": {"nodes": [], "operands": []}, "name":
+  "int4_linear_512x512_group", "out_dtype": "float16", "weight": {"batch": null, "encoding":
+  {"bits": 4, "block": [1, 128]}, "k": 512, "n": 512, "offset": 0, "shape": [512, 512],
+  "strides": [0, 512, 1]}, "x_dtype": "float16"}
 
-Weight: [512, 512], 4 bits, see the spec's encoding
+Weight: [512, 512], 4 bits uniform in blocks of 1x128
 Scheme: int4
 Modules: golden
 """

@@ -3,11 +3,12 @@
 out[m, 384] = x[m, 384] @ weight.T (float16 to float16).
 
 Printed by fxquant. The spec, which fxquant.codegen.reference defines:
-  {"compute_dtype":"float16","epilogue":{"nodes":[],"operands":[]},"name":"int8_linear_384x384_c
-  hannel","out_dtype":"float16","weight":{"batch":null,"encoding":{"bits":8,"block":[1,-
-  1]},"k":384,"n":384,"offset":0,"shape":[384,384],"strides":[0,384,1]},"x_dtype":"float16"}
+  {"compute_dtype": "float16", "epilogue": {"nodes": [], "operands": []}, "name":
+  "int8_linear_384x384_channel", "out_dtype": "float16", "weight": {"batch": null, "encoding":
+  {"bits": 8, "block": [1, -1]}, "k": 384, "n": 384, "offset": 0, "shape": [384, 384],
+  "strides": [0, 384, 1]}, "x_dtype": "float16"}
 
-Weight: [384, 384], 8 bits, see the spec's encoding
+Weight: [384, 384], 8 bits uniform in blocks of 1xall
 Scheme: int8
 Modules: golden
 """

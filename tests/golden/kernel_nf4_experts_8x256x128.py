@@ -3,12 +3,13 @@
 out[8, m, 256] = x[8, m, 128] @ weight.T (bfloat16 to bfloat16).
 
 Printed by fxquant. The spec, which fxquant.codegen.reference defines:
-  {"compute_dtype":"bfloat16","epilogue":{"nodes":[],"operands":[]},"name":"nf4_experts_8x256x12
-  8","out_dtype":"bfloat16","weight":{"batch":8,"encoding":{"bits":4,"levels":"nf4","scale":{"bi
-  ts":8,"block":[256],"levels":"dynamic8","offset":true}},"k":128,"n":256,"offset":0,"shape":[8,
-  256,128],"strides":[32768,128,1]},"x_dtype":"bfloat16"}
+  {"compute_dtype": "bfloat16", "epilogue": {"nodes": [], "operands": []}, "name":
+  "nf4_experts_8x256x128", "out_dtype": "bfloat16", "weight": {"batch": 8, "encoding": {"bits":
+  4, "levels": "nf4", "scale": {"bits": 8, "block": [256], "levels": "dynamic8", "offset":
+  true}}, "k": 128, "n": 256, "offset": 0, "shape": [8, 256, 128], "strides": [32768, 128, 1]},
+  "x_dtype": "bfloat16"}
 
-Weight: [8, 256, 128], 4 bits, see the spec's encoding
+Weight: [8, 256, 128], 4 bits nf4 in blocks of 64, scales 8 bits dynamic8 in blocks of 256
 Scheme: nf4
 Modules: golden
 """

@@ -3,14 +3,15 @@
 out[m, 1536] = x[m, 384] @ weight.T, then add, gelu, add (bfloat16 to bfloat16).
 
 Printed by fxquant. The spec, which fxquant.codegen.reference defines:
-  {"compute_dtype":"bfloat16","epilogue":{"nodes":[["aten.add.Tensor",["%acc","%in0"],[]],["aten
-  .gelu.default",["%0"],[["approximate","tanh"]]],["aten.add.Tensor",["%1","%in1"],[]]],"operand
-  s":[["n","bfloat16"],["mn","bfloat16"]]},"name":"nf4_linear_1536x384_bias_gelu_add","out_dtype
-  ":"bfloat16","weight":{"batch":null,"encoding":{"bits":4,"levels":"nf4","scale":{"bits":8,"blo
-  ck":[256],"levels":"dynamic8","offset":true}},"k":384,"n":1536,"offset":0,"shape":[1536,384],"
-  strides":[0,384,1]},"x_dtype":"bfloat16"}
+  {"compute_dtype": "bfloat16", "epilogue": {"nodes": [["aten.add.Tensor", ["%acc", "%in0"],
+  []], ["aten.gelu.default", ["%0"], [["approximate", "tanh"]]], ["aten.add.Tensor", ["%1",
+  "%in1"], []]], "operands": [["n", "bfloat16"], ["mn", "bfloat16"]]}, "name":
+  "nf4_linear_1536x384_bias_gelu_add", "out_dtype": "bfloat16", "weight": {"batch": null,
+  "encoding": {"bits": 4, "levels": "nf4", "scale": {"bits": 8, "block": [256], "levels":
+  "dynamic8", "offset": true}}, "k": 384, "n": 1536, "offset": 0, "shape": [1536, 384],
+  "strides": [0, 384, 1]}, "x_dtype": "bfloat16"}
 
-Weight: [1536, 384], 4 bits, see the spec's encoding
+Weight: [1536, 384], 4 bits nf4 in blocks of 64, scales 8 bits dynamic8 in blocks of 256
 Scheme: nf4
 Modules: golden
 """

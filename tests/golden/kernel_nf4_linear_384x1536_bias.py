@@ -3,13 +3,13 @@
 out[m, 384] = x[m, 1536] @ weight.T, then add (bfloat16 to bfloat16).
 
 Printed by fxquant. The spec, which fxquant.codegen.reference defines:
-  {"compute_dtype":"bfloat16","epilogue":{"nodes":[["aten.add.Tensor",["%acc","%in0"],[]]],"oper
-  ands":[["n","bfloat16"]]},"name":"nf4_linear_384x1536_bias","out_dtype":"bfloat16","weight":{"
-  batch":null,"encoding":{"bits":4,"levels":"nf4","scale":{"bits":8,"block":[256],"levels":"dyna
-  mic8","offset":true}},"k":1536,"n":384,"offset":0,"shape":[384,1536],"strides":[0,1536,1]},"x_
-  dtype":"bfloat16"}
+  {"compute_dtype": "bfloat16", "epilogue": {"nodes": [["aten.add.Tensor", ["%acc", "%in0"],
+  []]], "operands": [["n", "bfloat16"]]}, "name": "nf4_linear_384x1536_bias", "out_dtype":
+  "bfloat16", "weight": {"batch": null, "encoding": {"bits": 4, "levels": "nf4", "scale":
+  {"bits": 8, "block": [256], "levels": "dynamic8", "offset": true}}, "k": 1536, "n": 384,
+  "offset": 0, "shape": [384, 1536], "strides": [0, 1536, 1]}, "x_dtype": "bfloat16"}
 
-Weight: [384, 1536], 4 bits, see the spec's encoding
+Weight: [384, 1536], 4 bits nf4 in blocks of 64, scales 8 bits dynamic8 in blocks of 256
 Scheme: nf4
 Modules: golden
 """
