@@ -96,9 +96,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_script(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("script", type=Path, metavar="SCRIPT", help="a Python file")
-    parser.add_argument(
+    rest = parser.add_argument(
         "arguments", nargs=argparse.REMAINDER, metavar="...", help="the script's own arguments"
     )
+    # Else argparse before Python 3.13 says that they are missing when SCRIPT is.
+    rest.required = False
 
 
 def _positive(text: str) -> int:
@@ -140,12 +142,18 @@ def _schemes(_: argparse.Namespace, console: Console) -> int:
 
 
 def _dump(options: argparse.Namespace, console: Console) -> int:
+    from fxquant.report import watch
     from fxquant.runtime import dump
 
+    _check_script(options.script)
+    dump.check(options.out, "--out")
     os.environ[dump.ENVIRONMENT] = str(options.out)
     before = _written(options.out)
-    _run_script(options.script, options.arguments)
+    with watch() as rows:
+        _run_script(options.script, options.arguments)
     new = [path for path, stamp in _written(options.out).items() if before.get(path) != stamp]
+    if not new and rows:
+        raise errors.nothing_quantized(options.script)
     if not new:
         raise errors.nothing_compiled(options.script)
     console.print(f"{len(new)} kernels in {options.out}:", highlight=False)
@@ -178,14 +186,18 @@ def _report(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _check_script(script: Path) -> None:
+    if not script.is_file():
+        raise errors.no_script(script)
+
+
 def _run_script(script: Path, arguments: Sequence[str]) -> None:
     """Runs a Python file as ``python SCRIPT ARGUMENTS`` would.
 
     Raises:
         ScriptError: There is no such file, or it stopped with an exception.
     """
-    if not script.is_file():
-        raise errors.no_script(script)
+    _check_script(script)
     with _as_program(script, arguments):
         try:
             runpy.run_path(str(script), run_name="__main__")

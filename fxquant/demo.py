@@ -94,7 +94,7 @@ def run(
     if missing:
         raise errors.missing_packages("the demo", [n.replace("_", "-") for n in missing], "demo")
     dump = dump or Path(tempfile.mkdtemp(prefix="fxquant-demo-"))
-    _check_writable(dump)
+    kernel_dump.check(dump, "--dump")
     # Without a GPU every compile logs that its Triton kernels are printed and not run; the list
     # of kernels says so once.
     logging.getLogger("fxquant.targets").setLevel(logging.ERROR)
@@ -102,16 +102,6 @@ def run(
     if llama:
         _generate_tokens(console, dump)
     _list_kernels(console, dump)
-
-
-def _check_writable(folder: Path) -> None:
-    """Fails before the work and not after it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return
-    except OSError as error:
-        raise errors.unwritable_folder("dump", folder, "--dump", error) from error
 
 
 # --- first part: sentences -------------------------------------------------------------------

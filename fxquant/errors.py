@@ -207,6 +207,7 @@ def no_script(path: object) -> ScriptError:
 def script_failed(path: object, reason: str, where: str) -> ScriptError:
     """A script that stopped with an exception or an exit code."""
     at = f" at {where}" if where else ""
+    reason = reason.rstrip(".")
     return ScriptError(f"the script {path} stopped{at} ({reason}): make it run by itself first.")
 
 
@@ -215,6 +216,13 @@ def nothing_compiled(path: object) -> ScriptError:
     return ScriptError(
         f"fxquant compiled nothing in {path}: the script has to call a model that went through "
         f"torch.compile(model, backend='fxquant')."
+    )
+
+
+def nothing_quantized(path: object) -> ScriptError:
+    """A script whose models were compiled with every product left alone."""
+    return ScriptError(
+        f"fxquant left every product in {path} alone: run `fxquant report {path}` to see why."
     )
 
 

@@ -190,6 +190,7 @@ def test_wrong_scheme_in_a_script_is_one_sentence(
     assert run("report", script, "nf5") == 1
     message = one_sentence(capsys.readouterr().err)
     assert "unknown quantization scheme 'nf5': the schemes are" in message
+    assert "int8): make it run" in message, "a sentence inside a sentence keeps no full stop"
 
 
 def test_dump_into_an_unwritable_folder_is_one_sentence(
@@ -198,7 +199,29 @@ def test_dump_into_an_unwritable_folder_is_one_sentence(
     in_the_way = tmp_path / "file"
     in_the_way.write_text("not a folder")
     assert run("dump", "--out", in_the_way / "kernels", script, "nf4") == 1
-    assert "cannot be written" in one_sentence(capsys.readouterr().err)
+    shown = capsys.readouterr()
+    assert "result" not in shown.out, "the script ran before the folder was looked at"
+    message = one_sentence(shown.err)
+    assert "cannot be written" in message
+    assert "point --out at a folder that can." in message
+
+
+def test_script_in_which_every_product_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "trains.py"
+    path.write_text(SCRIPT.replace("torch.inference_mode", "torch.enable_grad"))
+    assert run("dump", "--out", tmp_path / "out", path, "nf4") == 1
+    assert "fxquant left every product in" in one_sentence(capsys.readouterr().err)
+    torch.compiler.reset()
+    assert run("report", path, "nf4") == 0
+    assert "the parameter is trainable" in capsys.readouterr().out
+
+
+def test_missing_argument_names_the_script_only(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["report"])
+    assert "required: SCRIPT\n" in capsys.readouterr().err
 
 
 # --- doctor ----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,24 @@ def folder(option: str | None) -> Path | None:
     """Where to write: the option, else `FXQUANT_DUMP`, else nowhere."""
     named = option or os.environ.get(ENVIRONMENT)
     return Path(named) if named else None
+
+
+def check(where: Path, variable: str) -> None:
+    """Makes the folder and tries to write in it, to fail before the work and not after it.
+
+    Args:
+        where: The folder.
+        variable: What names it, for the message.
+
+    Raises:
+        FolderError: The folder cannot be made or written.
+    """
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=where):
+            return
+    except OSError as error:
+        raise errors.unwritable_folder("dump", where, variable, error) from error
 
 
 def write(where: Path, kernels: Iterable[Kernel]) -> list[Path]:
