@@ -20,7 +20,7 @@ def bind(ctx: Context) -> PassReport:
     """Fills `Context.parameters`."""
     for index, (node, value) in _numbered(ctx.regions[0], ctx.inputs):
         ctx.parameters[node] = BoundParameter(node, value, name_of(node), index)
-    return PassReport("bind", 0, f"{len(ctx.parameters)} parameters bound")
+    return PassReport("bind", f"{len(ctx.parameters)} parameters bound")
 
 
 def candidates(region: Region, inputs: Sequence[Any]) -> Iterator[tuple[fx.Node, Tensor]]:

@@ -107,10 +107,9 @@ class LinearSite:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What one pass did: its name, a count, and a line for the log."""
+    """What one pass did: its name, and a line for the log."""
 
     name: str
-    changed: int
     summary: str
 
 
@@ -129,7 +128,6 @@ class Context:
         parameters: Bound parameters by their placeholder in the outermost graph.
         sites: Products to quantize.
         refusals: Products left alone.
-        reports: What each pass did.
     """
 
     gm: fx.GraphModule
@@ -141,4 +139,3 @@ class Context:
     parameters: dict[fx.Node, BoundParameter] = field(default_factory=dict)
     sites: list[LinearSite] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
-    reports: list[PassReport] = field(default_factory=list)

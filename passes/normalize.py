@@ -30,9 +30,7 @@ def normalize(ctx: Context) -> PassReport:
     before = sum(len(region.graph.nodes) for region in ctx.regions)
     expanded = _normalize(ctx, root, weights)
     after = sum(len(region.graph.nodes) for region in ctx.regions)
-    return PassReport(
-        "normalize", expanded, f"{expanded} calls expanded, {before} nodes became {after}"
-    )
+    return PassReport("normalize", f"{expanded} calls expanded, {before} nodes became {after}")
 
 
 def _normalize(ctx: Context, region: Region, derived: set[fx.Node]) -> int:

@@ -38,7 +38,7 @@ def pack(ctx: Context) -> PassReport:
         region.gm.recompile()
     count = len(ctx.sites)
     weights = len(inputs.placeholders)
-    return PassReport("pack", count, f"{count} products rewritten on {weights} weights")
+    return PassReport("pack", f"{count} products rewritten on {weights} weights")
 
 
 class _PackedInputs:

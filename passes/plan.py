@@ -63,7 +63,7 @@ def plan(ctx: Context) -> PassReport:
     ctx.sites = kept
     lost = [refusal for refusal in ctx.refusals if refusal.is_loss and not _meant(ctx, refusal)]
     check_coverage(ctx.config, (site.parameter.value.numel() for site in kept), lost)
-    return PassReport("plan", len(kept), f"{len(kept)} products to quantize")
+    return PassReport("plan", f"{len(kept)} products to quantize")
 
 
 def _meant(ctx: Context, refusal: Refusal) -> bool:

@@ -1,8 +1,7 @@
 """Where the inputs of a rewritten graph come from.
 
-Dynamo does not guard on which parameter it passes: one graph serves every block of a model that is
-compiled block by block, and a second model of the same class. So a packed input is described by the
-parameter's position; whoever runs the graph packs what arrives there.
+A packed input is described by the parameter's position, since one graph serves many parameters
+(`fxquant.runtime.graph` says why): whoever runs the graph packs what arrives there.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def verify(name: str, ctx: Context, before: Aliases) -> None:
     Args:
         name: The pass that ran.
         ctx: What it left.
-        before: What `aliases` gave for Dynamo's graph.
+        before: What `aliases` gave for the first graph that has values.
 
     Raises:
         PassError: Something does not hold.

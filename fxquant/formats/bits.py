@@ -38,10 +38,3 @@ def _join_pairs(codes: Tensor, bits: int) -> Tensor:
     # A pair reads as odd * 256 + even. Times 2**(8 + bits) + 1, modulo 2**16, that is
     # even * 2**(8 + bits) + odd * 256 + even: the joined byte above one that is shifted out.
     return pairs.mul_((1 << (8 + bits)) + 1).bitwise_right_shift_(8)
-
-
-def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `pack_codes`: uint8, flat, `count` long."""
-    shifts = torch.arange(8 - bits, -1, -bits, dtype=torch.uint8, device=packed.device)
-    fields = (packed.view(-1, 1) >> shifts) & (2**bits - 1)
-    return fields.view(-1)[:count]

@@ -1,1 +1,1 @@
-"""fxquant."""
+"""What compiled graphs need when they run: operators, packed weights, kernels, caches."""

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fxquant import errors
 from fxquant.formats import Encoding, decode, levels, pack, quantizers
 from fxquant.formats import encode as encode_module
-from fxquant.formats.bits import pack_codes, packed_size, unpack_codes
+from fxquant.formats.bits import pack_codes, packed_size
 from fxquant.formats.blocks import block_grid
 from fxquant.formats.decode import decode_scales
 from tests.formats.test_encoding import encodings
@@ -55,6 +55,12 @@ def blocks_of(encoding: Encoding, shape: tuple[int, ...]) -> list[torch.Tensor]:
         )
     ]
     return [numbers[where].reshape(-1) for where in product(*cuts)]
+
+
+def unpack_codes(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The codes inside bytes, the first in the highest bits."""
+    shifts = torch.arange(8 - bits, -1, -bits, dtype=torch.uint8)
+    return ((packed.view(-1, 1) >> shifts) & (2**bits - 1)).view(-1)[:count]
 
 
 @st.composite

@@ -1,0 +1,71 @@
+"""Printed modules are imported once a text and version; kernels that run are recorded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fxquant import _version, errors
+from fxquant.codegen import Header
+from fxquant.codegen.spec import KernelSpec, WeightOperand
+from fxquant.formats import Encoding
+from fxquant.runtime import cache, launch
+
+SPEC = KernelSpec(
+    WeightOperand.whole(Encoding(4, "nf4"), (32, 64), transposed=False),
+    *["float32"] * 3,
+    name="nf4_linear_32x64",
+)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_text_is_imported_once() -> None:
+    first = launch.load_module("once", "x = 1\n")
+    assert launch.load_module("once", "x = 1\n") is first
+    assert launch.load_module("once", "x = 2\n").x == 2
+
+
+def test_another_version_does_not_take_the_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = launch.load_module("versioned", "x = 1\n")
+    monkeypatch.setattr(_version, "__version__", "999")
+    new = launch.load_module("versioned", "x = 1\n")
+    assert Path(new.__file__).parent != Path(old.__file__).parent
+
+
+def test_a_text_that_raises_is_not_kept() -> None:
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            launch.load_module("raises", "1 / 0\n")
+
+
+def test_an_unwritable_cache_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "file" / "below"))
+    with pytest.raises(errors.FolderError, match=r"kernel cache folder .* point FXQUANT_CACHE_DIR"):
+        launch.load_module("nowhere", "x = 1\n")
+
+
+def test_every_listener_gets_each_kernel_once() -> None:
+    kernel = launch.make_kernel(SPEC, "torch", Header())
+    with launch.recording() as outer:
+        launch.record([kernel, kernel])
+        with launch.recording() as inner:
+            launch.record([kernel])
+    assert list(outer.values()) == list(inner.values()) == [kernel]
+    assert not launch.is_recording()
+
+
+@pytest.mark.parametrize("target", ["torch", "triton"])
+def test_a_kernel_that_does_not_run_says_so_first(target: str) -> None:
+    kernel = launch.make_kernel(SPEC, target, Header(("layer.0",), "nf4"), "there is no GPU")
+    assert kernel.source.startswith('# Not run: there is no GPU\n"""nf4_linear_32x64.')
+    assert "Modules: layer.0" in kernel.source
+    compile(kernel.source, "kernel", "exec")
