@@ -40,7 +40,7 @@ def match(ctx: Context) -> PassReport:
             elif _has_opaque_bodies(node):
                 _look_into(ctx, region, node)
     count = len(ctx.sites)
-    return PassReport("match", 0, f"{count} products found, {len(ctx.refusals)} left alone")
+    return PassReport("match", f"{count} products found, {len(ctx.refusals)} left alone")
 
 
 def _look_at(ctx: Context, region: Region, node: fx.Node, written: set[fx.Node]) -> None:

@@ -45,7 +45,7 @@ class WeightStore:
     """Packed weights by parameter and encoding, dropped when the parameter dies.
 
     A parameter that was written to since (its version counter moved, or its storage was replaced)
-    is packed again at the next compile. Distinct parameters over the same storage share one entry.
+    is packed again when it is next asked for. Distinct parameters over the same storage share one entry.
     """
 
     def __init__(self) -> None:
