@@ -16,16 +16,23 @@ SPECS = {
     "int8": (Encoding(8, block=(1, -1)), "bfloat16", Epilogue()),
     "int4": (Encoding(4, block=(1, 128)), "bfloat16", Epilogue()),
     "fp4": (Encoding(4, "fp4"), "float16", Epilogue()),
+    "int2": (Encoding(2, block=(32,), full_range=True), "bfloat16", Epilogue()),
+    "experts": (NF4, "bfloat16", Epilogue.bias("bfloat16", "en")),
     "exact": (NF4, "float32", Epilogue()),
 }
+SHAPES = {"experts": (8, 1024, 1024)}
 # Bytes of one program: CUDA C++ programming guide, table of compute capabilities; CDNA3 ISA, LDS.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA|HMMA", "sm_100": "UTCHMMA|HMMA", "gfx942": "v_mfma_.*"}
 CASES = [
     *(("nf4", target, rows) for target in cubin.TARGETS for rows in (1, 16, 128)),
-    *(("int8", target, rows) for target in ("sm_80", "sm_90") for rows in (1, 128)),
-    *(("int4", target, 128) for target in ("sm_80", "sm_90", "gfx942")),
-    *(("fp4", "sm_90", rows) for rows in (1, 128)),
+    *(("experts", target, rows) for target in cubin.TARGETS for rows in (1, 128)),
+    *(("int8", target, 128) for target in cubin.TARGETS),
+    *(("int8", target, 1) for target in ("sm_80", "sm_90")),
+    *(("int4", target, 128) for target in cubin.TARGETS),
+    *(("int2", target, 128) for target in ("sm_90", "gfx942")),
+    *(("fp4", target, 128) for target in cubin.TARGETS),
+    ("fp4", "sm_90", 1),
     *(("exact", target, rows) for target, rows in (("sm_80", 1), ("sm_80", 64), ("sm_100", 16))),
     *(("exact", target, 64) for target in ("sm_90", "sm_100", "gfx942")),
 ]
@@ -36,8 +43,9 @@ def modules(tmp_path_factory):
     folder = tmp_path_factory.mktemp("printed")
     made = {}
     for name, (encoding, dtype, epilogue) in SPECS.items():
-        weight = harness.whole(encoding, 4096, 4096)
-        spec = KernelSpec(weight, dtype, dtype, dtype, epilogue, f"{name}_4096x4096")
+        shape = SHAPES.get(name, (4096, 4096))
+        weight = harness.whole(encoding, *shape)
+        spec = KernelSpec(weight, dtype, dtype, dtype, epilogue, f"{name}_{shape[-2]}x{shape[-1]}")
         made[name] = harness.load(spec, folder, interpreted=False)
     return made
 
