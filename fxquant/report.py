@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -105,13 +106,14 @@ class Report:
         ):
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
         for row in self.rows:
+            said = row.kernel or (f"{row.reason} ({row.where})" if row.where else row.reason)
             table.add_row(
-                row.module or row.parameter,
+                escape(row.module or row.parameter),
                 "x".join(map(str, row.shape)),
                 row.scheme or "-",
                 f"{row.bits:.3f}" if row.bits else "-",
                 "-" if row.error_db is None else f"{row.error_db:.1f}",
-                row.kernel or (f"{row.reason} ({row.where})" if row.where else row.reason),
+                escape(said),
             )
         return table
 

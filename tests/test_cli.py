@@ -224,6 +224,13 @@ def test_missing_argument_names_the_script_only(capsys: pytest.CaptureFixture) -
     assert "required: SCRIPT\n" in capsys.readouterr().err
 
 
+def test_torch_logs_say_what_each_pass_did(script: Path) -> None:
+    done = in_process(str(script), "nf4", TORCH_LOGS="+fxquant")
+    assert done.returncode == 0
+    for line in ("match: 2 products found", "pack: 2 products rewritten", "2 products quantized"):
+        assert line in done.stderr
+
+
 # --- doctor ----------------------------------------------------------------------------------
 
 HIDDEN = """

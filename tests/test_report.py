@@ -1,0 +1,68 @@
+"""The report's sums, and its forms for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from torch import nn
+
+import fxquant
+from fxquant.report import LEFT_ALONE, QUANTIZED, Report, Row
+
+
+def row(module: str, shape: tuple[int, ...], *, bits: float = 4.0, parameter: str = "") -> Row:
+    return Row(module, parameter or f"{module}.weight", shape, QUANTIZED, "nf4", bits, 20.0)
+
+
+LEFT = Row(
+    "head", "head.weight", (10, 30), LEFT_ALONE, reason="it is <too> & small", where="m.py:7"
+)
+
+
+def test_sums() -> None:
+    found = Report((row("a", (20, 10)), row("b", (10, 10), bits=7.0), LEFT))
+    assert [one.module for one in found.quantized] == ["a", "b"]
+    assert found.left_alone == [LEFT]
+    assert found.coverage == 300 / 600
+    assert found.bits_per_weight == (200 * 4 + 100 * 7) / 300
+    assert found.summary().startswith("fxquant: 2 of 3 products quantized (50.0% of their weights)")
+
+
+def test_a_weight_of_two_products_counts_once_in_the_bits() -> None:
+    tied = row("b", (20, 10), bits=7.0, parameter="a.weight")
+    found = Report((row("a", (20, 10), bits=7.0), tied, row("c", (20, 10), bits=4.0)))
+    assert found.bits_per_weight == 5.5
+
+
+def test_nothing_to_report() -> None:
+    found = fxquant.report(nn.Linear(4, 4))
+    assert found.rows == ()
+    assert (found.coverage, found.bits_per_weight) == (0.0, 0.0)
+    assert "0 of 0 products" in str(found)
+    assert json.loads(found.to_json())["rows"] == []
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
+def test_empty_shapes_have_no_elements(shape: tuple[int, ...]) -> None:
+    assert row("a", shape).numel == 0
+
+
+def test_forms() -> None:
+    found = Report((row("layers.0", (20, 10)), LEFT))
+    for text in ("layers.0", "20x10", "4.000", "20.0", "it is <too> & small (m.py:7)"):
+        assert text in str(found)
+    data = json.loads(found.to_json())
+    assert data["rows"][1]["where"] == "m.py:7"
+    assert data["rows"][0]["shape"] == [20, 10]
+    assert math.isclose(data["coverage"], 200 / 500)
+    page = found.to_html()
+    assert "it is &lt;too&gt; &amp; small" in page
+    assert "<too>" not in page
+
+
+def test_brackets_in_names_are_printed_as_they_are() -> None:
+    found = Report((row("blocks[0]", (20, 10)), Row("x", "", (4, 4), LEFT_ALONE, reason="[red]")))
+    assert "blocks[0]" in str(found)
+    assert "[red]" in str(found)
