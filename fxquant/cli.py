@@ -156,7 +156,7 @@ def _dump(options: argparse.Namespace, console: Console) -> int:
         raise errors.nothing_quantized(options.script)
     if not new:
         raise errors.nothing_compiled(options.script)
-    console.print(f"{len(new)} kernels in {options.out}:", highlight=False)
+    console.print(f"{len(new)} kernels in {options.out}:", highlight=False, markup=False)
     for path in new:
         console.print(f"  {path.name}", highlight=False, markup=False)
     return 0

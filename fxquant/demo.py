@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -344,7 +345,7 @@ def _generate(model: Any, prompt: Tensor) -> tuple[Tensor, float]:
 def _list_kernels(console: Console, dump: Path) -> None:
     sources = sorted(dump.glob("*.py"))
     console.print(
-        f"\n[bold]Kernels[/bold]: {len(sources)} files in {dump}, each with its spec beside it "
+        f"\n[bold]Kernels[/bold]: {len(sources)} files in {escape(str(dump))}, each with its spec beside it "
         f"({kernel_dump.ENVIRONMENT}=folder writes them for any program)",
         highlight=False,
     )

@@ -54,7 +54,7 @@ class BoundParameter:
 
     Attributes:
         node: The placeholder in the outermost graph.
-        value: The real tensor: an `nn.Parameter` or buffer, dense or a `PackedWeight`.
+        value: The real tensor: a dense `nn.Parameter` or a `PackedWeight`.
         name: Its path in the model, as in ``"layers.0.weight"``.
         index: Its position among Dynamo's inputs.
     """
