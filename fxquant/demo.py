@@ -345,8 +345,8 @@ def _generate(model: Any, prompt: Tensor) -> tuple[Tensor, float]:
 def _list_kernels(console: Console, dump: Path) -> None:
     sources = sorted(dump.glob("*.py"))
     console.print(
-        f"\n[bold]Kernels[/bold]: {len(sources)} files in {escape(str(dump))}, each with its spec beside it "
-        f"({kernel_dump.ENVIRONMENT}=folder writes them for any program)",
+        f"\n[bold]Kernels[/bold]: {len(sources)} files in {escape(str(dump))}, each with its spec "
+        f"beside it ({kernel_dump.ENVIRONMENT}=folder writes them for any program)",
         highlight=False,
     )
     for path in sources:
