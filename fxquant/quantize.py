@@ -133,8 +133,9 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple
             if getattr(module, name) is not None:
                 yield name, (0,), (1,)
     elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        ones = (1,) * len(module.kernel_size)
-        if module.kernel_size == ones and module.stride == ones and module.groups == 1:
+        ones, zeros = (1,) * len(module.kernel_size), (0,) * len(module.kernel_size)
+        is_plain = module.stride == ones and module.padding in ("same", "valid", zeros)
+        if module.kernel_size == ones and is_plain and module.groups == 1:
             yield "weight", (0,), (1,)
     elif type(module).__module__ == "transformers.pytorch_utils" and hasattr(module, "nf"):
         yield "weight", (1,), (0,)
