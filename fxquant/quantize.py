@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxquant.config import Config
 from fxquant.formats import PackedWeight
+from fxquant.passes.bind import is_foreign
 from fxquant.passes.context import LEFT, Refusal
 from fxquant.passes.plan import Decision, Declined, check_coverage, decide
 from fxquant.report import LEFT_ALONE, QUANTIZED, Report, Row, follow, remember, report
@@ -156,6 +157,8 @@ def _plan(model: nn.Module, config: Config) -> list[list[tuple[_Weight, Decision
         found: Decision | Declined
         if id(value) in others:
             found = Declined(f"the same parameter is also {others[id(value)]}")
+        elif is_foreign(value):
+            found = Declined(f"it is a {type(value).__name__}, which has its own products")
         elif not value.is_floating_point() or value.numel() == 0:
             found = Declined(f"it is {value.dtype} of shape {weight.shape}")
         else:
@@ -180,7 +183,6 @@ def _replace(model: nn.Module, old: Tensor, packed: PackedWeight) -> PackedWeigh
         for name, parameter in module._parameters.items():
             if parameter is old:
                 module._parameters[name] = new
-    STORE.adopt(packed, new)
     follow(old, new)
     assert isinstance(new, PackedWeight), "a parameter keeps the class of its tensor"
     return new

@@ -11,11 +11,14 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
+
+from fxquant.formats import anchor_of
 
 QUANTIZED, LEFT_ALONE = "quantized", "left alone"
 PACKED = "packed"
@@ -169,23 +172,25 @@ class _Record:
     def __init__(
         self, rows: Iterable[tuple[Row, Tensor | None]], tensors: Iterable[Tensor]
     ) -> None:
-        self.rows = [(row, None if about is None else weakref.ref(about)) for row, about in rows]
-        self.refs = [weakref.ref(tensor) for tensor in tensors]
+        self.rows = [(row, None if about is None else _ref(about)) for row, about in rows]
+        self.refs = [_ref(tensor) for tensor in tensors]
 
     def is_dead(self) -> bool:
         return all(ref() is None for ref in self.refs)
 
     def follow(self, old: Tensor, new: Tensor) -> None:
         """A parameter was replaced."""
-        ref = weakref.ref(new)
-        self.refs = [ref if known() is old else known for known in self.refs]
+        ref, was = _ref(new), anchor_of(old)
+        self.refs = [ref if known() is was else known for known in self.refs]
         self.rows = [
-            (row, ref if about is not None and about() is old else about)
+            (row, ref if about is not None and about() is was else about)
             for row, about in self.rows
         ]
 
     def rows_for(self, names: Mapping[int, str]) -> Iterator[Row]:
-        """Rows about a model's tensors (names by identity), under the names that they have there.
+        """Rows about a model's tensors, under the names that they have there.
+
+        Names are given by the identity of each tensor's anchor.
 
         A block that was compiled on its own knows only the end of its parameters' paths.
         """
@@ -200,6 +205,10 @@ class _Record:
                 prefix = full.removesuffix(row.parameter) if full.endswith(row.parameter) else ""
                 module = f"{prefix}{row.module}" if row.module else prefix.rstrip(".")
                 yield dataclasses.replace(row, module=module, parameter=prefix + row.parameter)
+
+
+def _ref(tensor: Tensor) -> weakref.ref[Any]:
+    return weakref.ref(anchor_of(tensor))
 
 
 _records: list[_Record] = []
@@ -254,7 +263,7 @@ def report(model: nn.Module) -> Report:
     """
     model = getattr(model, "_orig_mod", model)
     names = {id(tensor): name for name, tensor in model.named_buffers()}
-    names.update({id(tensor): name for name, tensor in model.named_parameters()})
+    names.update({id(anchor_of(tensor)): name for name, tensor in model.named_parameters()})
     latest: dict[tuple[str, str, str], Row] = {}
     with _lock:
         for record in _records:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxquant.formats import PackedWeight
 from fxquant.passes.context import BoundParameter, Context, PassReport
@@ -26,10 +27,17 @@ def bind(ctx: Context) -> PassReport:
 def candidates(region: Region, inputs: Sequence[Any]) -> Iterator[tuple[fx.Node, Tensor]]:
     """The placeholders of parameters that a product may read: 2-D or more.
 
-    Buffers do not count: they may change between calls, and what was packed would not.
+    Buffers do not count: they may change between calls, and what was packed would not. Nor do
+    tensor subclasses of others, whose operations are theirs to define.
     """
     for _, found in _numbered(region, inputs):
-        yield found
+        if not is_foreign(found[1]):
+            yield found
+
+
+def is_foreign(value: Tensor) -> bool:
+    """Whether a tensor is a wrapper of somebody else's, quantized or distributed by them."""
+    return is_traceable_wrapper_subclass(value) and not isinstance(value, PackedWeight)
 
 
 def _numbered(

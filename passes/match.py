@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from fxquant.codegen.spec import WeightOperand
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes import products, views
-from fxquant.passes.bind import path_of
+from fxquant.passes.bind import is_foreign, path_of
 from fxquant.passes.context import (
     NOT_A_PARAMETER,
     BoundParameter,
@@ -68,7 +68,7 @@ def _site(
 ) -> LinearSite | str:
     """The site of a product, or why it is left alone."""
     if view.layout is None:
-        return "its view of the parameter cannot be said with strides"
+        return "its view or cast of the parameter is more than other strides on the same elements"
     reason = _objection(node, view.parameter, both=both, written=written)
     if reason is not None:
         return reason
@@ -108,6 +108,8 @@ def _objection(
     reason = None
     if both:
         reason = "both operands are parameters"
+    elif is_foreign(value):
+        reason = f"the parameter is a {type(value).__name__}, which has its own products"
     elif not value.dtype.is_floating_point:
         reason = f"the dtype {value.dtype} is not a real floating-point one"
     elif torch.float64 in dtypes or not isinstance(out, Tensor) or out.dtype not in FLOATS:

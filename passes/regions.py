@@ -155,6 +155,8 @@ def _copied_module(gm: fx.GraphModule) -> fx.GraphModule:
     for old, new in mapped.items():
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
+        # Dynamo's weak reference to the argument: one is enough to keep a parameter from moving.
+        new.meta.pop("grapharg", None)
         if "val" not in new.meta:
             new.meta["val"] = new.meta.get("example_value")
     out = fx.GraphModule(gm, graph, type(gm).__name__)

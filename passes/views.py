@@ -40,6 +40,7 @@ _COPIES = frozenset(
         _aten._autocast_to_reduced_precision,
     )
 )  # fmt: skip
+_REALS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class View:
 
     Attributes:
         parameter: The parameter.
-        layout: Stand-in on the ``meta`` device: shape, strides and offset; None where the view
-            cannot be said with strides. A tuple of them for the pieces of a split.
+        layout: Stand-in on the ``meta`` device: shape, strides and offset; None where it is
+            more than other strides on the same elements. A tuple of them for the pieces of a split.
     """
 
     parameter: BoundParameter
@@ -100,9 +101,12 @@ def _replayed(node: fx.Node, layout: Any) -> Any:
         pieces = isinstance(layout, (tuple, list)) and isinstance(position, int)
         return layout[position] if pieces else None
     packet = node.target.overloadpacket  # type: ignore[union-attr]
-    if packet in _COPIES:
-        return layout
     value = node.meta["val"]
+    if packet in _COPIES:
+        # Codes stand for real numbers: what integers or float8 would cut off is not cut off.
+        return layout if value.dtype in _REALS else None
+    if node.target is _aten.view.dtype:
+        return None
     try:
         if packet in _RESHAPES:
             return layout.view(_static(value))

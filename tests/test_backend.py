@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fxquant
 from fxquant import errors
@@ -436,6 +437,18 @@ def test_empty_weights_are_refused() -> None:
     assert "empty" in report.left_alone[0].reason
 
 
+def test_weights_of_other_tensor_subclasses_are_left_to_them() -> None:
+    values = torch.randn(64, 64)
+    weight = nn.Parameter(TwoTensor(values, values.clone()), requires_grad=False)
+    model = frozen(nn.Linear(64, 64, bias=False))
+    model.weight = weight
+    x = torch.randn(2, 64)
+    torch.testing.assert_close(compile_(model)(x).a, x @ values.t())
+    assert "TwoTensor" in fxquant.report(model).left_alone[0].reason
+    assert "TwoTensor" in fxquant.quantize_(model).left_alone[-1].reason
+    assert model.weight is weight
+
+
 def _report_of(weight: nn.Parameter, x: Tensor) -> fxquant.Report:
     class Holder(nn.Module):
         def __init__(self) -> None:
@@ -543,6 +556,34 @@ def test_weights_changed_in_place_are_packed_again() -> None:
     torch.testing.assert_close(compiled(x), decoded(model)(x), rtol=1e-4, atol=1e-4)
     model.up.weight.data = torch.randn(64, 128)
     torch.testing.assert_close(compiled(x), decoded(model)(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_storage_at_an_old_address_is_packed_again() -> None:
+    model = frozen(nn.Linear(128, 128, bias=False))
+    compiled = compile_(model)
+    x, buffer = torch.randn(3, 128), bytearray(128 * 128 * 4)
+    for _ in range(3):
+        values = torch.frombuffer(buffer, dtype=torch.float32).view(128, 128)
+        model.weight.data = values.copy_(torch.randn(128, 128))
+        expected = nn.functional.linear(x, packed_of(model.weight).dequantize())
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_models_move_and_change_dtype() -> None:
+    x = torch.randn(3, 128)
+    model = frozen(TwoLayers())
+    errors_db = [row.error_db for row in fxquant.quantize_(model).quantized]
+    model.to(torch.bfloat16).float()
+    expected = model(x)
+    compiled = compile_(model)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05), (torch.float32, 1e-4)):
+        model.to(dtype)
+        found = compiled(x.to(dtype)).float()
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    rows = fxquant.report(model).quantized
+    assert [row.error_db for row in rows] == errors_db
+    assert {row.scheme for row in rows} == {"nf4"}
+    assert fxquant.release_weights(model) == 0
 
 
 def test_cond_with_products_in_its_branches() -> None:

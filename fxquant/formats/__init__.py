@@ -2,7 +2,7 @@
 
 from fxquant.formats.decode import decode, levels
 from fxquant.formats.encoding import Encoding
-from fxquant.formats.packed import PackedWeight, pack
+from fxquant.formats.packed import PackedWeight, anchor_of, pack
 from fxquant.formats.quality import sqnr_db
 
-__all__ = ["Encoding", "PackedWeight", "decode", "levels", "pack", "sqnr_db"]
+__all__ = ["Encoding", "PackedWeight", "anchor_of", "decode", "levels", "pack", "sqnr_db"]

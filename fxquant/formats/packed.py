@@ -35,6 +35,14 @@ def pack(tensor: Tensor, encoding: Encoding, *, name: str = "weight") -> PackedW
     return PackedWeight(encode(tensor, encoding, name), encoding, tensor.shape, tensor.dtype)
 
 
+class Anchor:
+    """Stands for a packed weight in weak references, through its casts and moves.
+
+    `nn.Module.to` swaps a packed parameter for its converted copy, and refuses to if anything holds
+    a weak reference to the parameter.
+    """
+
+
 class PackedWeight(Tensor):
     """Holds codes and scales; shape, dtype and device are those of the original tensor.
 
@@ -53,6 +61,7 @@ class PackedWeight(Tensor):
     """
 
     encoding: Encoding
+    anchor: Anchor
 
     @staticmethod
     def __new__(  # noqa: PYI034 - Self is not in Python 3.10's typing
@@ -75,6 +84,7 @@ class PackedWeight(Tensor):
         dtype: torch.dtype,  # noqa: ARG002 - for __new__
     ) -> None:
         self.encoding = encoding
+        self.anchor = Anchor()
         for part, tensor in zip(encoding.parts, tensors, strict=True):
             setattr(self, f"packed_{part}", tensor)
 
@@ -162,6 +172,19 @@ class PackedWeight(Tensor):
     def _with(self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> PackedWeight:
         return PackedWeight(tensors, self.encoding, self.shape, dtype or self.dtype)
 
+    def _converted(
+        self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
+    ) -> PackedWeight:
+        """As `_with`, for what stays the same weight: a parameter of it, its casts and moves."""
+        out = self._with(tensors, dtype)
+        out.anchor = self.anchor
+        return out
+
+
+def anchor_of(tensor: Tensor) -> object:
+    """What a weak reference to a weight should hold: its anchor, or a dense tensor itself."""
+    return tensor.anchor if isinstance(tensor, PackedWeight) else tensor
+
 
 def rebuild(
     tensors: Sequence[Tensor],
@@ -210,7 +233,7 @@ def _on_decoded(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict
 
 
 def _detach(self: PackedWeight) -> PackedWeight:
-    return self._with(self.tensors())
+    return self._converted(self.tensors())
 
 
 def _clone(self: PackedWeight, **_: Any) -> PackedWeight:
@@ -231,7 +254,7 @@ def _to_copy(
     parts = [
         part.to(device=device, non_blocking=non_blocking, copy=True) for part in self.tensors()
     ]
-    return self._with(parts, dtype)
+    return self._converted(parts, dtype)
 
 
 def _copy(self: PackedWeight, source: Tensor, non_blocking: bool = False) -> PackedWeight:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.runtime import launch
-from fxquant.runtime.store import STORE, state_of
+from fxquant.runtime.store import STORE, Snapshot
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,22 @@ class _Lookup:
         self.slot = slot
         self.index = slot.index
         self.on_new = on_new
-        self.known: dict[int, tuple[weakref.ref[Tensor], tuple[int, int], Sequence[Any]]] = {}
+        self.known: dict[int, tuple[weakref.ref[Any], Snapshot, Sequence[Any]]] = {}
+        self.met: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __call__(self, parameter: Tensor) -> Sequence[Any]:
+        if isinstance(parameter, PackedWeight):
+            if parameter.anchor not in self.met:
+                self.met[parameter.anchor] = True
+                self.on_new(self.slot, parameter, parameter)
+            return parameter.tensors()
         key = id(parameter)
         found = self.known.get(key)
-        if found is not None and found[0]() is parameter and found[1] == state_of(parameter):
+        if found is not None and found[0]() is parameter and found[1].is_current(parameter):
             return found[2]
         packed = STORE.pack(parameter, self.slot.encoding, self.slot.name)
+        parts = packed.tensors()
         ref = weakref.ref(parameter, lambda _: self.known.pop(key, None))
-        self.known[key] = (ref, state_of(parameter), packed.tensors())
+        self.known[key] = (ref, Snapshot(parameter), parts)
         self.on_new(self.slot, parameter, packed)
-        return self.known[key][2]
+        return parts

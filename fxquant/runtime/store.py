@@ -8,22 +8,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxquant.formats import Encoding, PackedWeight, pack, sqnr_db
+from fxquant.formats import Encoding, PackedWeight, anchor_of, pack, sqnr_db
 
 
-@dataclass(frozen=True)
-class _Entry:
-    packed: PackedWeight
-    state: tuple[int, int]
-    identity: tuple[Any, ...]
+class Snapshot:
+    """Tells later whether a tensor still holds what it does now.
+
+    It sees writes and a replaced storage. Writes through ``.data`` and to inference tensors leave
+    no trace that could be seen here.
+
+    Args:
+        tensor: A dense tensor.
+    """
+
+    __slots__ = ("_pin", "_state")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # As long as someone refers to it, no other storage gets its address.
+        self._pin = StorageWeakRef(tensor.untyped_storage())
+        self._state = _state_of(tensor)
+
+    def is_current(self, tensor: Tensor) -> bool:
+        """Whether nothing was seen to change."""
+        return self._state == _state_of(tensor)
+
+
+def _state_of(tensor: Tensor) -> tuple[int, int, int]:
+    version = 0 if tensor.is_inference() else tensor._version
+    return version, tensor.untyped_storage()._cdata, tensor.data_ptr()
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
     """What two tensors that share their elements have in common."""
     return (
-        tensor.untyped_storage().data_ptr(),
+        tensor.untyped_storage()._cdata,
         tensor.storage_offset(),
         tuple(tensor.shape),
         tensor.stride(),
@@ -32,20 +53,19 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
-def state_of(tensor: Tensor) -> tuple[int, int]:
-    """Changes when a tensor is written to or its storage is replaced.
-
-    Writes through ``.data`` and to inference tensors leave no trace that could be seen here.
-    """
-    version = 0 if tensor.is_inference() else tensor._version
-    return (version, 0 if isinstance(tensor, PackedWeight) else tensor.data_ptr())
+@dataclass(frozen=True)
+class _Entry:
+    packed: PackedWeight
+    snapshot: Snapshot
+    identity: tuple[Any, ...]
 
 
 class WeightStore:
     """Packed weights by parameter and encoding, dropped when the parameter dies.
 
     A parameter that was written to since (its version counter moved, or its storage was replaced)
-    is packed again when it is next asked for. Distinct parameters over the same storage share one entry.
+    is packed again when it is next asked for. Distinct parameters over the same storage share one
+    entry.
     """
 
     def __init__(self) -> None:
@@ -63,7 +83,7 @@ class WeightStore:
             entry = entries.get(encoding)
             if entry is None or entry.identity != _identity(tensor):
                 return None
-            return entry.packed if entry.state == state_of(tensor) else None
+            return entry.packed if entry.snapshot.is_current(tensor) else None
 
     def pack(self, tensor: Tensor, encoding: Encoding, name: str) -> PackedWeight:
         """Packs a parameter, or finds what was packed from it.
@@ -84,23 +104,17 @@ class WeightStore:
                 return found
             packed = pack(tensor.detach(), encoding, name=name)
             self.packed_count += 1
-            self._errors[packed] = sqnr_db(tensor, packed)
+            self._errors[packed.anchor] = sqnr_db(tensor, packed)
             identity = _identity(tensor)
-            entry = _Entry(packed, state_of(tensor), identity)
+            entry = _Entry(packed, Snapshot(tensor), identity)
             self._entries.setdefault(tensor, {})[encoding] = entry
             self._aliases = {k: ref for k, ref in self._aliases.items() if ref() is not None}
             self._aliases[identity] = weakref.ref(tensor)
             return packed
 
-    def error_db(self, packed: Tensor) -> float | None:
+    def error_db(self, packed: PackedWeight) -> float | None:
         """Signal to quantization noise in dB, None when the original was never here."""
-        return self._errors.get(packed)
-
-    def adopt(self, packed: PackedWeight, parameter: Tensor) -> None:
-        """A module now holds a packed weight as this parameter: its error goes along."""
-        known = self._errors.get(packed)
-        if known is not None:
-            self._errors[parameter] = known
+        return self._errors.get(packed.anchor)
 
     def packed_from(self, tensor: Tensor) -> PackedWeight | None:
         """The latest that was packed from a tensor as it is now, or None."""
@@ -112,11 +126,11 @@ class WeightStore:
     def keep(self, tensor: Tensor) -> None:
         """Notes that a compiled graph reads the original too, so that it must not be freed."""
         with self._lock:
-            self._kept[tensor] = True
+            self._kept[anchor_of(tensor)] = True
 
     def is_kept(self, tensor: Tensor) -> bool:
         """Whether `keep` was called for a tensor."""
-        return tensor in self._kept
+        return anchor_of(tensor) in self._kept
 
     def _of_alias(self, tensor: Tensor) -> dict[Encoding, _Entry]:
         ref = self._aliases.get(_identity(tensor))

@@ -50,6 +50,21 @@ def test_changes_are_noticed() -> None:
     assert store.pack(weight, NF4, "w") is not second
 
 
+def test_another_storage_at_the_same_address_is_noticed() -> None:
+    store, weight, buffer = WeightStore(), parameter(), bytearray(16 * 64 * 4)
+
+    def at_buffer(fill: float) -> torch.Tensor:
+        return torch.frombuffer(buffer, dtype=torch.float32).view(16, 64).fill_(fill)
+
+    weight.data = at_buffer(1.0)
+    first = store.pack(weight, NF4, "w")
+    assert store.get(weight, NF4) is first
+    weight.data = at_buffer(2.0)
+    assert store.get(weight, NF4) is None
+    other = nn.Parameter(at_buffer(3.0), requires_grad=False)
+    assert store.get(other, NF4) is None
+
+
 def test_nothing_is_kept_alive() -> None:
     store, weight = WeightStore(), parameter()
     packed = weakref.ref(store.pack(weight, NF4, "w"))
