@@ -13,7 +13,7 @@ from fxquant.formats import PackedWeight
 from fxquant.passes.context import BoundParameter, Context, PassReport
 from fxquant.passes.regions import Region
 
-_STEP = re.compile(r"\.(\w+)|\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
+_STEP = re.compile(r"\.([^.\[]+)|\[(?:'([^']*)'|\"([^\"]*)\"|(\d+))\]")
 _PLUMBING = ("_modules", "_parameters", "_buffers", "_orig_mod")
 
 
@@ -63,6 +63,8 @@ def path_of(text: str) -> str:
     'layers.0.weight'
     >>> path_of("L['self'].layers[0].attention")
     'layers.0.attention'
+    >>> path_of("L['self'].blocks.down-1")
+    'blocks.down-1'
     >>> path_of("L['weight']")
     'weight'
     """

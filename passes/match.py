@@ -51,7 +51,8 @@ def _look_at(ctx: Context, region: Region, node: fx.Node, written: set[fx.Node])
         matrices = [v for v in others if not isinstance(v.layout, Tensor) or v.layout.ndim > 1]
         if matrices:
             reason = f"{products.name(node)} has no quantized form"
-            ctx.refusals.append(_refusal(node, reason, matrices[0].parameter))
+            lost = {view.parameter.node: view.parameter for view in matrices}
+            ctx.refusals += [_refusal(node, reason, parameter) for parameter in lost.values()]
         else:
             ctx.refusals.append(_refusal(node, "no operand is a parameter"))
         return

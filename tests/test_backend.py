@@ -491,6 +491,23 @@ def test_overrides_and_skip() -> None:
     assert "skip pattern '2'" in rows["2"].reason
 
 
+def test_patterns_meet_modules_whose_names_are_no_identifiers() -> None:
+    model = nn.Sequential()
+    for name in ("x", "x-y", "a b"):
+        model.add_module(name, frozen(nn.Linear(64, 64)))
+    compile_(model, skip=["x"])(torch.randn(2, 64))
+    statuses = {row.module: row.status for row in fxquant.report(model).rows}
+    assert statuses == {"x": "left alone", "x-y": "quantized", "a b": "quantized"}
+
+
+def test_every_weight_of_a_product_without_quantized_form_counts() -> None:
+    model = frozen(nn.LSTM(32, 32, num_layers=2))
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compile_(model)(torch.randn(5, 2, 32))
+    lost = {row.parameter for row in fxquant.report(model).left_alone}
+    assert lost == {f"weight_{kind}_l{layer}" for kind in ("ih", "hh") for layer in range(2)}
+
+
 def test_a_changed_weight_is_packed_again_at_the_next_compile() -> None:
     model = frozen(nn.Linear(64, 64))
     x = torch.randn(3, 64)
