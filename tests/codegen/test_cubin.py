@@ -23,7 +23,9 @@ SPECS = {
 SHAPES = {"experts": (8, 1024, 1024)}
 # Bytes of one program: CUDA C++ programming guide, table of compute capabilities; CDNA3 ISA, LDS.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA|HMMA", "sm_100": "UTCHMMA|HMMA", "gfx942": "v_mfma_.*"}
+# What products of 16-bit floats run on; and everything that a matrix unit can be asked to do.
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma_.*"}
+ANY_MATRIX = {**dict.fromkeys(MATRIX, ".*MMA"), "gfx942": "v_mfma_.*"}
 CASES = [
     *(("nf4", target, rows) for target in cubin.TARGETS for rows in (1, 16, 128)),
     *(("experts", target, rows) for target in cubin.TARGETS for rows in (1, 128)),
@@ -63,12 +65,13 @@ def test_fits_and_uses_the_matrix_unit(modules, name, target, rows):
     assert binary.spills == 0
     assert binary.shared_bytes <= SHARED_LIMIT[target]
     matrix = binary.count(MATRIX[target])
+    any_matrix = binary.count(ANY_MATRIX[target])
     if "gemv" in build.name:
-        assert matrix == 0
+        assert any_matrix == 0
     elif name != "exact":
         assert matrix > 0
     elif target != "gfx942":
-        assert matrix == 0, "NVIDIA's matrix units would round float32 to tf32"
+        assert any_matrix == 0, "NVIDIA's matrix units would round float32 to tf32"
 
 
 def test_sum_over_a_split_is_built_too(tmp_path):
