@@ -78,8 +78,9 @@ def release_weights(model: nn.Module) -> int:
     """Frees the originals of all weights that compiles of this model have packed.
 
     Their modules get the packed form in place of the original, so `state_dict` and eager calls
-    keep working. The next call compiles once more (a parameter was replaced) and packs nothing. A
-    weight that a graph also reads otherwise (a tied embedding) is kept.
+    keep working, and become frozen: call it when training is done, or after a training step has
+    shown which weights are trained. The next call compiles once more (a parameter was replaced) and
+    packs nothing. A weight that a graph also reads otherwise (a tied embedding) is kept.
 
     Args:
         model: A module, or what `torch.compile` made of it.

@@ -37,3 +37,13 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionfinish() -> None:
     """Removes the kernel cache of this run."""
     shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture
+def fresh() -> None:
+    """Nothing compiled before, and the same random numbers."""
+    import torch
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import fxquant
 from fxquant.formats import PackedWeight
+from fxquant.runtime.store import STORE
+from tests.helpers import compile_, decoded, frozen
+
+pytestmark = pytest.mark.usefixtures("fresh")
 
 TAKEN = {
     "linear": nn.Linear(64, 48),
@@ -44,3 +51,70 @@ def test_what_no_kernel_could_take_stays_dense(name: str) -> None:
     model = nn.Sequential(LEFT[name])
     assert fxquant.quantize_(model).quantized == []
     assert type(model[0].weight) is nn.Parameter
+
+
+def test_release_weights_frees_and_does_not_repack() -> None:
+    model = frozen(nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)))
+    compiled = compile_(model)
+    x = torch.randn(3, 128)
+    out = compiled(x)
+    before = STORE.packed_count
+    freed = fxquant.release_weights(compiled)
+    assert freed == 2 * 128 * 128 * 4
+    assert isinstance(model[0].weight, PackedWeight)
+    assert torch.equal(compiled(x), out)
+    assert STORE.packed_count == before
+    torch.testing.assert_close(model(x), out, rtol=1e-4, atol=1e-4)
+    state = compiled.state_dict()
+    assert {key.removeprefix("_orig_mod.") for key in state} == set(model.state_dict())
+    model.load_state_dict(model.state_dict())
+    assert len(fxquant.report(model).quantized) == 2
+
+
+def test_quantize_then_compile() -> None:
+    model = frozen(nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 96)))
+    x = torch.randn(4, 128)
+    expected = decoded(model)(x)
+    report = fxquant.quantize_(model, {"scheme": "nf4"})
+    assert len(report.quantized) == 2
+    assert all(isinstance(m.weight, PackedWeight) for m in (model[0], model[2]))
+    before = STORE.packed_count
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(compile_(model)(x), expected, rtol=1e-4, atol=1e-4)
+    assert STORE.packed_count == before
+
+
+def test_quantize_frees_each_original_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = frozen(nn.Sequential(*[nn.Linear(64, 64) for _ in range(5)]))
+    model[4].weight = model[3].weight
+    originals = [weakref.ref(module.weight) for module in model]
+    pack_weight, alive = STORE.pack, []
+
+    def watched(*args: Any) -> PackedWeight:
+        alive.append(len({id(ref()) for ref in originals if ref() is not None}))
+        return pack_weight(*args)
+
+    monkeypatch.setattr(STORE, "pack", watched)
+    report = fxquant.quantize_(model)
+    assert alive == [4, 3, 2, 1], "two of the five are one"
+    assert len(report.quantized) == 5
+    assert model[3].weight is model[4].weight
+
+
+def test_quantize_leaves_tied_embeddings_and_heads_alone() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(64, 128)
+            self.body = nn.Linear(128, 128)
+            self.out = nn.Linear(128, 64, bias=False)
+            self.out.weight = self.embed.weight
+            self.lm_head = nn.Linear(128, 64)
+
+    model = frozen(Tied())
+    report = fxquant.quantize_(model)
+    assert [row.module for row in report.quantized] == ["body"]
+    reasons = {row.module: row.reason for row in report.left_alone}
+    assert "embed" in reasons["out"]
+    assert "skip" in reasons["lm_head"]
+    assert model.out.weight is model.embed.weight

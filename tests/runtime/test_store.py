@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch import nn
 
 from fxquant import errors
-from fxquant.formats import Encoding
-from fxquant.runtime.store import WeightStore
+from fxquant.formats import Encoding, PackedWeight
+from fxquant.runtime.store import STORE, WeightStore
+from fxquant.schemes import get_scheme
+from tests.helpers import frozen
 
 NF4, INT8 = Encoding(4, "nf4", (64,)), Encoding(8, block=(1, -1))
 
@@ -84,3 +87,20 @@ def test_inference_tensors_are_packed() -> None:
 def test_weights_without_values_are_refused() -> None:
     with pytest.raises(errors.WeightError, match=r"cannot quantize a\.w: it is on the meta device"):
         WeightStore().pack(torch.empty(16, 64, device="meta"), NF4, "a.w")
+
+
+def test_threads_share_one_packing() -> None:
+    model = frozen(nn.Linear(64, 64))
+    before = STORE.packed_count
+    packed: list[PackedWeight] = []
+    encoding = get_scheme("nf4").recipe.weight
+    threads = [
+        threading.Thread(target=lambda: packed.append(STORE.pack(model.weight, encoding, "w")))
+        for _ in range(50)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert STORE.packed_count == before + 1
+    assert len({id(p) for p in packed}) == 1
