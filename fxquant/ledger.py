@@ -6,8 +6,9 @@ import dataclasses
 import logging
 
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-from fxquant.formats import PackedWeight
+from fxquant.formats import PackedWeight, anchor_of
 from fxquant.passes.context import Context, LinearSite
 from fxquant.report import LEFT_ALONE, QUANTIZED, Row, remember
 from fxquant.runtime import launch
@@ -34,6 +35,7 @@ class Ledger:
         self.values = {b.index: b.value for b in bound}
         self.names = {b.name: b.value for b in bound}
         self.refusals = ctx.refusals
+        self.filed: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.read_dense = {source for source in ctx.sources if isinstance(source, int)}
 
     def file(self) -> None:
@@ -47,6 +49,8 @@ class Ledger:
             for r in self.refusals
         ]
         remember([*rows, *refused], self.values.values())
+        for value in self.values.values():
+            self.filed[anchor_of(value)] = True
         for index in self.read_dense & self.values.keys():
             STORE.keep(self.values[index])
         LOG.info("%d products quantized, %d left alone", len(rows), len(refused))
@@ -63,9 +67,12 @@ class Ledger:
         self.values, self.names = {}, {}
 
     def meet(self, slot: Slot, parameter: Tensor, packed: PackedWeight) -> None:
-        """Files another parameter that the graph serves."""
+        """Files a parameter that the graph serves, unless the compile itself has."""
         error = STORE.error_db(packed)
-        rows = [dataclasses.replace(row, error_db=error) for row in self.rows.get(slot.index, [])]
+        own = self.rows.get(slot.index, [])
+        rows = [dataclasses.replace(row, error_db=error) for row in own]
+        if rows == own and anchor_of(parameter) in self.filed:
+            return
         remember([(row, parameter) for row in rows], [parameter])
         if slot.index in self.read_dense:
             STORE.keep(parameter)

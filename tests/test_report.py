@@ -6,10 +6,11 @@ import json
 import math
 
 import pytest
+import torch
 from torch import nn
 
 import fxquant
-from fxquant.report import LEFT_ALONE, QUANTIZED, Report, Row
+from fxquant.report import LEFT_ALONE, QUANTIZED, Report, Row, watch
 
 
 def row(module: str, shape: tuple[int, ...], *, bits: float = 4.0, parameter: str = "") -> Row:
@@ -66,3 +67,16 @@ def test_brackets_in_names_are_printed_as_they_are() -> None:
     found = Report((row("blocks[0]", (20, 10)), Row("x", "", (4, 4), LEFT_ALONE, reason="[red]")))
     assert "blocks[0]" in str(found)
     assert "[red]" in str(found)
+
+
+def test_a_compile_files_each_product_once(fresh: None) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).requires_grad_(requires_grad=False)
+    with watch() as seen:
+        compiled = torch.compile(model, backend="fxquant")
+        for _ in range(2):
+            compiled(torch.randn(2, 64))
+    assert [one.module for one in seen] == ["0", "1"]
+    with watch() as seen:
+        model[1].weight.copy_(torch.randn(64, 64))
+        compiled(torch.randn(2, 64))
+    assert [one.module for one in seen] == ["1"], "packed again, with another error"
