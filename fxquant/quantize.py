@@ -134,7 +134,7 @@ def _weights_of(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...], tuple
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             if getattr(module, name) is not None:
                 yield name, (0,), (1,)
-    elif isinstance(module, (nn.Conv1d, nn.Conv2d)):
+    elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         ones, zeros = (1,) * len(module.kernel_size), (0,) * len(module.kernel_size)
         is_plain = module.stride == ones and module.padding in ("same", "valid", zeros)
         if module.kernel_size == ones and is_plain and module.groups == 1:

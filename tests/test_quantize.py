@@ -20,6 +20,7 @@ TAKEN = {
     "linear": nn.Linear(64, 48),
     "conv1d": nn.Conv1d(64, 48, 1),
     "conv2d": nn.Conv2d(64, 48, 1),
+    "conv3d": nn.Conv3d(64, 48, 1),
     "same": nn.Conv2d(64, 48, 1, padding="same"),
     "valid": nn.Conv2d(64, 48, 1, padding="valid"),
 }
@@ -31,7 +32,12 @@ LEFT = {
     "transposed": nn.ConvTranspose1d(64, 48, 1),
     "embedding": nn.Embedding(64, 48),
 }
-INPUTS = {nn.Linear: (5, 64), nn.Conv1d: (2, 64, 5), nn.Conv2d: (2, 64, 3, 5)}
+INPUTS = {
+    nn.Linear: (5, 64),
+    nn.Conv1d: (2, 64, 5),
+    nn.Conv2d: (2, 64, 3, 5),
+    nn.Conv3d: (2, 64, 2, 3, 5),
+}
 
 
 @pytest.mark.parametrize("name", TAKEN)
