@@ -44,7 +44,7 @@ def test_report_names_each_product_and_its_kernel() -> None:
         assert row.error_db is not None
         assert 15 < row.error_db < 30
         assert "fallback" in row.kernel
-        assert "test_backend.py:" in row.where
+        assert "helpers.py:" in row.where
     assert report.bits_per_weight == pytest.approx(4 + 8 / 64 + (32 + 32) / (128 * 64), abs=0.01)
     assert "2 of 2 products quantized" in str(report)
     assert '"coverage": 1.0' in report.to_json()
