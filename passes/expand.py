@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import warnings
 from collections.abc import Callable
@@ -100,7 +101,9 @@ def _trace(node: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule | None:
 
     fakes = [values.value(given) for given in inputs]
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        # Tensors that the call itself makes have to be fake too.
+        mode = values.fake_mode_of(inputs) or contextlib.nullcontext()
+        with torch.no_grad(), mode, warnings.catch_warnings():
             # The user's own run has shown these already.
             warnings.simplefilter("ignore")
             return make_fx(call, decomposition_table=DECOMPOSITIONS, pre_dispatch=True)(*fakes)

@@ -40,6 +40,21 @@ def test_self_attention(batch_first, train, weights):
     assert captured.losses == []
 
 
+@pytest.mark.parametrize("option", ["add_zero_attn", "add_bias_kv"])
+def test_attention_that_makes_tensors_of_its_own(option):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(D, 4, batch_first=True, **{option: True})
+
+        def forward(self, x):
+            return self.attention(x, x, x)[0].contiguous()
+
+    captured = run(frozen(Model()), torch.randn(2, 5, D), tol=1e-4)
+    assert len(captured.sites) == 2
+    assert captured.losses == []
+
+
 @pytest.mark.parametrize("dims", [None, 48])
 def test_cross_attention_chunks_one_parameter(dims):
     class Model(nn.Module):
