@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxquant import errors
+from fxquant._version import __version__
 from fxquant.codegen import RENDERERS, Header, reference
 from fxquant.codegen.spec import KernelSpec
 from fxquant.runtime import cache
@@ -52,14 +53,14 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def interprets_triton() -> bool:
-    """Whether Triton kernels run on CPU tensors here (``TRITON_INTERPRET=1``)."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and has_triton()
-
-
 def runs_triton(device: torch.device) -> bool:
-    """Whether a Triton kernel can run on tensors of this device."""
-    return has_triton() and (device.type == "cuda" or interprets_triton())
+    """Whether a Triton kernel can run on tensors of this device.
+
+    On a CPU it can when it is interpreted (``TRITON_INTERPRET=1``).
+    """
+    # This is on the path of a call: looking for a package that is not there comes last.
+    able = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return able and has_triton()
 
 
 def make_kernel(spec: KernelSpec, target: str, header: Header, note: str = "") -> Kernel:
@@ -121,8 +122,6 @@ def load_module(name: str, source: str) -> ModuleType:
     Raises:
         FolderError: The kernel cache cannot be written.
     """
-    from fxquant._version import __version__
-
     key = cache.key_of(__version__, "python", source)
     folder = cache.get_or_build("triton", key, lambda path: _write_module(path, name, source))
     qualified = f"fxquant_kernels.{name}_{key}"

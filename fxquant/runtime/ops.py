@@ -17,7 +17,6 @@ shapes and CUDA graphs like any ATen op. What they compute is defined by
 from __future__ import annotations
 
 import functools
-import json
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ _LIBRARY.define(
 @functools.lru_cache(maxsize=1024)
 def parse_encoding(text: str) -> Encoding:
     """The encoding behind an op's argument."""
-    return Encoding.from_json(json.loads(text))
+    return Encoding.from_text(text)
 
 
 def _linear(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str) -> Tensor:
@@ -97,6 +96,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients of the product and of an added bias.
 
     Before autograd an epilogue is empty or adds a bias: other pointwise work is fused afterwards.
+    The gradient of x is a fallback on every target: the weight is decoded in full, then multiplied.
     """
     spec = launch.parse_spec(ctx.spec)
     needs_x, needs_extra = ctx.needs_input_grad[0], ctx.needs_input_grad[2]

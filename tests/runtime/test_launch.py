@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fxquant import _version, errors
+from fxquant import errors
 from fxquant.codegen import Header
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import Encoding
@@ -33,7 +33,7 @@ def test_a_text_is_imported_once() -> None:
 
 def test_another_version_does_not_take_the_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     old = launch.load_module("versioned", "x = 1\n")
-    monkeypatch.setattr(_version, "__version__", "999")
+    monkeypatch.setattr(launch, "__version__", "999")
     new = launch.load_module("versioned", "x = 1\n")
     assert Path(new.__file__).parent != Path(old.__file__).parent
 
