@@ -1,0 +1,47 @@
+"""Instruction sets that C++ kernels are printed for, and how to tell the compiler of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Isa:
+    """An instruction set.
+
+    Attributes:
+        name: ``"avx512"``, ``"avx2"`` or ``"portable"``.
+        lanes: 32-bit lanes of a vector.
+        flags: Arguments that make g++ and clang++ use it.
+        features: What a processor must have to run it, as ``/proc/cpuinfo`` spells it.
+        dot_bf16: There is an instruction for dot products of bfloat16 pairs.
+        dot_int8: There is an instruction for dot products of four bytes.
+    """
+
+    name: str
+    lanes: int
+    flags: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+    dot_bf16: bool = False
+    dot_int8: bool = False
+
+
+AVX512 = Isa(
+    "avx512",
+    16,
+    (
+        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi"),
+        *("-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    ),
+    (
+        *("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi"),
+        *("avx512_vnni", "avx512_bf16", "fma", "f16c"),
+    ),
+    dot_bf16=True,
+    dot_int8=True,
+)
+AVX2 = Isa("avx2", 8, ("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma", "f16c"))
+PORTABLE = Isa("portable", 8)
+
+ISAS = {isa.name: isa for isa in (AVX512, AVX2, PORTABLE)}
+"""The instruction sets by name, the best first."""
