@@ -36,7 +36,7 @@ def run(spec: KernelSpec, x: Tensor, weight: Sequence[Tensor], extra: Sequence[T
         spec: The product.
         x: Activation ``[.., k]``, or ``[batch, m, k]`` with a batch; `spec.x_dtype`.
         weight: The stored tensors, in the order of ``spec.weight.encoding.parts``.
-        extra: The epilogue's operands.
+        extra: The epilogue's operands, then those of static outliers.
 
     Returns:
         ``[.., n]``, or ``[batch, m, n]``, in `spec.out_dtype`.
@@ -61,36 +61,30 @@ def render(spec: KernelSpec, header: Header) -> str:
     """The torch code that `run` executes, with what the header says on top."""
     stored = spec.weight
     batched = stored.batch is not None
-    steps = [f".{method}({', '.join(map(str, args))})" for method, args in view_steps(stored)]
-    lines = [
-        "def run(x, weight, extra):",
-        "    w = decode(weight, ENCODING, SHAPE, torch." + spec.compute_dtype + ")",
-    ]
-    if steps:
-        lines.append(f"    w = w{''.join(steps)}")
-    if batched:
-        lines.append("    rows = x")
+    lines = ["rows = x"]
+    if not batched:
+        lines = [f"rows = x.reshape(math.prod(x.shape[:-1]), {stored.k})"]
+    if spec.compute_dtype == "int8":
+        lines += [*_int8_lines(spec), *_epilogue_lines(spec)]
     else:
-        lines.append(f"    rows = x.reshape(math.prod(x.shape[:-1]), {stored.k})")
-    if spec.x_dtype != spec.compute_dtype:
-        lines.append(f"    rows = rows.to(torch.{spec.compute_dtype})")
-    lines += [f"    {line}" for line in (_fused_lines(spec) or _exact_lines(spec))]
-    back = "" if batched else f".reshape(*x.shape[:-1], {stored.n})"
-    lines.append(f"    return out{back}")
+        lines += _float_lines(spec)
+    lines.append("return out" if batched else f"return out.reshape(*x.shape[:-1], {stored.n})")
+    used = [name for name in ("decode", "decode_int8") if any(f"{name}(" in t for t in lines)]
     head = [
         *header.comment(spec).splitlines(),
         "",
         *([] if batched else ["import math", ""]),
         "import torch",
         "",
-        "from fxquant.formats import Encoding, decode",
+        f"from fxquant.formats import {', '.join(['Encoding', *used])}",
         "",
         f"ENCODING = Encoding.from_json({stored.encoding.to_json()!r})",
         f"SHAPE = {stored.shape}",
         "",
         "",
+        "def run(x, weight, extra):",
     ]
-    return "\n".join(head + lines) + "\n"
+    return "\n".join([*head, *(f"    {line}" for line in lines)]) + "\n"
 
 
 def view_steps(operand: WeightOperand) -> tuple[Step, ...]:
@@ -150,6 +144,14 @@ def _logical_shape(operand: WeightOperand) -> tuple[int, ...]:
     return operand.sizes if operand.batch else operand.sizes[1:]
 
 
+def _float_lines(spec: KernelSpec) -> list[str]:
+    weight, dtype = spec.weight, spec.compute_dtype
+    lines = [_viewed("w", f"decode(weight, ENCODING, SHAPE, torch.{dtype})", weight)]
+    if spec.x_dtype != dtype:
+        lines.append(f"rows = rows.to(torch.{dtype})")
+    return lines + (_fused_lines(spec) or _exact_lines(spec))
+
+
 def _fused_lines(spec: KernelSpec) -> list[str]:
     """The product and at most a bias in one call of torch, where that is the same sum.
 
@@ -161,7 +163,7 @@ def _fused_lines(spec: KernelSpec) -> list[str]:
     if spec.out_dtype != dtype:
         return []
     batched = spec.weight.batch is not None
-    turned = "w.transpose(1, 2)" if batched else "w.t()"
+    turned = f"w.{_turned(spec)}"
     if not nodes:
         return [f"out = rows @ {turned}"]
     is_bias = nodes == (EpilogueNode("aten.add.Tensor", ("%acc", "%in0")),)
@@ -174,10 +176,65 @@ def _fused_lines(spec: KernelSpec) -> list[str]:
 
 
 def _exact_lines(spec: KernelSpec) -> list[str]:
-    batched = spec.weight.batch is not None
     lift = "" if spec.compute_dtype == "float32" else ".float()"
-    turned = "transpose(1, 2)" if batched else "t()"
-    lines = [f"acc = rows{lift} @ w{lift}.{turned}"]
+    return [f"acc = rows{lift} @ w{lift}.{_turned(spec)}", *_epilogue_lines(spec)]
+
+
+def _int8_lines(spec: KernelSpec) -> list[str]:
+    """The sums of an int8 product.
+
+    In float64, where sums of integers times a float32 scale are as good as exact at any size (of
+    float32 that is true up to 1040 inputs) and NaN goes through by itself; torch's int8 product
+    is not on every device and takes no scales inside of a row.
+    """
+    weight, outliers = spec.weight, spec.outliers
+    operands = len(spec.epilogue.operands)
+    lines, inner = ["rows = rows.float()"], "rows"
+    if outliers is not None:
+        inner = "inner"
+        if outliers.columns is None:
+            lines.append(f"outlier = (rows.abs() >= {outliers.threshold}).any(-2, keepdim=True)")
+        else:
+            lines += [
+                f"columns, apart = extra[{operands}], extra[{operands + 1}]",
+                f"outlier = torch.zeros({weight.k}, dtype=torch.bool, device=x.device)",
+                "outlier = outlier.index_fill(0, columns.long(), True)",
+            ]
+        lines.append("inner = torch.where(outlier, 0.0, rows)")
+    lines += [
+        f"amax = {inner}.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)",
+        # A number over a tensor would be torch's reciprocal and a product: two roundings.
+        f"q = torch.round({inner} * (torch.full_like(amax, 127.0) / amax))",
+        _viewed("w", "decode_int8(weight, ENCODING, SHAPE)", weight),
+        f"acc = ((q.double() @ w.{_turned(spec)}) * (amax / 127.0)).float()",
+    ]
+    if outliers is None:
+        return lines
+    dtype = f"torch.{outliers.dtype}"
+    if outliers.columns is None:
+        lines += [
+            "rows = torch.where(outlier, rows, 0.0)",
+            _viewed("w", f"decode(weight, ENCODING, SHAPE, {dtype})", weight),
+            "apart = torch.where(outlier, w, 0.0)",
+        ]
+    else:
+        lines.append("rows = rows.index_select(-1, columns)")
+    lines.append(f"acc = acc + rows.to({dtype}).float() @ apart.float().{_turned(spec)}")
+    return lines
+
+
+def _viewed(name: str, decoded: str, weight: WeightOperand) -> str:
+    steps = (f".{method}({', '.join(map(str, args))})" for method, args in view_steps(weight))
+    return f"{name} = {decoded}{''.join(steps)}"
+
+
+def _turned(spec: KernelSpec) -> str:
+    return "t()" if spec.weight.batch is None else "transpose(1, 2)"
+
+
+def _epilogue_lines(spec: KernelSpec) -> list[str]:
+    batched = spec.weight.batch is not None
+    lines = []
     names = {"%acc": "acc"}
     sizes = {
         "e": str(spec.weight.batch),

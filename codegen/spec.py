@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -19,6 +20,7 @@ from fxquant.formats import Encoding
 
 AXES = ("e", "m", "n")
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
+COMPUTE_DTYPES = (*FLOAT_DTYPES, "int8")
 OPERAND_DTYPES = (*FLOAT_DTYPES, "bool")
 _AXIS_ORDERS = tuple("".join(c) for r in range(4) for c in itertools.combinations(AXES, r))
 _REFERENCE = re.compile(r"%(acc|in(?P<operand>\d+)|(?P<node>\d+))")
@@ -200,6 +202,52 @@ class Epilogue:
 
 
 @dataclass(frozen=True)
+class Outliers:
+    """The columns of an activation that an int8 product leaves to floats.
+
+    LLM.int8() (Dettmers et al., 2022, arXiv:2208.07339), section 3.2 and equation 8. Exactly one
+    of `threshold` and `columns` is given; either way the columns take part neither in a row's
+    largest magnitude nor in the int8 product, and the sums of their products are added to it
+    before the epilogue. Those products are of x and the weight, both rounded to `dtype`, and are
+    summed in float32.
+
+    Attributes:
+        dtype: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+        threshold: Above 0: the columns are those in which any row of the call (of one batch
+            element e) has ``abs(x) >= threshold``, compared in float32, and NaN is not. The weight
+            is the decoded one, ``level * scale``.
+        columns: How many columns are set apart beforehand. The last two of the tensors beside x
+            and weight, after the epilogue's operands, are their numbers (int32 ``[columns]``,
+            distinct, for all e) and their weight in `dtype`, ``[n, columns]`` or
+            ``[e, n, columns]``. What the codes say in these columns is not used.
+    """
+
+    dtype: str
+    threshold: float | None = None
+    columns: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in FLOAT_DTYPES:
+            expected = f"one of {', '.join(FLOAT_DTYPES)}"
+            raise errors.bad_spec("outliers.dtype", self.dtype, expected)
+        if (self.threshold is None) == (self.columns is None):
+            found = (self.threshold, self.columns)
+            raise errors.bad_spec("outliers.threshold, columns", found, "one number and one None")
+        if self.threshold is not None:
+            if type(self.threshold) not in (int, float) or not 0 < self.threshold < math.inf:
+                raise errors.bad_spec("outliers.threshold", self.threshold, "finite and above 0")
+            object.__setattr__(self, "threshold", float(self.threshold))
+        elif type(self.columns) is not int or self.columns < 1:
+            raise errors.bad_spec("outliers.columns", self.columns, "a whole number, 1 or more")
+
+    def describe(self) -> str:
+        """A few words: ``columns with any abs(x) >= 6.0 in bfloat16``."""
+        if self.columns is None:
+            return f"columns with any abs(x) >= {self.threshold} in {self.dtype}"
+        return f"{self.columns} given columns in {self.dtype}"
+
+
+@dataclass(frozen=True)
 class KernelSpec:
     """One product: ``out[e, m, n] = epilogue(sum_k x[e, m, k] * weight[e, n, k])``.
 
@@ -207,14 +255,28 @@ class KernelSpec:
     epilogue works in float32, and the result is rounded to `out_dtype`. The number of rows m is
     not part of a spec: one kernel serves them all.
 
+    With `compute_dtype` ``"int8"`` both operands are integers. Those of x are found at run time,
+    in float32, from the largest magnitude of each row::
+
+        amax[m]  = max(max_k abs(x[m, k]), 2**-100)
+        q[m, k]  = round_half_even(x[m, k] * (127 / amax[m]))        from -127 to 127
+        acc[m,n] = amax[m] / 127 * sum_blocks scale[n, block] * sum_{k in block} q[m, k] * w[n, k]
+
+    The integers w are the codes of uniform levels (less the zero point, where there is one), and
+    ``round_half_even(127 * level / largest)`` of a codebook whose largest magnitude is `largest`;
+    ``largest / 127`` is then a factor of the scale. Sums of integers are exact; how a kernel
+    rounds scales and partial sums in float32 is its own affair. A row with NaN, or with Inf
+    outside of the outliers, gives NaN. The least amax keeps both quotients normal numbers.
+
     Attributes:
         weight: The encoded operand.
         x_dtype: Dtype of the activation, ``"float16"``, ``"bfloat16"`` or ``"float32"``.
-        compute_dtype: Dtype of both operands of the dot product.
+        compute_dtype: Dtype of both operands of the dot product, ``"int8"`` or as `x_dtype`.
         out_dtype: Dtype of the result.
         epilogue: What is done to the sums. Operands have the sizes of their axes, m being the
             product of the activation's leading dimensions.
         name: What the kernel does, as an identifier; not part of its meaning.
+        outliers: The columns that an int8 product leaves to floats.
     """
 
     weight: WeightOperand
@@ -223,12 +285,20 @@ class KernelSpec:
     out_dtype: str
     epilogue: Epilogue = Epilogue()
     name: str = "linear"
+    outliers: Outliers | None = None
 
     def __post_init__(self) -> None:
         for field in ("x_dtype", "compute_dtype", "out_dtype"):
-            if getattr(self, field) not in FLOAT_DTYPES:
-                expected = f"one of {', '.join(FLOAT_DTYPES)}"
-                raise errors.bad_spec(field, getattr(self, field), expected)
+            known = COMPUTE_DTYPES if field == "compute_dtype" else FLOAT_DTYPES
+            if getattr(self, field) not in known:
+                raise errors.bad_spec(field, getattr(self, field), f"one of {', '.join(known)}")
+        if self.outliers is not None:
+            if self.compute_dtype != "int8":
+                expected = "None unless compute_dtype is int8"
+                raise errors.bad_spec("outliers", self.outliers, expected)
+            if (self.outliers.columns or 0) > self.weight.k:
+                expected = f"no more than the {self.weight.k} inputs"
+                raise errors.bad_spec("outliers.columns", self.outliers.columns, expected)
         if not self.name.isidentifier():
             raise errors.bad_spec("name", self.name, "an identifier")
         if self.weight.batch is None and any("e" in o.dims for o in self.epilogue.operands):
@@ -239,6 +309,8 @@ class KernelSpec:
         batch = "" if self.weight.batch is None else f"{self.weight.batch}, "
         text = f"out[{batch}m, {self.weight.n}] = x[{batch}m, {self.weight.k}] @ weight.T"
         ops = [node.op.split(".")[1].strip("_") for node in self.epilogue.nodes]
+        text += " in int8" if self.compute_dtype == "int8" else ""
+        text += f", {self.outliers.describe()}" if self.outliers else ""
         text += f", then {', '.join(ops)}" if ops else ""
         return f"{text} ({self.x_dtype} to {self.out_dtype})"
 
@@ -264,6 +336,8 @@ class KernelSpec:
                 "nodes": [[node.op, node.args, node.kwargs] for node in self.epilogue.nodes],
             },
         }
+        if self.outliers is not None:
+            data["outliers"] = dataclasses.asdict(self.outliers)
         return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -275,19 +349,23 @@ class KernelSpec:
         """
         try:
             data = json.loads(text)
-            weight, epilogue = dict(data.pop("weight")), data.pop("epilogue")
+            weight, written = dict(data.pop("weight")), data.pop("epilogue")
             operand = WeightOperand(
                 encoding=Encoding.from_json(weight.pop("encoding")),
                 shape=tuple(weight.pop("shape")),
                 strides=tuple(weight.pop("strides")),
                 **weight,
             )
-            operands = tuple(EpilogueOperand(dims, dtype) for dims, dtype in epilogue["operands"])
+            operands = tuple(EpilogueOperand(dims, dtype) for dims, dtype in written["operands"])
             nodes = tuple(
                 EpilogueNode(op, tuple(args), tuple((k, v) for k, v in kwargs))
-                for op, args, kwargs in epilogue["nodes"]
+                for op, args, kwargs in written["nodes"]
             )
-            return cls(weight=operand, epilogue=Epilogue(operands, nodes), **data)
+            outliers = data.pop("outliers", None)
+            if outliers is not None:
+                outliers = Outliers(**outliers)
+            epilogue = Epilogue(operands, nodes)
+            return cls(weight=operand, epilogue=epilogue, outliers=outliers, **data)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise errors.bad_spec_text(repr(error)) from error
 
@@ -324,6 +402,10 @@ class Header:
             "",
             f"Weight: {list(weight.shape)}, {_in_words(weight.encoding)}",
         ]
+        if spec.compute_dtype == "int8":
+            lines.append("Activation: rounded to int8, with a scale for every row")
+        if spec.outliers is not None:
+            lines.append(f"Outliers: {spec.outliers.describe()}")
         for title, values in (("Scheme", (self.scheme,)), ("Modules", self.modules)):
             if any(values):
                 lines += wrap(f"{title}: {', '.join(values)}", subsequent_indent="  ")

@@ -39,11 +39,49 @@ def decode(
     shape = tuple(shape)
     parts = dict(zip(encoding.parts, tensors, strict=True))
     grid = block_grid(encoding, shape)
-    values = _values(parts["codes"], encoding, math.prod(shape))
-    if encoding.zero_point:
-        values = _by_block(torch.sub, values, parts["zeros"].to(torch.float32), grid)
+    values = _centred(parts, encoding, grid, levels(encoding))
     values = _by_block(torch.mul, values, decode_scales(parts, encoding), grid)
     return values.to(dtype).view(shape)
+
+
+def int8_levels(encoding: Encoding) -> tuple[tuple[int, ...] | None, float]:
+    """The levels as integers for an int8 product, and the unit that a block's scale is times.
+
+    Returns:
+        For a codebook, in code order, ``round_half_even(127 * level / largest)`` and
+        ``largest / 127``, `largest` being the largest magnitude among the levels. For uniform
+        levels, which are integers, None and 1.
+    """
+    book = levels(encoding)
+    if book is None:
+        return None, 1.0
+    largest = max(map(abs, book))
+    if largest == 0:
+        return (0,) * len(book), 0.0
+    return tuple(round(127 * level / largest) for level in book), largest / 127
+
+
+def decode_int8(tensors: Sequence[Tensor], encoding: Encoding, shape: Sequence[int]) -> Tensor:
+    """Decodes a whole tensor as an int8 product sees it: ``int8_level * (scale * unit)``.
+
+    Works on real, fake and traced tensors alike.
+
+    Args:
+        tensors: The stored parts, in the order of ``encoding.parts``.
+        encoding: How they are stored.
+        shape: Of the tensor that was encoded.
+
+    Returns:
+        The tensor, `shape`, contiguous, in float64: the product of an integer of 9 bits and a
+        float32 scale is exact in it.
+    """
+    shape = tuple(shape)
+    parts = dict(zip(encoding.parts, tensors, strict=True))
+    grid = block_grid(encoding, shape)
+    integers, unit = int8_levels(encoding)
+    values = _centred(parts, encoding, grid, integers).to(torch.float64)
+    scales = decode_scales(parts, encoding).to(torch.float64) * unit
+    return _by_block(torch.mul, values, scales, grid).view(shape)
 
 
 def decode_scales(parts: dict[str, Tensor], encoding: Encoding) -> Tensor:
@@ -58,15 +96,24 @@ def decode_scales(parts: dict[str, Tensor], encoding: Encoding) -> Tensor:
     if inner is None:
         return scales
     grid = block_grid(inner, tuple(scales.shape))
-    table = _table(inner, scales.device)
+    table = _table(inner, levels(inner), scales.device)
     values = torch.index_select(table, 0, scales.to(torch.int32))
     values = _by_block(torch.mul, values, parts["nested"], grid)
     return values + parts["offset"] if inner.offset else values
 
 
-def _table(encoding: Encoding, device: torch.device) -> Tensor:
-    """What each code stands for."""
-    book = levels(encoding)
+def _centred(
+    parts: dict[str, Tensor], encoding: Encoding, grid: BlockGrid, book: Sequence[float] | None
+) -> Tensor:
+    """The levels of all codes less their zero points, flat, in float32."""
+    values = _values(parts["codes"], encoding, math.prod(grid.shape), book)
+    if not encoding.zero_point:
+        return values
+    return _by_block(torch.sub, values, parts["zeros"].to(torch.float32), grid)
+
+
+def _table(encoding: Encoding, book: Sequence[float] | None, device: torch.device) -> Tensor:
+    """What each code stands for: the codebook, or integers."""
     if book is None:
         count = 2**encoding.bits
         half = count if encoding.zero_point else count // 2
@@ -74,11 +121,11 @@ def _table(encoding: Encoding, device: torch.device) -> Tensor:
     return torch.tensor(book, dtype=torch.float32, device=device)
 
 
-def _values(codes: Tensor, encoding: Encoding, numel: int) -> Tensor:
-    """The levels of all codes, flat, in float32."""
+def _values(codes: Tensor, encoding: Encoding, numel: int, book: Sequence[float] | None) -> Tensor:
+    """The levels (out of `book`, None for uniform ones) of all codes, flat, in float32."""
     if encoding.bits == 8 and encoding.is_uniform:
         return codes.to(torch.float32)
-    table = _table(encoding, codes.device)
+    table = _table(encoding, book, codes.device)
     if encoding.bits == 8:
         return torch.index_select(table, 0, codes.to(torch.int32))
     # One lookup a byte: row b of this table holds what the codes inside byte b stand for.
