@@ -221,3 +221,35 @@ def _block(element: sympy.Expr, operand: WeightOperand, ranges: Ranges) -> sympy
 
 def _flat_block(number: sympy.Expr, block: int, ranges: Ranges) -> sympy.Expr:
     return sympy.Integer(0) if block == -1 else divide(number, block, ranges)
+
+
+def index_text(
+    expr: sympy.Expr, names: Mapping[sympy.Symbol, str], division: str = "//"
+) -> str:
+    """An index expression as source text.
+
+    Args:
+        expr: Made of sums, products with numbers, `Div` and `Rem`.
+        names: What each symbol is called.
+        division: How the language spells floor division of numbers that are not negative.
+    """
+
+    def tight(part: sympy.Expr) -> str:
+        text = index_text(part, names, division)
+        return text if part.is_Symbol or part.is_Integer else f"({text})"
+
+    if expr.is_Add:
+        terms = sorted(expr.args, key=lambda arg: (not arg.free_symbols, -_weight(arg), str(arg)))
+        return " + ".join(index_text(arg, names, division) for arg in terms)
+    if expr.is_Mul:
+        coefficient, factor = expr.as_coeff_Mul()
+        return f"{tight(factor)} * {coefficient}"
+    if isinstance(expr, Div):
+        return f"{tight(expr.args[0])} {division} {expr.args[1]}"
+    if isinstance(expr, Rem):
+        return f"{tight(expr.args[0])} % {expr.args[1]}"
+    return names[expr] if expr.is_Symbol else str(expr)
+
+
+def _weight(term: sympy.Expr) -> int:
+    return int(term.as_coeff_Mul()[0])

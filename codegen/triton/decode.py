@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import sympy
 
-from fxquant.codegen.indexing import E, K, N, WeightIndex
+from fxquant.codegen.indexing import E, K, N, WeightIndex, index_text
 from fxquant.codegen.spec import WeightOperand
-from fxquant.codegen.triton.printer import Lines, index_text, wrap_items
+from fxquant.codegen.triton.printer import Lines, wrap_items
 from fxquant.codegen.triton.tiles import Plan
 from fxquant.formats import Encoding, levels
 

@@ -1,13 +1,9 @@
-"""Small printers: lines with indentation, and sympy expressions as Triton text."""
+"""Lines of Triton text, with indentation."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-
-import sympy
-
-from fxquant.codegen.indexing import Div, Rem
+from collections.abc import Iterable, Iterator
 
 
 class Lines:
@@ -68,27 +64,3 @@ def wrap_items(items: Iterable[str], indent: int, width: int = 100) -> list[str]
 def call(name: str, args: Iterable[str]) -> str:
     """A call on one line."""
     return f"{name}({', '.join(args)})"
-
-
-def index_text(expr: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> str:
-    """An index expression as text, every symbol under the name of its tensor."""
-    if expr.is_Add:
-        terms = sorted(expr.args, key=lambda arg: (not arg.free_symbols, -_weight(arg), str(arg)))
-        return " + ".join(index_text(arg, names) for arg in terms)
-    if expr.is_Mul:
-        coefficient, factor = expr.as_coeff_Mul()
-        return f"{_tight(factor, names)} * {coefficient}"
-    if isinstance(expr, Div):
-        return f"{_tight(expr.args[0], names)} // {expr.args[1]}"
-    if isinstance(expr, Rem):
-        return f"{_tight(expr.args[0], names)} % {expr.args[1]}"
-    return names[expr] if expr.is_Symbol else str(expr)
-
-
-def _tight(expr: sympy.Expr, names: Mapping[sympy.Symbol, str]) -> str:
-    text = index_text(expr, names)
-    return text if expr.is_Symbol or expr.is_Integer else f"({text})"
-
-
-def _weight(term: sympy.Expr) -> int:
-    return int(term.as_coeff_Mul()[0])

@@ -1,0 +1,170 @@
+"""What a C++ kernel does with its operands: the decisions that every printed part reads.
+
+The weight is repacked into tiles of 64 outputs by 64 inputs. A dword holds the codes of
+``32 / bits`` inputs of one output, and 64 dwords side by side, one an output, make a *group*: what
+is loaded is what the product takes, whatever the vector length. Inside a dword the codes stand so
+that activations are read in their own order.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import sympy
+
+from fxquant.codegen.cpp.isa import Isa
+from fxquant.codegen.indexing import K, WeightIndex
+from fxquant.codegen.spec import KernelSpec
+from fxquant.formats import Encoding, levels
+
+TILE = 64
+"""Outputs of a tile, and inputs that a row is padded to a multiple of."""
+
+LONGEST_SUM = 1 << 15
+"""Products of bytes that a 32-bit sum holds for certain: ``255 * 127 * 2**15 < 2**31``."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A kernel's decisions.
+
+    Attributes:
+        spec: What is computed.
+        isa: What it is printed for.
+        path: What is multiplied: ``"bf16"`` (pairs, summed in float32), ``"int8"`` (fours, summed
+            in int32) or ``"f32"``.
+    """
+
+    spec: KernelSpec
+    isa: Isa
+
+    @property
+    def encoding(self) -> Encoding:
+        """Of the weight."""
+        return self.spec.weight.encoding
+
+    @property
+    def quantizes_x(self) -> bool:
+        """Whether rows of the activation are rounded to int8 inside the call."""
+        return self.spec.compute_dtype == "int8"
+
+    @property
+    def path(self) -> str:
+        """What is multiplied: ``"bf16"`` pairs, ``"int8"`` fours, or ``"f32"``."""
+        if self.quantizes_x:
+            return "int8" if self.is_regular else "f32"
+        return "bf16" if self.spec.compute_dtype == "bfloat16" and self.isa.dot_bf16 else "f32"
+
+    # --- codes ---
+
+    @property
+    def per_dword(self) -> int:
+        """Codes in a dword: the inputs of a group."""
+        return 32 // self.encoding.bits
+
+    @property
+    def per_step(self) -> int:
+        """Inputs that one instruction multiplies."""
+        return {"f32": 1, "bf16": 2, "int8": 4}[self.path]
+
+    @property
+    def steps(self) -> int:
+        """Instructions that use up a group."""
+        return self.per_dword // self.per_step
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """For each place in a dword, from the low bits, the input whose code stands there.
+
+        Step j of a group takes the codes at places ``j, j + steps, j + 2 * steps ..`` for the
+        inputs ``j * per_step, j * per_step + 1 ..``: they fall into the halves or the bytes of
+        a dword by one shift.
+        """
+        return tuple(
+            (place % self.steps) * self.per_step + place // self.steps
+            for place in range(self.per_dword)
+        )
+
+    @property
+    def k_padded(self) -> int:
+        """Inputs, up to whole tiles."""
+        return -(-self.spec.weight.k // TILE) * TILE
+
+    @property
+    def n_tiles(self) -> int:
+        """Tiles of outputs."""
+        return -(-self.spec.weight.n // TILE)
+
+    # --- levels ---
+
+    @functools.cached_property
+    def levels(self) -> tuple[float, ...]:
+        """What codes stand for, in code order, as float32; zero points are taken off elsewhere."""
+        table = levels(self.encoding)
+        if table is not None:
+            return table
+        count = 2**self.encoding.bits
+        if self.encoding.zero_point:
+            return tuple(map(float, range(count)))
+        return tuple(float(code - count if code >= count // 2 else code) for code in range(count))
+
+    @property
+    def largest_level(self) -> float:
+        """The largest magnitude of a level."""
+        return max(map(abs, self.levels))
+
+    @functools.cached_property
+    def integers(self) -> tuple[int, ...]:
+        """Levels as the integers that are multiplied with int8 activations."""
+        if self.encoding.is_uniform:
+            return tuple(map(int, self.levels))
+        return tuple(round(level / self.largest_level * 127) for level in self.levels)
+
+    @property
+    def byte_bias(self) -> int:
+        """What is added to integers so that they are unsigned bytes."""
+        return 0 if self.encoding.zero_point else 128
+
+    # --- scales ---
+
+    @functools.cached_property
+    def index(self) -> WeightIndex:
+        """Where codes and scales lie in the stored tensors."""
+        return WeightIndex.of(self.spec.weight)
+
+    @functools.cached_property
+    def run(self) -> int:
+        """Inputs, aligned, that are certain to share a scale; 0 for all of a row."""
+        return self.index.run_of_block(K, 4096)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether scales are constant over whole groups of inputs."""
+        return self.run == 0 or self.run >= 16
+
+    @property
+    def block(self) -> int:
+        """Inputs that are summed before a scale is applied."""
+        block = self.run or self.k_padded
+        if not self.is_regular:
+            block = TILE
+        return min(block, self.k_padded, LONGEST_SUM if self.quantizes_x else block)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in a row."""
+        return -(-self.k_padded // self.block)
+
+    @property
+    def keeps_scale_codes(self) -> bool:
+        """Whether scales stay in 8 bits in the repacked weight."""
+        return self.encoding.scale is not None and self.is_regular and self.run != 0
+
+    def block_index(self) -> sympy.Expr:
+        """The number of the scale of (e, n, block of inputs, written k), of a regular weight."""
+        if self.run == 0:
+            return self.index.block
+        found = self.index.per_run(self.index.block, K, self.block)
+        assert found is not None, "a run shares its scale"
+        return found

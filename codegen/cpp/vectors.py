@@ -1,0 +1,138 @@
+"""The few vector operations that skeletons are written in, for each instruction set.
+
+``vf`` holds `LANES` floats, ``vi`` as many dwords. Everything else of a kernel is the same text for
+every instruction set.
+"""
+
+from __future__ import annotations
+
+_AVX512 = """\
+using vf = __m512;   // 16 floats
+using vi = __m512i;  // 16 dwords
+constexpr int LANES = 16;
+
+INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE vi load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+INLINE void store(uint32_t* p, vi x) { _mm512_storeu_si512(p, x); }
+INLINE vf spread(float x) { return _mm512_set1_ps(x); }
+INLINE vi spread(uint32_t x) { return _mm512_set1_epi32(int(x)); }
+INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+INLINE vf to_float(vf x) { return x; }
+template <int BITS> INLINE vi shift_right(vi x) { return _mm512_srli_epi32(x, BITS); }
+template <int BITS> INLINE vi sign_byte(vi x) {  // the byte that starts at BITS, as a signed dword
+  return _mm512_srai_epi32(_mm512_slli_epi32(x, 24 - BITS), 24);
+}
+template <int BITS> INLINE vi plain_byte(vi x) {  // the byte that starts at BITS
+  return _mm512_and_si512(_mm512_srli_epi32(x, BITS), _mm512_set1_epi32(255));
+}
+"""
+
+_AVX2 = """\
+using vf = __m256;   // 8 floats
+using vi = __m256i;  // 8 dwords
+constexpr int LANES = 8;
+
+INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE vi load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const vi*>(p)); }
+INLINE void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+INLINE void store(uint32_t* p, vi x) { _mm256_storeu_si256(reinterpret_cast<vi*>(p), x); }
+INLINE vf spread(float x) { return _mm256_set1_ps(x); }
+INLINE vi spread(uint32_t x) { return _mm256_set1_epi32(int(x)); }
+INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+INLINE vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vf to_float(vi x) { return _mm256_cvtepi32_ps(x); }
+INLINE vf to_float(vf x) { return x; }
+template <int BITS> INLINE vi shift_right(vi x) { return _mm256_srli_epi32(x, BITS); }
+template <int BITS> INLINE vi sign_byte(vi x) {  // the byte that starts at BITS, as a signed dword
+  return _mm256_srai_epi32(_mm256_slli_epi32(x, 24 - BITS), 24);
+}
+template <int BITS> INLINE vi plain_byte(vi x) {  // the byte that starts at BITS
+  return _mm256_and_si256(_mm256_srli_epi32(x, BITS), _mm256_set1_epi32(255));
+}
+"""
+
+_PORTABLE = """\
+// GCC's and Clang's vector types: whatever vector unit there is does the work.
+typedef float vf __attribute__((vector_size(32)));     // 8 floats
+typedef uint32_t vi __attribute__((vector_size(32)));  // 8 dwords
+typedef int32_t vs __attribute__((vector_size(32)));
+constexpr int LANES = 8;
+
+INLINE vf load(const float* p) { vf x; std::memcpy(&x, p, sizeof x); return x; }
+INLINE vi load(const uint32_t* p) { vi x; std::memcpy(&x, p, sizeof x); return x; }
+INLINE void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+INLINE void store(uint32_t* p, vi x) { std::memcpy(p, &x, sizeof x); }
+INLINE vf spread(float x) { return vf{x, x, x, x, x, x, x, x}; }
+INLINE vi spread(uint32_t x) { return vi{x, x, x, x, x, x, x, x}; }
+INLINE vf add(vf a, vf b) { return a + b; }
+INLINE vi add(vi a, vi b) { return a + b; }
+INLINE vf mul(vf a, vf b) { return a * b; }
+INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+INLINE vf to_float(vi x) { return __builtin_convertvector(vs(x), vf); }
+INLINE vf to_float(vf x) { return x; }
+template <int BITS> INLINE vi shift_right(vi x) { return x >> BITS; }
+template <int BITS> INLINE vi sign_byte(vi x) {  // the byte that starts at BITS, as a signed dword
+  return vi(vs(x << (24 - BITS)) >> 24);
+}
+template <int BITS> INLINE vi plain_byte(vi x) { return (x >> BITS) & 255u; }
+"""
+
+VECTORS = {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE}
+"""The text for each instruction set, by name."""
+
+_DOT_BF16 = """\
+// GCC spills around its own intrinsic for this instruction: two to three times slower.
+INLINE void dot(vf& sum, vi w, const uint32_t* x) {  // += w.lo * x.lo + w.hi * x.hi, bfloat16 pairs
+  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
+}
+INLINE void dot(vf& sum, vi w, vi x) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
+"""
+
+_DOT_FLOAT = """\
+INLINE void dot(vf& sum, vf w, const float* x) { sum = fma(w, spread(*x), sum); }
+INLINE void dot(vf& sum, vf w, vf x) { sum = fma(w, x, sum); }
+"""
+
+_DOT_INT8 = {
+    "avx512": """\
+INLINE void dot(vi& sum, vi w, const uint32_t* x) {  // += four unsigned bytes times signed ones
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
+}
+INLINE void dot(vi& sum, vi w, vi x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
+""",
+    "avx2": """\
+INLINE void dot(vi& sum, vi w, vi x) {  // += four unsigned bytes times signed ones, exactly
+  const vi w_even = _mm256_and_si256(w, _mm256_set1_epi16(255)), w_odd = _mm256_srli_epi16(w, 8);
+  const vi x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
+  const vi pairs = add(_mm256_madd_epi16(w_even, x_even), _mm256_madd_epi16(w_odd, x_odd));
+  sum = add(sum, pairs);
+}
+INLINE void dot(vi& sum, vi w, const uint32_t* x) { dot(sum, w, spread(*x)); }
+""",
+    "portable": """\
+INLINE void dot(vi& sum, vi w, vi x) {  // += four unsigned bytes times signed ones
+  sum += (w & 255u) * vi(vs(x << 24) >> 24) + ((w >> 8) & 255u) * vi(vs(x << 16) >> 24) +
+         ((w >> 16) & 255u) * vi(vs(x << 8) >> 24) + (w >> 24) * vi(vs(x) >> 24);
+}
+INLINE void dot(vi& sum, vi w, const uint32_t* x) { dot(sum, w, spread(*x)); }
+""",
+}
+
+
+def dot(isa: str, path: str) -> str:
+    """The text of ``dot``, the product that sums are made of.
+
+    Args:
+        isa: Name of the instruction set.
+        path: What is multiplied: ``"bf16"``, ``"f32"`` or ``"int8"``.
+    """
+    if path == "int8":
+        return _DOT_INT8[isa]
+    return _DOT_BF16 if path == "bf16" else _DOT_FLOAT
