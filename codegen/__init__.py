@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fxquant.codegen import reference, triton
-from fxquant.codegen.spec import Header, KernelSpec
+from fxquant.codegen.header import Header
+from fxquant.codegen.spec import KernelSpec
 
 RENDERERS: dict[str, Callable[[KernelSpec, Header], str]] = {
     "torch": reference.render,

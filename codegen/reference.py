@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.codegen.header import Header
 from fxquant.codegen.spec import (
     FLOAT_DTYPES,
     OPERAND_DTYPES,
     EpilogueNode,
-    Header,
     KernelSpec,
     WeightOperand,
 )

@@ -6,8 +6,9 @@ the epilogue, `launch` the function ``run``, `ops` spells pointwise work. Printi
 
 from __future__ import annotations
 
+from fxquant.codegen.header import Header
 from fxquant.codegen.indexing import WeightIndex
-from fxquant.codegen.spec import Header, KernelSpec
+from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import decode, kernels, launch
 from fxquant.codegen.triton.printer import Lines
 from fxquant.codegen.triton.tiles import plan

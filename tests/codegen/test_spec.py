@@ -5,11 +5,11 @@ import pytest
 from hypothesis import given
 
 from fxquant import errors
+from fxquant.codegen.header import Header
 from fxquant.codegen.spec import (
     Epilogue,
     EpilogueNode,
     EpilogueOperand,
-    Header,
     KernelSpec,
     WeightOperand,
 )

@@ -1,0 +1,57 @@
+"""`Header`: what a printed kernel says on top of itself."""
+
+from __future__ import annotations
+
+import functools
+import json
+import textwrap
+from dataclasses import dataclass
+
+from fxquant.codegen.spec import KernelSpec
+from fxquant.formats import Encoding
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a printed kernel says about where it is used; no part of the kernel's meaning.
+
+    Attributes:
+        modules: Paths of the modules whose products it computes.
+        scheme: Name of the scheme.
+    """
+
+    modules: tuple[str, ...] = ()
+    scheme: str = ""
+
+    def comment(self, spec: KernelSpec) -> str:
+        """The docstring that a printed Python module starts with."""
+        weight = spec.weight
+        # With spaces, so that lines break between values and every name can be searched for.
+        text = json.dumps(json.loads(spec.to_json()))
+        wrap = functools.partial(textwrap.wrap, width=96, break_on_hyphens=False)
+        lines = [
+            f'"""{spec.name}.',
+            "",
+            *textwrap.wrap(f"{spec.describe()}.", 98),
+            "",
+            "Printed by fxquant. The spec, which fxquant.codegen.reference defines:",
+            *wrap(text, initial_indent="  ", subsequent_indent="  "),
+            "",
+            f"Weight: {list(weight.shape)}, {_in_words(weight.encoding)}",
+        ]
+        if spec.compute_dtype == "int8":
+            lines.append("Activation: rounded to int8, with a scale for every row")
+        if spec.outliers is not None:
+            lines.append(f"Outliers: {spec.outliers.describe()}")
+        for title, values in (("Scheme", (self.scheme,)), ("Modules", self.modules)):
+            if any(values):
+                lines += wrap(f"{title}: {', '.join(values)}", subsequent_indent="  ")
+        return "\n".join([*lines, '"""'])
+
+
+def _in_words(encoding: Encoding) -> str:
+    """``4 bits nf4 in blocks of 64, scales 8 bits dynamic8 in blocks of 256``."""
+    levels = encoding.levels if isinstance(encoding.levels, str) else "with levels of its own"
+    block = "x".join("all" if size == -1 else str(size) for size in encoding.block)
+    text = f"{encoding.bits} bits {levels} in blocks of {block}"
+    return text if encoding.scale is None else f"{text}, scales {_in_words(encoding.scale)}"
