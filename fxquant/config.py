@@ -13,7 +13,7 @@ from fxquant.schemes import Recipe, get_scheme
 DEFAULT_SKIP = ("lm_head", "*.lm_head", "router", "*.router", "gate", "*.gate")
 TARGETS = ("auto", "triton", "torch")
 PLANNED_TARGETS = ("cpp",)
-COMPUTE_DTYPES = ("float16", "bfloat16", "float32")
+COMPUTE_DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Config:
             an error.
         min_coverage: Share (0 to 1) of the products' weight elements, skipped ones not counted,
             that has to be quantized; less is an error.
-        compute_dtype: Dtype of the dot products' operands; None takes the activation's.
+        compute_dtype: Dtype of the dot products' operands; None takes the activation's. With
+            ``"int8"``, which nothing chooses by itself, activations are rounded to int8 too, with
+            a scale for every token: faster, and wrong where few channels are far larger than the
+            rest.
         dump: Folder to write every kernel to; None takes `FXQUANT_DUMP`, or writes none.
         inductor: Options handed on to Inductor.
 

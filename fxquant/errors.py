@@ -161,6 +161,43 @@ def no_pointwise_op(op: object, where: str, known: Iterable[str]) -> KernelError
     )
 
 
+def not_printed(target: str, what: str) -> KernelError:
+    """A spec with something that a target prints no kernels for."""
+    return KernelError(
+        f"target {target!r} prints no kernel for a spec with {what} in this version: use target "
+        f"'torch', or leave that option out."
+    )
+
+
+def compiler_failed(name: str, command: str, said: str, source: object) -> KernelError:
+    """The C++ compiler did not take a printed kernel."""
+    return KernelError(
+        f"the C++ compiler failed on the kernel {name!r}, saying {said!r}: read the source "
+        f"{source} and run `{command}`, or set CXX to another compiler."
+    )
+
+
+def unknown_isa(variable: str, name: str, known: Iterable[str]) -> OptionError:
+    """An environment variable that names no instruction set."""
+    return OptionError(f"{variable} must be one of {_listed(known)}, got {name!r}.")
+
+
+def unsupported_isa(variable: str, name: str, missing: Iterable[str]) -> OptionError:
+    """An instruction set that the processor does not have."""
+    return OptionError(
+        f"{variable} is {name!r}, but this processor lacks {_listed(missing)}: unset it, or name "
+        f"another."
+    )
+
+
+def kernel_operand(kernel: str, what: str, expected: object, got: object) -> KernelError:
+    """A tensor that is not what a kernel was printed for."""
+    return KernelError(
+        f"{kernel}: {what} must be {expected}, got {got}: call the kernel with the operands that "
+        f"its spec names."
+    )
+
+
 # --- folders, devices, kernels ---------------------------------------------------------------
 
 

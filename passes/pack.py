@@ -122,13 +122,17 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _kernel_name(spec: KernelSpec) -> str:
-    """A name that says what a kernel does, as in ``nf4_linear_1536x384_bias``."""
+    """A name that says what a kernel does, as in ``nf4_linear_1536x384_bias``.
+
+    With activations in int8: ``nf4xint8_linear_1536x384_bias``.
+    """
     weight = spec.weight
     encoding = weight.encoding
     if encoding.is_uniform:
         kind = f"int{encoding.bits}"
     else:
         kind = encoding.levels if isinstance(encoding.levels, str) else f"codebook{encoding.bits}"
+    kind += "xint8" if spec.compute_dtype == "int8" else ""
     batch = "" if weight.batch is None else f"{weight.batch}x"
     words = [kind, "linear" if weight.batch is None else "bmm", f"{batch}{weight.n}x{weight.k}"]
     return "_".join([*words, *(["bias"] if spec.epilogue.operands else [])])

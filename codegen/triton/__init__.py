@@ -6,12 +6,20 @@ the epilogue, `launch` the function ``run``, `ops` spells pointwise work. Printi
 
 from __future__ import annotations
 
+from fxquant import errors
 from fxquant.codegen.header import Header
 from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import decode, kernels, launch
 from fxquant.codegen.triton.printer import Lines
 from fxquant.codegen.triton.tiles import plan
+
+
+def missing(spec: KernelSpec) -> str:
+    """What of a spec this target prints no kernel for: ``"compute_dtype 'int8'"``, or ``""``."""
+    if spec.compute_dtype != "int8":
+        return ""
+    return "compute_dtype 'int8'" if spec.outliers is None else "compute_dtype 'int8' and outliers"
 
 
 def render(spec: KernelSpec, header: Header) -> str:
@@ -21,8 +29,12 @@ def render(spec: KernelSpec, header: Header) -> str:
     from a table; and for `fxquant.runtime.cubin` ``TYPES``, ``VARIANTS`` and ``REDUCTIONS``.
 
     Raises:
-        KernelError: The epilogue holds an op that the target cannot spell.
+        KernelError: The epilogue holds an op that the target cannot spell, or the spec something
+            that is `missing`.
     """
+    lacks = missing(spec)
+    if lacks:
+        raise errors.not_printed("triton", lacks)
     index = WeightIndex.of(spec.weight)
     variants = plan(spec, index)
     out = Lines()

@@ -6,7 +6,8 @@ shapes and CUDA graphs like any ATen op. What they compute is defined by
 
 ``linear(Tensor x, Tensor[] weight, Tensor[] extra, str spec) -> Tensor``
     x is ``[.., k]``, or ``[e, m, k]`` for batched weights; `weight` holds the tensors named by
-    `Encoding.parts`; `extra` the epilogue's operands; `spec` is a `KernelSpec` as JSON.
+    `Encoding.parts`; `extra` the epilogue's operands, then those of static outliers; `spec` is a
+    `KernelSpec` as JSON.
 ``dequantize(Tensor[] weight, str encoding, int[] shape, ScalarType dtype) -> Tensor``
     The stored tensor in full.
 ``table(float[] values, int[] shape, Device device) -> Tensor``
@@ -17,13 +18,14 @@ shapes and CUDA graphs like any ATen op. What they compute is defined by
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxquant.codegen import reference
-from fxquant.codegen.spec import EpilogueOperand
+from fxquant.codegen.spec import EpilogueOperand, KernelSpec
 from fxquant.formats import Encoding, decode
 from fxquant.runtime import launch
 
@@ -81,7 +83,7 @@ def _table_fake(values: list[float], shape: list[int], device: torch.device) -> 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
     _, weight, extra, spec = inputs
-    ctx.save_for_backward(*weight)
+    ctx.save_for_backward(*weight, *extra[len(launch.parse_spec(spec).epilogue.operands) :])
     ctx.spec = spec
     ctx.extra_meta = [(t.shape, t.dtype) for t in extra]
 
@@ -92,18 +94,32 @@ def _sum_to_operand(grad: Tensor, operand: EpilogueOperand, axes: str) -> Tensor
     return grad.sum(drop) if drop else grad
 
 
+def _decoded(spec: KernelSpec, saved: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The weight in full, with static outliers in their columns."""
+    count = len(spec.weight.encoding.parts)
+    dense = reference.operand(spec.weight, saved[:count], dtype)
+    if spec.outliers is None or spec.outliers.columns is None:
+        return dense
+    columns, apart = saved[count:]
+    return dense.index_copy(-1, columns.long(), apart.to(dtype))
+
+
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """Gradients of the product and of an added bias.
 
     Before autograd an epilogue is empty or adds a bias: other pointwise work is fused afterwards.
     The gradient of x is a fallback on every target: the weight is decoded in full, then multiplied.
+    Rounding x to int8 is passed straight through (Bengio et al., 2013, arXiv:1308.3432): its
+    gradient is that of the product with the decoded weight, in the dtype of x. The weight of
+    static outliers is a constant, like codes and scales.
     """
     spec = launch.parse_spec(ctx.spec)
     needs_x, needs_extra = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     grad_x = None
     if needs_x:
-        compute = getattr(torch, spec.compute_dtype)
-        dense = reference.operand(spec.weight, list(ctx.saved_tensors), compute)
+        rounds = spec.compute_dtype == "int8"
+        compute = getattr(torch, spec.x_dtype if rounds else spec.compute_dtype)
+        dense = _decoded(spec, ctx.saved_tensors, compute)
         grad_x = torch.matmul(grad.to(compute), dense).to(getattr(torch, spec.x_dtype))
     axes = "emn" if spec.weight.batch is not None else "mn"
     rows = grad if spec.weight.batch is not None else grad.reshape(-1, spec.weight.n)
@@ -112,12 +128,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         if isinstance(needs_extra, (list, tuple))
         else [needs_extra] * len(ctx.extra_meta)
     )
-    grad_extra: list[Tensor | None] = [
-        _sum_to_operand(rows, operand, axes).to(dtype).reshape(shape) if need else None
-        for operand, (shape, dtype), need in zip(
-            spec.epilogue.operands, ctx.extra_meta, wanted, strict=True
-        )
-    ]
+    grad_extra: list[Tensor | None] = [None] * len(ctx.extra_meta)
+    for number, operand in enumerate(spec.epilogue.operands):
+        if wanted[number]:
+            shape, dtype = ctx.extra_meta[number]
+            summed = _sum_to_operand(rows, operand, axes)
+            grad_extra[number] = summed.to(dtype).reshape(shape)
     return grad_x, [None] * len(spec.weight.encoding.parts), grad_extra, None
 
 
