@@ -1,0 +1,346 @@
+"""Functions of floats in printed C++: one lane each, without branches, so that loops vectorise.
+
+Coefficients are minimax fits by Lawson's iteration (least squares at 3000 Chebyshev nodes whose
+weights are multiplied by the error until it is level), made in float64 in the Chebyshev basis,
+rewritten in powers, and rounded to float32. Rational fits do the same with the equation multiplied
+by the denominator of the step before. What is fitted, on which interval, and its error stand in
+front of each function; `tests/codegen/test_cpp_ops.py` measures the functions themselves.
+
+Sines, cosines and roots are the library's (`std::sin` is not vectorised, but right everywhere).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from fxquant.codegen.cpp import halves
+
+INCLUDES = ("cmath", "cstdint", "cstring")
+"""Standard headers that the helpers need."""
+
+_BITS = {
+    "bits_of": """
+[[gnu::always_inline]] static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+""",
+    "float_of": """
+[[gnu::always_inline]] static inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+""",
+    "bits_of_double": """
+[[gnu::always_inline]] static inline uint64_t bits_of_double(double x) {
+    uint64_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+""",
+    "double_of": """
+[[gnu::always_inline]] static inline double double_of(uint64_t bits) {
+    double x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+""",
+    "madd": """
+// a * b + c: one instruction where there is one, never a call of the library.
+[[gnu::always_inline]] static inline float madd(float a, float b, float c) {
+#ifdef FP_FAST_FMAF
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+""",
+    "at_least": """
+// The larger of x and a bound that is no NaN; NaN if x is.
+[[gnu::always_inline]] static inline float at_least(float x, float bound) {
+    return x < bound ? bound : x;
+}
+""",
+    "at_most": """
+// The smaller of x and a bound that is no NaN; NaN if x is.
+[[gnu::always_inline]] static inline float at_most(float x, float bound) {
+    return x > bound ? bound : x;
+}
+""",
+    "lane_maximum": """
+// NaN if either is.
+[[gnu::always_inline]] static inline float lane_maximum(float x, float y) {
+    return (x > y) | (x != x) ? x : y;
+}
+""",
+    "lane_minimum": """
+// NaN if either is.
+[[gnu::always_inline]] static inline float lane_minimum(float x, float y) {
+    return (x < y) | (x != x) ? x : y;
+}
+""",
+}
+
+_EXPONENTIALS = {
+    "exp_fraction": """
+// e^r for |r| <= ln(2) / 2: 1 + r + r^2 p(r), relative error 5e-9.
+[[gnu::always_inline]] static inline float exp_fraction(float r) {
+    float p = 0.0013813145f;
+    p = madd(p, r, 0.008369419f);
+    p = madd(p, r, 0.041668456f);
+    p = madd(p, r, 0.16666515f);
+    p = madd(p, r, 0.49999994f);
+    p = madd(p, r, 1.0f);
+    return madd(p, r, 1.0f);
+}
+""",
+    "scaled": """
+// p * 2^k for -260 < k < 256, in two steps: results below 2^-126 round once, too large ones are
+// infinite. `shifted` is 1.5 * 2^23 + k, which holds k in its last bits.
+[[gnu::always_inline]] static inline float scaled(float p, float shifted) {
+    const int32_t k = int32_t(bits_of(shifted) - 0x4b400000u);
+    const int32_t half = k >> 1;
+    const float first = float_of(uint32_t(half + 127) << 23);
+    return p * first * float_of(uint32_t(k - half + 127) << 23);
+}
+""",
+    "lane_exp": """
+// e^x = 2^k e^r, k the integer nearest x / ln(2), ln(2) in two parts of which k times the first
+// is exact.
+[[gnu::always_inline]] static inline float lane_exp(float x) {
+    const float z = at_most(at_least(x, -105.0f), 89.0f);
+    const float shifted = madd(z, 1.44269504f, 12582912.0f);
+    const float k = shifted - 12582912.0f;
+    const float r = madd(k, 2.12194440e-4f, madd(k, -0.693359375f, z));
+    return scaled(exp_fraction(r), shifted);
+}
+""",
+    "lane_exp2": """
+// 2^x = 2^k 2^r, |r| <= 1/2, 2^r = 1 + r p(r), relative error 2e-8.
+[[gnu::always_inline]] static inline float lane_exp2(float x) {
+    const float z = at_most(at_least(x, -151.0f), 129.0f);
+    const float shifted = z + 12582912.0f;
+    const float r = z - (shifted - 12582912.0f);
+    float p = 1.5477765e-4f;
+    p = madd(p, r, 0.0013401612f);
+    p = madd(p, r, 0.009617999f);
+    p = madd(p, r, 0.055503245f);
+    p = madd(p, r, 0.2402265f);
+    p = madd(p, r, 0.6931472f);
+    return scaled(madd(p, r, 1.0f), shifted);
+}
+""",
+    "one_plus_exp_of_minus": """
+// 1 + e^-x, for quotients: e^-x stays at 4e-38 where it does not change the sum, and one step
+// makes 2^k: half of it, which is normal up to k = 128, with e^r doubled.
+[[gnu::always_inline]] static inline float one_plus_exp_of_minus(float x) {
+    const float z = at_most(at_least(x, -89.0f), 86.0f);
+    const float shifted = madd(z, -1.44269504f, 12582912.0f);
+    const float k = shifted - 12582912.0f;
+    const float r = madd(k, 2.12194440e-4f, madd(k, -0.693359375f, -z));
+    const float half = float_of((bits_of(shifted) - 0x4b400000u + 126u) << 23);
+    return madd(2.0f * exp_fraction(r), half, 1.0f);
+}
+""",
+    "lane_sigmoid": """
+[[gnu::always_inline]] static inline float lane_sigmoid(float x) {
+    return 1.0f / one_plus_exp_of_minus(x);
+}
+""",
+    "lane_silu": """
+[[gnu::always_inline]] static inline float lane_silu(float x) {
+    return x / one_plus_exp_of_minus(x);
+}
+""",
+}
+
+_LOGARITHMS = {
+    "split": """
+// x = m 2^k with m in [sqrt(1/2), sqrt(2)) for positive finite x; gives m - 1.
+[[gnu::always_inline]] static inline float split(float x, float& k) {
+    const bool tiny = x < 0x1p-126f;
+    const uint32_t bits = bits_of(tiny ? x * 0x1p23f : x) - 0x3f3504f3u;
+    k = float(int32_t(bits) >> 23) - (tiny ? 23.0f : 0.0f);
+    return float_of((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+}
+""",
+    "log_edges": """
+// What a logarithm is at zero, below it, and at infinity; else y.
+[[gnu::always_inline]] static inline float log_edges(float x, float y) {
+    y = x < INFINITY ? y : x;
+    return x > 0.0f ? y : (x == 0.0f ? -INFINITY : NAN);
+}
+""",
+    "lane_log": """
+// log(1 + f) = f - f^2 / 2 + f^3 p(f), relative error 6e-9, and k ln(2) in two parts.
+[[gnu::always_inline]] static inline float lane_log(float x) {
+    float k;
+    const float f = split(x, k);
+    float p = -0.076343894f;
+    p = madd(p, f, 0.12765428f);
+    p = madd(p, f, -0.13162003f);
+    p = madd(p, f, 0.14201368f);
+    p = madd(p, f, -0.16623144f);
+    p = madd(p, f, 0.20001236f);
+    p = madd(p, f, -0.25000826f);
+    p = madd(p, f, 0.3333333f);
+    const float square = f * f;
+    const float rest = madd(square, madd(p, f, -0.5f), k * -2.12194440e-4f);
+    return log_edges(x, madd(k, 0.693359375f, f + rest));
+}
+""",
+    "lane_log2": """
+// log2(1 + f) = f p(f), relative error 2e-8.
+[[gnu::always_inline]] static inline float lane_log2(float x) {
+    float k;
+    const float f = split(x, k);
+    float p = -0.10994958f;
+    p = madd(p, f, 0.18623567f);
+    p = madd(p, f, -0.19109237f);
+    p = madd(p, f, 0.20459366f);
+    p = madd(p, f, -0.23961331f);
+    p = madd(p, f, 0.2885676f);
+    p = madd(p, f, -0.36069682f);
+    p = madd(p, f, 0.48089823f);
+    p = madd(p, f, -0.72134733f);
+    p = madd(p, f, 1.442695f);
+    return log_edges(x, madd(p, f, k));
+}
+""",
+    "lane_power": """
+// |x|^y = 2^(y log2|x|) in double, where y times the logarithm keeps enough digits; the signs, and
+// NaN for roots of negatives, as C defines them. With s = (m - 1) / (m + 1), log2(m) = s p(s^2),
+// error 3e-14; 2^r, |r| <= 1/2, error 4e-11.
+[[gnu::always_inline]] static inline float lane_power(float x, float y) {
+    const double size = double(std::fabs(x));
+    const uint64_t bits = bits_of_double(size) - 0x3fe6a09e667f3bcdu + 0x0010000000000000u;
+    const double m = double_of((bits & 0x000fffffffffffffu) + 0x3fe6a09e667f3bcdu);
+    const double k = double_of(0x4330000000000000u | (bits >> 52)) - 0x1.0000000000001p52;
+    const double s = (m - 1.0) / (m + 1.0);
+    const double u = s * s;
+    double p = 0.2829200375092595;
+    p = p * u + 0.31990438427870377;
+    p = p * u + 0.41220928238581167;
+    p = p * u + 0.5770779420872588;
+    p = p * u + 0.9617966941142486;
+    p = p * u + 2.88539008177785;
+    double logarithm = k + s * p;
+    logarithm = size < INFINITY ? logarithm : size;
+    logarithm = size > 0.0 ? logarithm : -INFINITY;
+    const float bounded = std::fabs(y) == INFINITY ? std::copysign(0x1p127f, y) : y;
+    double t = double(bounded) * logarithm;
+    t = t < -200.0 ? -200.0 : t;
+    t = t > 200.0 ? 200.0 : t;
+    const double shifted = t + 0x1.8p52;
+    const double r = t - (shifted - 0x1.8p52);
+    double q = 1.5201921736903931e-05;
+    q = q * r + 0.00015469291086440048;
+    q = q * r + 0.001333392256356631;
+    q = q * r + 0.009618027253881634;
+    q = q * r + 0.05550410353446717;
+    q = q * r + 0.2402265119815538;
+    q = q * r + 0.6931471807284478;
+    q = q * r + 0.9999999999616822;
+    const float power = float(double_of(bits_of_double(q) + (bits_of_double(shifted) << 52)));
+    const bool whole = std::floor(y) == y;
+    const bool odd = whole & (std::floor(y * 0.5f) * 2.0f != y);
+    const float turned = odd ? std::copysign(power, x) : power;
+    const float real = (x < 0.0f) & !whole & (x > -INFINITY) ? NAN : turned;
+    return (x == 1.0f) | (y == 0.0f) ? 1.0f : ((x != x) | (y != y) ? x + y : real);
+}
+""",
+}
+
+_SIGMOIDS = {
+    "lane_erf": """
+// erf(x) = x p(t), t = 2 u / 3.85^2 - 1, u = x^2 up to 3.85^2; relative error 3e-8. Beyond, the
+// product grows with x and is cut at 1.
+[[gnu::always_inline]] static inline float lane_erf(float x) {
+    const float u = at_most(x * x, 14.8225f);
+    const float t = madd(u, 0.134930005f, -1.0f);
+    float p = -6.0046435e-4f;
+    p = madd(p, t, 0.0015372819f);
+    p = madd(p, t, -0.0011908462f);
+    p = madd(p, t, 0.0018320994f);
+    p = madd(p, t, -0.0064107063f);
+    p = madd(p, t, 0.012108759f);
+    p = madd(p, t, -0.018046774f);
+    p = madd(p, t, 0.027683793f);
+    p = madd(p, t, -0.041225493f);
+    p = madd(p, t, 0.056611314f);
+    p = madd(p, t, -0.07315567f);
+    p = madd(p, t, 0.09078841f);
+    p = madd(p, t, -0.11038807f);
+    p = madd(p, t, 0.13621323f);
+    p = madd(p, t, -0.18330142f);
+    p = madd(p, t, 0.3672848f);
+    const float y = std::fabs(x) * p;
+    return std::copysign(at_most(y, 1.0f), x);
+}
+""",
+    "lane_tanh": """
+// tanh(x) = x p(u) / q(u), u = x^2 up to 9.02^2; relative error 4e-8. Beyond, the quotient grows
+// with x and is cut at 1.
+[[gnu::always_inline]] static inline float lane_tanh(float x) {
+    const float u = at_most(x * x, 81.3604f);
+    float p = 1.3319117e-8f;
+    p = madd(p, u, 2.0583517e-5f);
+    p = madd(p, u, 0.0034940368f);
+    p = madd(p, u, 0.1337972f);
+    p = madd(p, u, 1.0f);
+    float q = 7.762039e-7f;
+    q = madd(q, u, 3.2830966e-4f);
+    q = madd(q, u, 0.025871081f);
+    q = madd(q, u, 0.46713036f);
+    q = madd(q, u, 1.0f);
+    const float y = std::fabs(x) * p / q;
+    return std::copysign(at_most(y, 1.0f), x);
+}
+""",
+    "lane_gelu": """
+// x / 2 + |x| b(|x|), b(a) = erf(a / sqrt(2)) / 2 = a p(t), t = 2 u / 5.4^2 - 1, u = a^2 up to
+// 5.4^2; absolute error 4e-8. Beyond, a p grows with a and is cut at 1/2.
+[[gnu::always_inline]] static inline float lane_gelu(float x) {
+    const float a = std::fabs(x);
+    const float u = at_most(x * x, 29.16f);
+    const float t = madd(u, 0.0685871056f, -1.0f);
+    float p = 3.9285922e-4f;
+    p = madd(p, t, -0.0010283691f);
+    p = madd(p, t, 8.749323e-4f);
+    p = madd(p, t, -0.0011864097f);
+    p = madd(p, t, 0.0036589243f);
+    p = madd(p, t, -0.006715339f);
+    p = madd(p, t, 0.009651194f);
+    p = madd(p, t, -0.013963319f);
+    p = madd(p, t, 0.019645145f);
+    p = madd(p, t, -0.025746457f);
+    p = madd(p, t, 0.032116596f);
+    p = madd(p, t, -0.039206814f);
+    p = madd(p, t, 0.04849959f);
+    p = madd(p, t, -0.065328054f);
+    p = madd(p, t, 0.13092811f);
+    return madd(a, at_most(a * p, 0.5f), 0.5f * x);
+}
+""",
+}
+
+PRELUDE = {**_BITS, **halves.PRELUDE, **_EXPONENTIALS, **_LOGARITHMS, **_SIGMOIDS}
+"""Helper functions by name; a text may call those that stand before it."""
+
+_WORD = re.compile(r"\w+(?=\()")
+
+
+def prelude_text(names: Iterable[str]) -> str:
+    """The definitions of helpers and of what they call, each once, callees first.
+
+    Args:
+        names: Keys of `PRELUDE`, as in `CppOps.prelude`.
+    """
+    wanted = set(names)
+    for name in reversed(PRELUDE):
+        if name in wanted:
+            wanted.update(PRELUDE.keys() & set(_WORD.findall(PRELUDE[name])))
+    return "".join(text for name, text in PRELUDE.items() if name in wanted).lstrip("\n")
