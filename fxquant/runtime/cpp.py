@@ -1,0 +1,260 @@
+"""Calls C++ kernels: a shared object, weights repacked once for it, and the way from torch to it.
+
+What a printed kernel exports is told in `fxquant.codegen.cpp`. Everything that can be known before
+a call is: this file is on the path of every product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxquant import errors
+from fxquant.codegen.spec import KernelSpec
+from fxquant.formats.check import misfit
+from fxquant.runtime.memory import Block, Scratch
+
+_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SCRATCH = Scratch()
+_PICK_VARIANT = -1
+_MOST_SIZES = 256
+
+
+class _Process:
+    """What a fork changes.
+
+    Attributes:
+        forked: OpenMP's threads stay with the parent: a parallel region of the child would wait
+            for them forever.
+        preparing: Held while a weight is repacked, by threads that the child does not have.
+    """
+
+    forked = False
+    preparing = threading.Lock()
+
+
+def _after_fork() -> None:
+    _Process.forked = True
+    _Process.preparing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Prepared:
+    """A weight as one kernel wants it, and what tells whether it still is that weight.
+
+    Args:
+        weight: The stored tensors.
+        size: Bytes of the repacked form.
+    """
+
+    __slots__ = ("_addresses", "_storages", "_versions", "block")
+
+    def __init__(self, weight: Sequence[Tensor], size: int) -> None:
+        self.block = Block(size)
+        # As long as these live, no other storage gets their address.
+        self._storages = [tensor.untyped_storage() for tensor in weight]
+        self._addresses = [tensor.data_ptr() for tensor in weight]
+        counted = not any(tensor.is_inference() for tensor in weight)
+        self._versions = [tensor._version for tensor in weight] if counted else None
+
+    def is_current(self, weight: Sequence[Tensor]) -> bool:
+        """Whether nothing was seen to change since.
+
+        Writes through ``.data`` and to inference tensors leave no trace that could be seen here.
+        """
+        return self._addresses == [tensor.data_ptr() for tensor in weight] and (
+            self._versions is None or self._versions == [tensor._version for tensor in weight]
+        )
+
+
+class CppKernel:
+    """A built kernel.
+
+    Args:
+        library: The shared object.
+        spec: What it computes.
+        openmp: Whether it was built with OpenMP.
+    """
+
+    def __init__(self, library: Path, spec: KernelSpec, *, openmp: bool) -> None:
+        # After torch, whose OpenMP library then serves both: one pool of threads.
+        loaded = ctypes.CDLL(str(library))
+        self._size_of_prepared = _function(loaded, "prepared_bytes", [], _INT64)
+        self._prepare = _function(loaded, "prepare", [_POINTER, _POINTER, _INT])
+        self._size_of_scratch = _function(loaded, "scratch_bytes", [_INT64, _INT, _INT], _INT64)
+        strides, result = [_INT64] * 3, [_INT64, _POINTER]
+        rest = [_POINTER, _POINTER, _INT, _INT]
+        self._run = _function(loaded, "run", [_POINTER, _POINTER, *strides, *result, *rest])
+
+        weight = spec.weight
+        self.spec = spec
+        self._is_single = not openmp
+        self._n, self._k, self._batch = weight.n, weight.k, weight.batch
+        self._x_dtype = getattr(torch, spec.x_dtype)
+        self._out_dtype = getattr(torch, spec.out_dtype)
+        self._extra = _operands(spec)
+        self._pointers = _POINTER * len(self._extra)
+        self._scratch_sizes: dict[tuple[int, int], int] = {}
+        self._prepared: dict[int, Prepared] = {}
+        self._references: dict[int, weakref.ref[Tensor]] = {}
+
+    def run(self, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:
+        """Computes the product on CPU tensors.
+
+        Args:
+            x: ``[.., k]``, or ``[batch, m, k]`` with a batch, any strides.
+            weight: The stored tensors, in the order of ``Encoding.parts``.
+            extra: The epilogue's operands, then the outliers'.
+
+        Returns:
+            ``[.., n]``, or ``[batch, m, n]``, contiguous.
+
+        Raises:
+            KernelError: An operand has another dtype, size or device than the spec says.
+        """
+        prepared = self._prepared.get(id(weight[0]))
+        if prepared is None or not prepared.is_current(weight):
+            prepared = self._prepare_once(weight)
+        *leading, k = x.shape
+        if k != self._k or x.dtype is not self._x_dtype or not x.is_cpu:
+            raise self._misfit("x", f"{self.spec.x_dtype} [.., {self._k}]", x)
+        x_e, x_col = 0, 1
+        if self._batch is not None:
+            if len(leading) != 2 or leading[0] != self._batch:
+                raise self._misfit("x", f"[{self._batch}, m, {self._k}]", x)
+            rows = leading[1]
+            x_e, x_row, x_col = x.stride()
+        else:
+            rows = x.numel() // k
+            if x.is_contiguous():
+                x_row = k
+            else:
+                x, x_row, x_col = _as_rows(x)
+        leading.append(self._n)
+        out = x.new_empty(leading, dtype=self._out_dtype)
+        if rows == 0:
+            return out
+        extra = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in extra]
+        pointers = self._checked(extra, rows) if self._extra or extra else None
+        threads = 1 if self._is_single or _Process.forked else torch.get_num_threads()
+        size = self._scratch_sizes.get((rows, threads))
+        if size is None:
+            size = self._scratch_size(rows, threads)
+        self._run(
+            prepared.block.address,
+            x.data_ptr(),
+            x_e,
+            x_row,
+            x_col,
+            rows,
+            out.data_ptr(),
+            pointers,
+            _SCRATCH.at_least(size),
+            threads,
+            _PICK_VARIANT,
+        )
+        return out
+
+    def _prepare_once(self, weight: Sequence[Tensor]) -> Prepared:
+        """Repacks a weight for this kernel; it is dropped when its codes are."""
+        codes = weight[0]
+        key = id(codes)
+        with _Process.preparing:
+            found = self._prepared.get(key)
+            if found is not None and found.is_current(weight):
+                return found
+            stored = self.spec.weight
+            wrong = misfit(weight, stored.encoding, stored.shape)
+            if wrong or not all(tensor.is_cpu for tensor in weight):
+                raise errors.kernel_operand(
+                    self.spec.name, "weight", "as its encoding says", wrong or "another device"
+                )
+            prepared = Prepared(weight, self._size_of_prepared())
+            parts = [tensor.contiguous() for tensor in weight]
+            pointers = (_POINTER * len(parts))(*[part.data_ptr() for part in parts])
+            threads = 1 if self._is_single or _Process.forked else torch.get_num_threads()
+            self._prepare(pointers, prepared.block.address, threads)
+            self._references[key] = weakref.ref(codes, lambda _: self._drop(key))
+            self._prepared[key] = prepared
+            return prepared
+
+    def _drop(self, key: int) -> None:
+        # Without the lock: the collector may call this in a thread that holds it.
+        self._prepared.pop(key, None)
+        self._references.pop(key, None)
+
+    def _scratch_size(self, rows: int, threads: int) -> int:
+        if len(self._scratch_sizes) >= _MOST_SIZES:
+            self._scratch_sizes.clear()
+        size: int = self._size_of_scratch(rows, _PICK_VARIANT, threads)
+        self._scratch_sizes[rows, threads] = size
+        return size
+
+    def _checked(self, extra: Sequence[Tensor], rows: int) -> Any:
+        """Pointers to the further operands, each as large as the kernel will read."""
+        if len(extra) != len(self._extra):
+            raise errors.kernel_operand(
+                self.spec.name, "the number of operands", len(self._extra), len(extra)
+            )
+        pointers = self._pointers()
+        for number, (dtype, size, per_row) in enumerate(self._extra):
+            tensor = extra[number]
+            wanted = size * rows if per_row else size
+            if tensor.numel() != wanted or tensor.dtype is not dtype or not tensor.is_cpu:
+                what, expected = f"operand {number}", f"{wanted} elements of {dtype}"
+                raise self._misfit(what, expected, tensor)
+            pointers[number] = tensor.data_ptr()
+        return pointers
+
+    def _misfit(self, what: str, expected: str, tensor: Tensor) -> errors.KernelError:
+        got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        return errors.kernel_operand(self.spec.name, what, expected, got)
+
+
+def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
+    """An activation whose leading dimensions can be counted as one, with its two strides."""
+    step, expected = None, 0
+    *leading, columns = zip(x.shape, x.stride(), strict=True)
+    for size, stride in reversed(leading):
+        if size == 1:
+            continue
+        if step is None:
+            step = stride
+        elif stride != expected:
+            return x.contiguous(), columns[0], 1
+        expected = size * stride
+    return x, step or 0, columns[1]
+
+
+def _operands(spec: KernelSpec) -> list[tuple[torch.dtype, int, bool]]:
+    """Dtype and size of each further operand, and whether the size is that of one row."""
+    weight = spec.weight
+    sizes = {"e": weight.batch or 1, "n": weight.n, "m": 1}
+    found = [
+        (getattr(torch, o.dtype), math.prod(sizes[axis] for axis in o.dims), "m" in o.dims)
+        for o in spec.epilogue.operands
+    ]
+    outliers: Any = getattr(spec, "outliers", None)
+    if outliers is not None and outliers.columns is not None:
+        dense = (weight.batch or 1) * weight.n * outliers.columns
+        found.append((torch.int32, outliers.columns, False))
+        found.append((getattr(torch, outliers.dtype), dense, False))
+    return found
+
+
+def _function(library: Any, name: str, arguments: list[Any], result: Any = None) -> Any:
+    function = library[f"fxquant_{name}"]
+    function.argtypes, function.restype = arguments, result
+    return function

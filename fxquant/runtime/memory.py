@@ -1,0 +1,53 @@
+"""Aligned memory for kernels: huge pages for repacked weights, a scratch buffer for each thread."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import threading
+
+HUGE = 2 << 20
+"""Bytes of a huge page on the processors that there are kernels for."""
+_PRIVATE = (
+    # The default is memory that a forked child shares: its results would be everybody's.
+    {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+)
+
+
+class Block:
+    """Zeroed memory, aligned to 64 bytes and to huge pages where it fills any.
+
+    A product against one row reads the whole weight once, and with pages of 4 KB looks up the
+    address of each: Linux gives huge pages to whom asks.
+
+    Args:
+        size: In bytes.
+    """
+
+    __slots__ = ("_map", "_view", "address", "size")
+
+    def __init__(self, size: int) -> None:
+        spare = HUGE if size >= HUGE else 0
+        self._map = mmap.mmap(-1, max(size, 1) + spare, **_PRIVATE)
+        if spare and hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE)
+        self._view = ctypes.c_char.from_buffer(self._map)
+        start = ctypes.addressof(self._view)
+        self.address = -(-start // HUGE) * HUGE if spare else start
+        self.size = size
+
+
+class Scratch(threading.local):
+    """One buffer for each Python thread, which only grows."""
+
+    def __init__(self) -> None:
+        self._block = Block(0)
+
+    def at_least(self, size: int) -> int:
+        """The address of the calling thread's buffer, of this many bytes or more."""
+        if size > self._block.size:
+            # Half as much again: a length that grows row by row asks seldom.
+            self._block = Block(size + size // 2)
+        return self._block.address
