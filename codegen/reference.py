@@ -185,7 +185,8 @@ def _int8_lines(spec: KernelSpec) -> list[str]:
 
     In float64, where sums of integers times a float32 scale are as good as exact at any size (of
     float32 that is true up to 1040 inputs) and NaN goes through by itself; torch's int8 product
-    is not on every device and takes no scales inside of a row.
+    is not on every device and takes no scales inside of a row. Inductor leaves out the rounding of
+    outliers to 16 bits, which is undone at once, and so keeps more of them.
     """
     weight, outliers = spec.weight, spec.outliers
     operands = len(spec.epilogue.operands)

@@ -18,6 +18,7 @@ from torch import Tensor
 from fxquant.codegen import RENDERERS, Header, KernelSpec
 from fxquant.codegen.spec import WeightOperand
 from fxquant.formats import Encoding, pack
+from tests.codegen import plain_int8
 
 _COUNT = itertools.count()
 
@@ -62,7 +63,7 @@ def activation(spec: KernelSpec, rows: int, seed: int = 1) -> Tensor:
 
 
 def operands(spec: KernelSpec, rows: int, seed: int = 2) -> list[Tensor]:
-    """Random operands of the epilogue, with the sizes of their axes."""
+    """Random operands of the epilogue, with the sizes of their axes, and of static outliers."""
     sizes = {"e": spec.weight.batch or 1, "m": rows, "n": spec.weight.n}
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -71,11 +72,18 @@ def operands(spec: KernelSpec, rows: int, seed: int = 2) -> list[Tensor]:
         made.append(
             value > 0 if operand.dtype == "bool" else value.to(getattr(torch, operand.dtype))
         )
+    if spec.outliers is not None and spec.outliers.columns is not None:
+        weight, count = spec.weight, spec.outliers.columns
+        columns = torch.randperm(weight.k, generator=generator)[:count].to(torch.int32)
+        shape = (weight.n, count) if weight.batch is None else (weight.batch, weight.n, count)
+        apart = torch.randn(shape, generator=generator)
+        made += [columns, apart.to(getattr(torch, spec.outliers.dtype))]
     return made
 
 
 def plain_epilogue(spec: KernelSpec, acc: Tensor, extra: list[Tensor]) -> Tensor:
     """The epilogues of `tests.codegen.specs.epilogues`, written by hand."""
+    extra = extra[: len(spec.epilogue.operands)]
     if not extra:
         return acc
     first = extra[0].unsqueeze(-2) if spec.epilogue.operands[0].dims == "en" else extra[0]
@@ -99,8 +107,38 @@ def bound(
     unit = 2.0**-24
     moved = 0.0
     if decoded_apart:
-        moved = 4 * unit + (0.0 if spec.compute_dtype == "float32" else 2.0**-10)
-    error = magnitude * (spec.weight.k * unit + moved)
+        dtype = getattr(torch, spec.compute_dtype)
+        moved = 4 * unit + (0.0 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    return _through_epilogue(spec, magnitude, magnitude * (spec.weight.k * unit + moved), extra)
+
+
+def int8_bound(
+    spec: KernelSpec,
+    x: Tensor,
+    tensors: list[Tensor],
+    extra: list[Tensor],
+    *,
+    decoded_apart: bool = False,
+) -> Tensor:
+    """The same for a spec with `compute_dtype` int8; `plain_int8.sums` says how it comes about.
+
+    Args:
+        spec: The product.
+        x: The activation.
+        tensors: The stored weight.
+        extra: The operands of the epilogue and of outliers.
+        decoded_apart: See `bound`; of the outliers' weights.
+    """
+    found = plain_int8.sums(spec, x, tensors, extra, decoded_apart=decoded_apart)
+    return _through_epilogue(spec, found.magnitude, found.bound, extra)
+
+
+def _through_epilogue(
+    spec: KernelSpec, magnitude: Tensor, error: Tensor, extra: list[Tensor]
+) -> Tensor:
+    """The error of a result whose sums are off by `error` and are of `magnitude`."""
+    unit = 2.0**-24
+    extra = extra[: len(spec.epilogue.operands)]
     reach = magnitude
     for number, value in enumerate(extra):
         dims = spec.epilogue.operands[number].dims

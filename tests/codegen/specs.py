@@ -1,4 +1,7 @@
-"""Hypothesis strategies: encodings, operands of odd sizes and strange strides, whole specs."""
+"""Hypothesis strategies: encodings, operands of odd sizes and strange strides, whole specs.
+
+Activations are standard normal numbers.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,15 @@ import math
 
 from hypothesis import strategies as st
 
-from fxquant.codegen.spec import Epilogue, EpilogueNode, EpilogueOperand, KernelSpec, WeightOperand
+from fxquant.codegen.spec import (
+    FLOAT_DTYPES,
+    Epilogue,
+    EpilogueNode,
+    EpilogueOperand,
+    KernelSpec,
+    Outliers,
+    WeightOperand,
+)
 from fxquant.formats import Encoding
 
 SCALES = (None, Encoding(8, "dynamic8", (32,), offset=True), Encoding(8, "e4m3", (256,)))
@@ -70,3 +81,24 @@ def specs(draw: st.DrawFn) -> KernelSpec:
     out = draw(st.sampled_from(("float16", "float32")))
     epilogue = draw(epilogues(batched=weight.batch is not None))
     return KernelSpec(weight, x, compute, out, epilogue, "drawn")
+
+
+@st.composite
+def outliers(draw: st.DrawFn, k: int) -> Outliers | None:
+    """None, by thresholds that most, some and no columns reach, and given columns."""
+    dtype = draw(st.sampled_from(FLOAT_DTYPES))
+    kind = draw(st.sampled_from(("none", "threshold", "columns")))
+    if kind == "threshold":
+        return Outliers(dtype, threshold=draw(st.sampled_from((0.5, 2.0, 100.0))))
+    if kind == "columns":
+        return Outliers(dtype, columns=draw(st.integers(1, min(k, 9))))
+    return None
+
+
+@st.composite
+def int8_specs(draw: st.DrawFn) -> KernelSpec:
+    """Specs whose activations are rounded to int8, with and without outliers."""
+    weight = draw(weights())
+    x, out = draw(st.sampled_from(FLOAT_DTYPES)), draw(st.sampled_from(FLOAT_DTYPES))
+    epilogue = draw(epilogues(batched=weight.batch is not None))
+    return KernelSpec(weight, x, "int8", out, epilogue, "drawn", draw(outliers(weight.k)))

@@ -3,23 +3,26 @@ import json
 
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from fxquant import errors
+from fxquant.codegen import triton
 from fxquant.codegen.header import Header
 from fxquant.codegen.spec import (
     Epilogue,
     EpilogueNode,
     EpilogueOperand,
     KernelSpec,
+    Outliers,
     WeightOperand,
 )
 from fxquant.formats import Encoding
-from tests.codegen.specs import specs
+from tests.codegen.specs import int8_specs, specs
 
 FP4 = Encoding(4, "fp4")
 
 
-@given(specs())
+@given(st.one_of(specs(), int8_specs()))
 def test_json_is_an_exact_inverse_and_canonical(spec):
     text = spec.to_json()
     again = KernelSpec.from_json(text)
@@ -104,6 +107,90 @@ def test_header_holds_the_spec_and_where_it_is_used():
     weight = "Weight: [4, 16], 4 bits fp4 in blocks of 64"
     for fact in ("layers.1.q", "Scheme: fp4", '"encoding": {', weight):
         assert fact in text
+
+
+def int8(outliers=None, compute="int8"):
+    weight = WeightOperand.whole(FP4, (4, 16), transposed=False)
+    return KernelSpec(weight, "float32", compute, "float32", outliers=outliers)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: int8(compute="uint8"), "compute_dtype"),
+        (lambda: dataclasses.replace(int8(), x_dtype="int8"), "x_dtype"),
+        (lambda: dataclasses.replace(int8(), out_dtype="int8"), "out_dtype"),
+        (lambda: int8(Outliers("float16", 6.0), compute="float32"), "outliers"),
+        (lambda: int8(Outliers("float16", columns=17)), "outliers.columns"),
+        (lambda: Outliers("int8", 6.0), "outliers.dtype"),
+        (lambda: Outliers("float16"), "outliers.threshold, columns"),
+        (lambda: Outliers("float16", 6.0, 1), "outliers.threshold, columns"),
+        (lambda: Outliers("float16", 0.0), "outliers.threshold"),
+        (lambda: Outliers("float16", float("nan")), "outliers.threshold"),
+        (lambda: Outliers("float16", float("inf")), "outliers.threshold"),
+        (lambda: Outliers("float16", "6"), "outliers.threshold"),
+        (lambda: Outliers("float16", threshold=True), "outliers.threshold"),
+        (lambda: Outliers("float16", columns=0), "outliers.columns"),
+        (lambda: Outliers("float16", columns=2.0), "outliers.columns"),
+    ],
+)
+def test_malformed_int8_specs_name_the_field(make, field):
+    with pytest.raises(errors.KernelError, match=rf"kernel spec's {field} must be .*\.$"):
+        make()
+
+
+def test_outliers_of_a_text_are_checked():
+    text = int8(Outliers("float16", 6.0)).to_json()
+    for wrong in ('"outliers":{"dtype":1}', '"outliers":[1]', '"outliers":"threshold"'):
+        start, end = text.index('"outliers"'), text.index(',"weight"')
+        with pytest.raises(errors.KernelError, match=r"kernel spec.*\.$"):
+            KernelSpec.from_json(text[:start] + wrong + text[end:])
+
+
+def test_what_has_no_outliers_is_written_as_before():
+    assert "outliers" not in int8().to_json()
+    assert int8(Outliers("float16", 6)) == int8(Outliers("float16", 6.0))
+    assert int8(Outliers("float16", 6)).to_json() == int8(Outliers("float16", 6.0)).to_json()
+    distinct = {
+        int8(),
+        int8(Outliers("float16", 6.0)),
+        int8(Outliers("float16", 7.0)),
+        int8(Outliers("bfloat16", 6.0)),
+        int8(Outliers("float16", columns=6)),
+    }
+    assert len({spec.to_json() for spec in distinct}) == len(distinct) == 5
+
+
+def test_int8_and_outliers_in_words():
+    said = {
+        None: "out[m, 4] = x[m, 16] @ weight.T in int8 (float32 to float32)",
+        Outliers("bfloat16", 6.0): (
+            "out[m, 4] = x[m, 16] @ weight.T in int8, columns with any abs(x) >= 6.0 in bfloat16 "
+            "(float32 to float32)"
+        ),
+        Outliers("float16", columns=3): (
+            "out[m, 4] = x[m, 16] @ weight.T in int8, 3 given columns in float16 "
+            "(float32 to float32)"
+        ),
+    }
+    for outliers, words in said.items():
+        spec = int8(outliers)
+        assert spec.describe() == words
+        text = Header().comment(spec)
+        assert "Activation: rounded to int8, with a scale for every row\n" in text
+        assert ("Outliers: " in text) == (outliers is not None)
+    assert "int8" not in Header().comment(int8(compute="float32"))
+
+
+@pytest.mark.parametrize("outliers", [None, Outliers("float16", 6.0)])
+def test_triton_refuses_int8_by_name(outliers):
+    assert triton.missing(int8(compute="float32")) == ""
+    spec = int8(outliers)
+    found = r"target 'triton' prints no kernel for a spec with compute_dtype 'int8'"
+    found += r" and outliers in" if outliers else r" in"
+    with pytest.raises(errors.KernelError, match=rf"{found}.*\.$"):
+        triton.render(spec, Header())
+    assert triton.missing(spec)
 
 
 def test_header_says_the_encoding_in_words():
