@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxquant import checkpoint
+from fxquant.codegen import reference
+from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import Encoding, levels, pack
 from fxquant.formats.codebooks import dynamic8, fp4
 
@@ -174,3 +177,53 @@ def test_it_loads_what_we_saved(bnb, levels: str, double: bool, tmp_path: Path) 
     decoded = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
     assert parameter.quant_state.nested is double
     torch.testing.assert_close(decoded, ours.weight.dequantize(), rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+@pytest.mark.parametrize("rows", [2, 9])
+def test_llm_int8(bnb, rows: int, threshold: float) -> None:
+    """The same product where outlier columns hold nothing but outliers.
+
+    In a column with both, bitsandbytes lets what is below the threshold count for the largest
+    magnitude of its row. Their int8 part is scaled with 6.200124e-5 for 127**-2 (2e-5 off) and
+    rounded to float16, the outlier part is added to it and the sum rounded again; a weight of the
+    outlier part may be the neighbour in float16, and an element may take the other integer where
+    it lies within three roundings of a tie.
+    """
+    torch.manual_seed(0)
+    k, n = 128, 40
+    x = torch.randn(rows, k).clamp(-5.5, 5.5)
+    outlying = [3, 77] if threshold else []
+    x[:, outlying] = (6 + 20 * torch.rand(rows, len(outlying))) * x[:, outlying].sign()
+    x = x.half()
+    codes, absmax, _ = bnb.functional.int8_vectorwise_quant(torch.randn(n, k).half())
+    state = bnb.MatmulLtState()
+    state.CB, state.SCB, state.has_fp16_weights = codes, absmax, False
+    state.threshold = threshold
+    weight = codes.clone()
+    theirs = bnb.autograd._functions.MatMul8bitLt.apply(x, weight, None, None, state)
+
+    encoding = Encoding(8, block=(1, -1))
+    operand = WeightOperand.whole(encoding, (n, k), transposed=False)
+    outliers = Outliers("float16", threshold=threshold) if threshold else None
+    spec = KernelSpec(operand, "float16", "int8", "float32", outliers=outliers)
+    ours = reference.run(spec, x, [codes, absmax / 127], [])
+
+    inner, outer = x.float(), torch.zeros(rows, k)
+    outer[:, outlying] = inner[:, outlying]
+    inner[:, outlying] = 0
+    decoded = (codes * (absmax / 127)[:, None]).abs()
+    step = inner.abs().amax(-1, keepdim=True) / 127
+    from_tie = ((inner / step).frac().abs() - 0.5).abs()
+    near_tie = (from_tie <= 3 * 127 * 2.0**-24).float()
+    int8_part = reference.run(spec, inner.half(), [codes, absmax / 127], []).abs()
+    by_int8, by_floats = inner.abs() @ decoded.t(), outer.abs() @ decoded.t()
+    bound = step * (near_tie @ decoded.t())
+    bound += int8_part * (2e-5 + 2.0**-11) + by_floats * 2.0**-10
+    bound += (int8_part + by_floats) * 2.0**-11 * 1.01 + (by_int8 + by_floats) * k * 2.0**-24
+    assert ((ours - theirs.float()).abs() <= bound).all()
+    if outliers is not None:
+        without = reference.run(
+            dataclasses.replace(spec, outliers=None), x, [codes, absmax / 127], []
+        )
+        assert ((without - theirs.float()).abs() > bound).any(-1).all()

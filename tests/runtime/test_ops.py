@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant.codegen import reference
-from fxquant.codegen.spec import Epilogue, KernelSpec, WeightOperand
+from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers, WeightOperand
 from fxquant.formats import PackedWeight, pack
 from fxquant.runtime import ops
 from fxquant.schemes import get_scheme
@@ -71,6 +71,49 @@ def test_gradients_of_a_batched_product_with_a_batched_bias() -> None:
     got = torch.autograd.grad(by_op(x, bias), (x, bias), seed)
     wanted = torch.autograd.grad(by_hand(x, bias), (x, bias), seed)
     torch.testing.assert_close(got, wanted)
+
+
+OUTLIERS = [None, Outliers("float32", threshold=2.0), Outliers("float16", columns=3)]
+
+
+@pytest.mark.parametrize("outliers", OUTLIERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(33, 48), (2, 33, 48)])
+def test_gradients_pass_straight_through_the_rounding_to_int8(
+    shape: tuple[int, ...], dtype: torch.dtype, outliers: Outliers | None
+) -> None:
+    """The gradient is that of the decoded weight, given columns in their own 16 bits."""
+    packed = packed_weight(*shape)
+    batched = len(shape) == 3
+    name = str(dtype).removeprefix("torch.")
+    spec = dataclasses.replace(
+        spec_of(packed, dtype=name),
+        compute_dtype="int8",
+        outliers=outliers,
+        epilogue=Epilogue.bias(name, "en" if batched else "n"),
+    )
+    x = torch.randn(2, 5, 48, dtype=dtype, requires_grad=True)
+    bias = torch.randn(shape[:-1], dtype=dtype, requires_grad=True)
+    extra = [bias]
+    weight = packed.dequantize().to(dtype)
+    if outliers is not None and outliers.columns is not None:
+        columns = torch.tensor([7, 1, 40], dtype=torch.int32)
+        apart = torch.randn(*shape[:-1], 3).half()
+        extra += [columns, apart]
+        weight[..., columns.long()] = apart.to(dtype)
+    args = (x, packed.tensors(), extra, spec.to_json())
+    out = torch.ops.fxquant.linear(*args)
+    seed = torch.randn_like(out)
+    got = torch.autograd.grad(out, (x, bias), seed)
+    by_hand = torch.matmul(x, weight.transpose(-1, -2)) + (bias[:, None] if batched else bias)
+    wanted = torch.autograd.grad(by_hand, (x, bias), seed)
+    torch.testing.assert_close(got, wanted)
+    # It would be another one without the columns that stand apart.
+    codes_only = torch.matmul(seed, packed.dequantize().to(dtype))
+    differs = not torch.allclose(got[0], codes_only, rtol=1e-2, atol=1e-2)
+    assert differs == (outliers is OUTLIERS[2])
+    if dtype == torch.float32:
+        torch.library.opcheck(torch.ops.fxquant.linear.default, args)
 
 
 def test_operands_on_two_devices_are_refused_by_name() -> None:
