@@ -1,8 +1,11 @@
-"""The C++ target for CPUs: not there yet; CPUs run `fxquant.codegen.reference` through Inductor.
+"""The C++ target: one C++17 file a kernel, for CPUs, without torch's headers.
 
-A target folder provides ``render(spec, header) -> str``, registered in
-`fxquant.codegen.RENDERERS`: the complete source of the kernels of one spec, with a header
-comment that says spec, module paths, scheme and shapes. Inside it are the skeletons that suit the
-machine, a subclass of `fxquant.codegen.pointwise.Ops` that spells ATen's pointwise ops, and the
-decoding of codes and scales from the index expressions of `fxquant.codegen.indexing`.
+`printer` puts a file together from its parts, in the order in which they stand there. `plan` holds
+the decisions, `isa` the instruction sets, `vectors` the few operations on vectors that everything
+else is written in; `layout` repacks the weight, `decode` and `scales` read it back; `rows` packs
+the activation; `few` and `many` are the two skeletons; `finish` is the epilogue, spelled by `ops`.
 """
+
+from fxquant.codegen.cpp.printer import render
+
+__all__ = ["render"]

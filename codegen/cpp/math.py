@@ -219,9 +219,9 @@ _LOGARITHMS = {
 // error 3e-14; 2^r, |r| <= 1/2, error 4e-11.
 [[gnu::always_inline]] static inline float lane_power(float x, float y) {
     const double size = double(std::fabs(x));
-    const uint64_t bits = bits_of_double(size) - 0x3fe6a09e667f3bcdu + 0x0010000000000000u;
+    const uint64_t bits = bits_of_double(size) - 0x3fe6a09e667f3bcdu + 0x3ff0000000000000u;
     const double m = double_of((bits & 0x000fffffffffffffu) + 0x3fe6a09e667f3bcdu);
-    const double k = double_of(0x4330000000000000u | (bits >> 52)) - 0x1.0000000000001p52;
+    const double k = double_of(0x4330000000000000u | (bits >> 52)) - 0x1.00000000003ffp52;
     const double s = (m - 1.0) / (m + 1.0);
     const double u = s * s;
     double p = 0.2829200375092595;

@@ -126,6 +126,16 @@ class Plan:
         """What is added to integers so that they are unsigned bytes."""
         return 0 if self.encoding.zero_point else 128
 
+    @property
+    def level_unit(self) -> float:
+        """What one of `integers` stands for, apart from scales."""
+        return 1.0 if self.encoding.is_uniform else self.largest_level / 127
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether sums of the activation are needed, a block each."""
+        return self.path == "int8" or (self.encoding.zero_point and self.is_regular)
+
     # --- scales ---
 
     @functools.cached_property
@@ -167,4 +177,12 @@ class Plan:
             return self.index.block
         found = self.index.per_run(self.index.block, K, self.block)
         assert found is not None, "a run shares its scale"
+        return found
+
+    def nested_index(self) -> sympy.Expr:
+        """The number of the scale's own scale, with k counting blocks as in `block_index`."""
+        if self.run == 0:
+            return self.index.nested
+        found = self.index.per_run(self.index.nested, K, self.block)
+        assert found is not None, "a run shares its scale's scale"
         return found

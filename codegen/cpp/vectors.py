@@ -9,7 +9,7 @@ from __future__ import annotations
 _AVX512 = """\
 using vf = __m512;   // 16 floats
 using vi = __m512i;  // 16 dwords
-constexpr int LANES = 16;
+@SUM@constexpr int LANES = 16;
 
 INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE vi load(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -35,7 +35,7 @@ template <int BITS> INLINE vi plain_byte(vi x) {  // the byte that starts at BIT
 _AVX2 = """\
 using vf = __m256;   // 8 floats
 using vi = __m256i;  // 8 dwords
-constexpr int LANES = 8;
+@SUM@constexpr int LANES = 8;
 
 INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE vi load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const vi*>(p)); }
@@ -63,7 +63,7 @@ _PORTABLE = """\
 typedef float vf __attribute__((vector_size(32)));     // 8 floats
 typedef uint32_t vi __attribute__((vector_size(32)));  // 8 dwords
 typedef int32_t vs __attribute__((vector_size(32)));
-constexpr int LANES = 8;
+@SUM@constexpr int LANES = 8;
 
 INLINE vf load(const float* p) { vf x; std::memcpy(&x, p, sizeof x); return x; }
 INLINE vi load(const uint32_t* p) { vi x; std::memcpy(&x, p, sizeof x); return x; }
@@ -84,8 +84,18 @@ template <int BITS> INLINE vi sign_byte(vi x) {  // the byte that starts at BITS
 template <int BITS> INLINE vi plain_byte(vi x) { return (x >> BITS) & 255u; }
 """
 
-VECTORS = {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE}
-"""The text for each instruction set, by name."""
+_VECTORS = {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE}
+
+
+def vectors(isa: str, path: str) -> str:
+    """The text for an instruction set.
+
+    Args:
+        isa: Its name.
+        path: What is multiplied, which says what sums are made of.
+    """
+    kind = "vi" if path == "int8" else "vf"
+    return _VECTORS[isa].replace("@SUM@", f"using sum_t = {kind};  // what products are summed in\n")
 
 _DOT_BF16 = """\
 // GCC spills around its own intrinsic for this instruction: two to three times slower.
@@ -124,6 +134,26 @@ INLINE void dot(vi& sum, vi w, vi x) {  // += four unsigned bytes times signed o
 INLINE void dot(vi& sum, vi w, const uint32_t* x) { dot(sum, w, spread(*x)); }
 """,
 }
+
+
+_PAIR = """\
+// Two vectors of floats rounded to bfloat16, each dword holding one of the first below one of the
+// second.
+INLINE vi pair(vf low, vf high) {
+  alignas(64) static constexpr uint16_t ORDER[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31,
+  };
+  const vi both = vi(_mm512_cvtne2ps_pbh(high, low));
+  return _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both);
+}
+"""
+
+
+def pair(isa: str, path: str) -> str:
+    """The text of ``pair``, which makes operands of floats; nothing where there are none."""
+    assert path != "bf16" or isa == "avx512", "only AVX512 multiplies pairs of bfloat16"
+    return _PAIR if path == "bf16" else ""
 
 
 def dot(isa: str, path: str) -> str:

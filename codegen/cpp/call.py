@@ -1,0 +1,174 @@
+"""The entry of a kernel: scratch memory, packing in parallel, the choice of a skeleton."""
+
+from __future__ import annotations
+
+from fxquant.codegen.cpp.plan import Plan
+
+
+def helpers(plan: Plan) -> str:
+    """The text of ``pack`` and of what it needs, to be printed before the skeletons."""
+    prepare = ""
+    outliers = plan.spec.outliers
+    if outliers is not None:
+        prepare = _STATIC if outliers.columns is not None else _RUN_TIME
+    row = _PACK_OUTLIER_ROW if outliers is not None else ""
+    return _HELPERS + _PACK.replace("@OUTLIERS@", prepare).replace("@APART@", row)
+
+
+def entry(plan: Plan) -> str:
+    """The text of the exported functions, to be printed last."""
+    few = plan.is_regular
+    choice = "variant == 0 || (variant < 0 && m <= FEW_ROWS)" if few else "false"
+    run = "run_few(call, first, rows, threads)" if few else "(void)0"
+    return (
+        _ENTRY.replace("@FEW@", choice)
+        .replace("@RUN_FEW@", run)
+        .replace("@DIRECT@", _DIRECT if _reads_directly(plan) else "")
+    )
+
+
+def _reads_directly(plan: Plan) -> bool:
+    """Whether a single row can be read where it is."""
+    spec = plan.spec
+    same = spec.x_dtype == {"bf16": "bfloat16", "f32": "float32"}.get(plan.path, "")
+    return same and spec.compute_dtype == spec.x_dtype and not plan.encoding.zero_point
+
+
+_HELPERS = """\
+// What a thread takes of some work.
+struct Share {
+  const int64_t thread, threads;
+  struct Range {
+    int64_t first, last;
+  };
+
+  Share(int64_t thread, int64_t threads) : thread(thread), threads(threads) {}
+  Range part(int64_t count) const {
+    return {count * thread / threads, count * (thread + 1) / threads};
+  }
+};
+
+// Panels: all but the last have the largest height, the last the smallest that will do.
+template <int COUNT> INLINE int height_of(int64_t rows, const int (&heights)[COUNT]) {
+  int found = heights[0];
+  for (int height : heights)
+    if (rows <= height) found = height;
+  return found;
+}
+template <int COUNT> INLINE int64_t panels_of(int64_t rows, const int (&heights)[COUNT]) {
+  return (rows + heights[0] - 1) / heights[0];
+}
+template <int COUNT> INLINE int64_t padded(int64_t rows, const int (&heights)[COUNT]) {
+  const int64_t whole = rows / heights[0] * heights[0];
+  return whole == rows ? rows : whole + height_of(rows - whole, heights);
+}
+
+"""
+
+_RUN_TIME = """\
+  if (super_first == 0) {
+    const auto columns = of.part(K);
+    for (int64_t e = 0; e < E; ++e) find_outliers(call, e, columns.first, columns.last);
+#pragma omp barrier
+    for (int64_t e = of.thread; e < E; e += of.threads) list_outliers(call, e);
+#pragma omp barrier
+  }
+"""
+
+_STATIC = """\
+  if (super_first == 0) {
+    for (int64_t e = of.thread; e < E; e += of.threads) list_outliers(call, e);
+#pragma omp barrier
+  }
+"""
+
+_PACK_OUTLIER_ROW = """
+    pack_outliers(call, e, x, call.apart + (e * rows + row) * K);"""
+
+_PACK = """\
+// Packs the rows of the activation that are under work; every thread takes some.
+template <int COUNT>
+void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
+          const Share& of) {
+  if (call.is_direct) return;
+@OUTLIERS@  const int64_t all = padded(rows, heights);
+  for (int64_t item = of.thread; item < E * all; item += of.threads) {
+    const int64_t e = item / all, row = item % all;
+    const int64_t panel_row = row / heights[0] * heights[0], at = e * all + panel_row;
+    const int height = height_of(rows - panel_row, heights);
+    x_t* panel = call.panels + at * ALL_STEPS + (row - panel_row);
+    xsum_t* sums = call.sums + at * BLOCKS + (row - panel_row);
+    if (row >= rows) {
+      for (int64_t step = 0; step < ALL_STEPS; ++step) panel[step * height] = 0;
+      for (int64_t block = 0; KEEPS_SUMS && block < BLOCKS; ++block) sums[block * height] = 0;
+      continue;
+    }
+    const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
+    call.row_scales[e * rows + row] = pack_row(call, e, x, panel, sums, height);@APART@
+  }
+#pragma omp barrier
+}
+
+"""
+
+_DIRECT = """\
+  const bool in_order = x_col == 1 && (E == 1 || x_e == K) && K == K_PADDED;
+  if (m == 1 && in_order && reinterpret_cast<uintptr_t>(x) % sizeof(x_t) == 0 && is_few) {
+    call.panels = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
+    call.is_direct = true;
+  }
+"""
+
+_ENTRY = """\
+// Scratch memory, dealt out in order; without a base it only counts.
+struct Memory {
+  unsigned char* base;
+  int64_t used = 0;
+
+  template <typename T> T* take(int64_t count) {
+    T* start = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return start;
+  }
+};
+
+int64_t set_up(Call& call, unsigned char* base, int64_t m, int threads) {
+  Memory memory{base};
+  const int64_t rows = std::min(m, SUPER_ROWS);
+  const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
+  call.panels = memory.take<x_t>(E * all * ALL_STEPS);
+  call.sums = memory.take<xsum_t>(KEEPS_SUMS ? E * all * BLOCKS : 0);
+  call.row_scales = memory.take<float>(E * all);
+  call.flags = memory.take<uint8_t>(OUTLIERS ? E * K : 0);
+  call.columns = memory.take<int32_t>(OUTLIERS ? E * K : 0);
+  call.outliers = memory.take<int64_t>(OUTLIERS ? E : 0);
+  call.apart = memory.take<float>(OUTLIERS ? E * rows * K : 0);
+  call.own = memory.take<unsigned char>(threads * OWN_BYTES);
+  return memory.used;
+}
+
+extern "C" int64_t fxquant_scratch_bytes(int64_t m, int, int threads) {
+  Call call{};
+  return set_up(call, nullptr, m, threads);
+}
+
+extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, int64_t x_row,
+                            int64_t x_col, int64_t m, void* out, const void* const* extra,
+                            void* scratch, int threads, int variant) {
+  Call call{};
+  call.weight.base = static_cast<unsigned char*>(const_cast<void*>(prepared));
+  call.x = static_cast<const stored_t*>(x);
+  call.x_e = x_e, call.x_row = x_row, call.x_col = x_col, call.m = m;
+  call.out = static_cast<out_t*>(out);
+  call.extra = extra;
+  set_up(call, static_cast<unsigned char*>(scratch), m, threads);
+  const bool is_few = @FEW@;
+@DIRECT@  for (int64_t first = 0; first < m; first += SUPER_ROWS) {
+    const int64_t rows = std::min(SUPER_ROWS, m - first);
+    if (is_few)
+      @RUN_FEW@;
+    else
+      run_many(call, first, rows, threads);
+  }
+}
+"""

@@ -1,0 +1,195 @@
+"""Codes to the operands of products: what a dword holds, looked up in registers.
+
+`value` gives the float32 level of one place in every dword; `operand` what `dot` multiplies, its
+levels rounded as the product takes them. Tables are loaded from ``LEVELS`` and ``OPERAND_LEVELS``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+from fxquant.codegen.cpp.plan import Plan
+
+
+def decode(plan: Plan) -> str:
+    """The text of ``struct Decoder``, and of its tables."""
+    parts = [float_table("LEVELS", _widened(plan.levels))]
+    if plan.path == "bf16" and plan.encoding.bits < 8:
+        words = _widened([_bfloat16(level) for level in plan.levels], 32)
+        parts.append(_table("uint16_t", "OPERAND_LEVELS", [f"0x{word:04x}" for word in words]))
+    if plan.path == "int8" and plan.encoding.bits < 8:
+        values = _widened([integer + plan.byte_bias for integer in plan.integers], 64)
+        parts.append(_table("uint8_t", "OPERAND_LEVELS", [str(value) for value in values]))
+    needs_levels = plan.path != "int8" or plan.spec.outliers is not None
+    if plan.encoding.is_uniform and plan.encoding.bits == 8 or not needs_levels:
+        parts = parts[1:]
+    return "\n".join([*parts, *_struct(plan)])
+
+
+def _widened(values: list | tuple, entries: int = 16) -> list:
+    """A table repeated until it fills the permute's register: no index needs masking."""
+    return list(values) * max(1, entries // len(values))
+
+
+def _table(ctype: str, name: str, values: list[str]) -> str:
+    lines, line = [], "   "
+    for value in values:
+        if len(line) + len(value) + 2 > 100:
+            lines.append(line)
+            line = "   "
+        line += f" {value},"
+    head = f"alignas(64) constexpr {ctype} {name}[{len(values)}] = {{"
+    return "\n".join([head, *lines, line, "};"])
+
+
+def float_table(name: str, values: Sequence[float]) -> str:
+    """A table of float32 constants."""
+    return _table("float", name, [_float(value) for value in values])
+
+
+def _float(value: float) -> str:
+    """A float32 literal that reads back as the same number."""
+    text = f"{value:.9g}"
+    return f"{text}f" if any(c in text for c in ".en") else f"{text}.0f"
+
+
+def _bfloat16(value: float) -> int:
+    """The bits of a number rounded to bfloat16, ties to even."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+def _struct(plan: Plan) -> list[str]:
+    lines = ["struct Decoder {"]
+    lines += [f"  {line}" for line in _value(plan)]
+    lines += [f"  {line}" for line in _operand(plan)]
+    return [*lines, "};", ""]
+
+
+def _value(plan: Plan) -> list[str]:
+    """``value<PLACE>``: float32 levels of a place."""
+    bits, isa = plan.encoding.bits, plan.isa.name
+    if plan.path == "int8" and plan.spec.outliers is None:
+        return []
+    head = f"template <int PLACE> INLINE vf value(vi codes) const {{  // {bits}-bit place to float32"
+    if bits == 8 and plan.path == "int8":
+        # What is stored is what is multiplied: the biased integer.
+        bias = f"spread(-{plan.byte_bias}.0f)"
+        taken = "to_float(plain_byte<8 * PLACE>(codes))"
+        return [head, f"  return add({taken}, {bias});", "}"]
+    if bits == 8 and plan.encoding.is_uniform:
+        taken = "plain_byte" if plan.encoding.zero_point else "sign_byte"
+        return [head, f"  return to_float({taken}<8 * PLACE>(codes));", "}"]
+    if bits == 8:
+        return [head, f"  {_GATHER[isa]}", "}"]
+    return [*_LOOKUP[isa](bits)[0], head, *_LOOKUP[isa](bits)[1], "}"]
+
+
+_GATHER = {
+    "avx512": "return _mm512_i32gather_ps(plain_byte<8 * PLACE>(codes), LEVELS, 4);",
+    "avx2": "return _mm256_i32gather_ps(LEVELS, plain_byte<8 * PLACE>(codes), 4);",
+    "portable": (
+        "vf out; for (int i = 0; i < LANES; ++i) out[i] = LEVELS[codes[i] >> (8 * PLACE) & 255u]; "
+        "return out;"
+    ),
+}
+
+
+def _lookup_avx512(bits: int) -> tuple[list[str], list[str]]:
+    return (
+        ["vf levels = load(LEVELS);"],
+        [f"  return _mm512_permutexvar_ps(shift_right<{bits} * PLACE>(codes), levels);"],
+    )
+
+
+def _lookup_avx2(bits: int) -> tuple[list[str], list[str]]:
+    index = f"  const vi index = shift_right<{bits} * PLACE>(codes);"
+    if bits == 2:
+        return (
+            ["vf levels = load(LEVELS);"],
+            [index, "  return _mm256_permutevar8x32_ps(levels, index);"],
+        )
+    return (
+        ["vf low = load(LEVELS), high = load(LEVELS + 8);"],
+        [
+            index,
+            "  const vf upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));",
+            "  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),",
+            "                          _mm256_permutevar8x32_ps(high, index), upper);",
+        ],
+    )
+
+
+def _lookup_portable(bits: int) -> tuple[list[str], list[str]]:
+    mask = 2**bits - 1
+    return (
+        [],
+        [
+            "  vf out;",
+            "  for (int i = 0; i < LANES; ++i)",
+            f"    out[i] = LEVELS[codes[i] >> ({bits} * PLACE) & {mask}u];",
+            "  return out;",
+        ],
+    )
+
+
+_LOOKUP = {"avx512": _lookup_avx512, "avx2": _lookup_avx2, "portable": _lookup_portable}
+
+
+def _operand(plan: Plan) -> list[str]:
+    """``operand<STEP>``: what one instruction multiplies."""
+    bits = plan.encoding.bits
+    if plan.path == "f32":
+        head = "template <int STEP> INLINE vf operand(vi codes) const {"
+        return [head, "  return value<STEP>(codes);", "}"]
+    head = "template <int STEP> INLINE vi operand(vi codes) const {"
+    if plan.path == "int8":
+        return _bytes(plan, head)
+    if bits == 8:
+        whole = plan.encoding.is_uniform
+        return [head, *(_PAIR_OF_WHOLE if whole else _PAIR_OF_FLOATS), "}"]
+    taken = f"shift_right<{bits} * STEP>(codes)"
+    return [
+        "vi operands = load(reinterpret_cast<const uint32_t*>(OPERAND_LEVELS));",
+        head + "  // both halves at once",
+        f"  return _mm512_permutexvar_epi16({taken}, operands);",
+        "}",
+    ]
+
+
+_PAIR_OF_FLOATS = ("  return pair(value<STEP>(codes), value<STEP + STEPS>(codes));",)
+_PAIR_OF_WHOLE = (
+    # Whole numbers up to 256 are bfloat16 when cut off.
+    "  const vi low = _mm512_castps_si512(value<STEP>(codes));",
+    "  const vi high = _mm512_castps_si512(value<STEP + STEPS>(codes));",
+    "  const vi upper = _mm512_set1_epi32(int(0xffff0000u));",
+    "  return _mm512_ternarylogic_epi32(upper, high, shift_right<16>(low), 0xea);  // a & b | c",
+)
+
+
+def _bytes(plan: Plan, head: str) -> list[str]:
+    bits, isa = plan.encoding.bits, plan.isa.name
+    if bits == 8:
+        return [head, "  return codes;", "}"]
+    mask = 2**bits - 1
+    if isa == "portable":
+        return [
+            head,
+            "  vi out;",
+            "  for (int i = 0; i < LANES; ++i) {",
+            f"    const uint32_t index = codes[i] >> ({bits} * STEP);",
+            f"    out[i] = OPERAND_LEVELS[index & {mask}u] | OPERAND_LEVELS[index >> 8 & {mask}u] << 8 |",
+            f"             OPERAND_LEVELS[index >> 16 & {mask}u] << 16 |",
+            f"             uint32_t(OPERAND_LEVELS[index >> 24 & {mask}u]) << 24;",
+            "  }",
+            "  return out;",
+            "}",
+        ]
+    load = "vi operands = load(reinterpret_cast<const uint32_t*>(OPERAND_LEVELS));"
+    taken = f"shift_right<{bits} * STEP>(codes)"
+    if isa == "avx512":
+        found = f"_mm512_permutexvar_epi8({taken}, operands)"
+    else:
+        found = f"_mm256_shuffle_epi8(operands, _mm256_and_si256({taken}, _mm256_set1_epi8({mask})))"
+    return [load, head + "  // four bytes at once", f"  return {found};", "}"]

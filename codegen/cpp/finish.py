@@ -1,0 +1,203 @@
+"""From sums to results: row scales, outliers, the epilogue, rounding."""
+
+from __future__ import annotations
+
+from fxquant.codegen.cpp.ops import epilogue_lines
+from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.rows import rounded
+from fxquant.codegen.spec import EpilogueOperand
+
+_CTYPES = {"float32": "float", "float16": "uint16_t", "bfloat16": "uint16_t", "bool": "bool"}
+_FROM = {"float16": "from_fp16", "bfloat16": "from_bf16"}
+
+
+def finish(plan: Plan) -> str:
+    """The text of ``finish``."""
+    outliers = _outliers(plan) if plan.spec.outliers is not None else ""
+    scaled = _ROW_SCALES if plan.quantizes_x else ""
+    added = _ADD_OUTLIERS if plan.spec.outliers is not None else ""
+    text = _FINISH.replace("@SCALED@", scaled).replace("@OUTLIERS@", added)
+    return "\n".join(part for part in (outliers, _row(plan), text) if part)
+
+
+def prelude(plan: Plan) -> set[str]:
+    """Helpers that the epilogue and the conversions call."""
+    spec = plan.spec
+    names = [f"in{number}" for number in range(len(spec.epilogue.operands))]
+    used = set(epilogue_lines(spec.epilogue, names)[2])
+    dtypes = [spec.x_dtype, spec.compute_dtype, spec.out_dtype]
+    dtypes += [operand.dtype for operand in spec.epilogue.operands]
+    dtypes += [spec.outliers.dtype] if spec.outliers else []
+    for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16")):
+        if dtype in dtypes:
+            used |= {f"from_{short}", f"to_{short}"}
+    return used
+
+
+def _row(plan: Plan) -> str:
+    spec = plan.spec
+    pointers, loads, names = [], [], []
+    for number, operand in enumerate(spec.epilogue.operands):
+        ctype, name = _CTYPES[operand.dtype], f"in{number}"
+        start, step = _address(operand)
+        pointers.append(
+            f"const {ctype}* p{number} = static_cast<const {ctype}*>(call.extra[{number}]){start};"
+        )
+        value = f"p{number}[{step}]"
+        if operand.dtype in _FROM:
+            value = f"{_FROM[operand.dtype]}({value})"
+        kind = "bool" if operand.dtype == "bool" else "float"
+        loads.append(f"const {kind} {name} = {value};")
+        names.append(name)
+    lines, result, _ = epilogue_lines(spec.epilogue, names)
+    return (
+        _ROW.replace("@POINTERS@", "".join(f"  {line}\n" for line in pointers))
+        .replace("@LINES@", "".join(f"    {line}\n" for line in [*loads, *lines]))
+        .replace("@RESULT@", f"out_of({result})")
+    )
+
+
+def _address(operand: EpilogueOperand) -> tuple[str, str]:
+    """Where an operand's row starts, and the index inside it."""
+    sizes = {"e": "E", "m": "call.m", "n": "N"}
+    terms, stride = [], ""
+    for axis in reversed(operand.dims):
+        variable = {"e": "e", "m": "row", "n": "n0"}[axis]
+        terms.append(f"{variable}{stride}")
+        stride = f" * {sizes[axis]}{stride}" if stride else f" * {sizes[axis]}"
+    start = "".join(f" + {term}" for term in reversed(terms))
+    return start, "i" if "n" in operand.dims else "0"
+
+
+def _outliers(plan: Plan) -> str:
+    outliers = plan.spec.outliers
+    assert outliers is not None
+    if outliers.columns is not None:
+        ctype = _CTYPES[outliers.dtype]
+        taken = f"{_FROM.get(outliers.dtype, '')}(weights[column])"
+        return _GIVEN.replace("@TYPE@", ctype).replace("@TAKEN@", taken) + _APART
+    scale = "scales.at(k / BLOCK)" if plan.is_regular else "gathered"
+    gather = "" if plan.is_regular else _GATHER
+    zero = ""
+    if plan.encoding.zero_point:
+        zero = " - scales.zeros_at(k / BLOCK)[i]" if plan.is_regular else " - zeros[i]"
+        gather += "" if plan.is_regular else _GATHER_ZEROS
+    if plan.encoding.is_uniform and plan.encoding.bits == 8 and plan.path == "int8":
+        level = "float(int32_t(code & 255u) - BYTE_BIAS)"
+    elif plan.encoding.is_uniform and plan.encoding.bits == 8:
+        level = "float(int8_t(code))" if not plan.encoding.zero_point else "float(code & 255u)"
+    else:
+        level = f"LEVELS[code & {2**plan.encoding.bits - 1}u]"
+    value = rounded(outliers.dtype, f"({level}{zero}) * scale[i]")
+    text = _DECODED.replace("@GATHER@", gather).replace("@SCALE@", scale)
+    return text.replace("@VALUE@", value) + _APART
+
+
+_GATHER = """\
+    float gathered[TILE];
+    for (int v = 0; v < TILE; v += LANES) store(gathered + v, scales.at(v, k));
+"""
+_GATHER_ZEROS = """\
+    float zeros[TILE];
+    for (int v = 0; v < TILE; v += LANES) store(zeros + v, scales.zeros_at(v, k));
+"""
+
+_DECODED = """\
+// The weight in some outlier columns of a tile, decoded: out[column][64].
+void outlier_weights(const Call& call, int64_t tile, int64_t first, int64_t last, float* out) {
+  Scales scales(call.weight, tile);
+  for (int64_t column = first; column < last; ++column, out += TILE) {
+    const int64_t k = call.columns[tile / N_TILES * K + column];
+    const uint32_t* words = call.weight.codes() + (tile * GROUPS + k / PER_DWORD) * TILE;
+    int place = 0;
+    while (PLACES[place] != k % PER_DWORD) ++place;
+@GATHER@    const float* scale = @SCALE@;
+#pragma omp simd
+    for (int i = 0; i < TILE; ++i) {
+      const uint32_t code = words[i] >> (BITS * place);
+      out[i] = @VALUE@;
+    }
+  }
+}
+"""
+
+_GIVEN = """\
+// The weight in some outlier columns of a tile, as given: out[column][64].
+void outlier_weights(const Call& call, int64_t tile, int64_t first, int64_t last, float* out) {
+  const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
+  for (int i = 0; i < TILE; ++i) {
+    const int64_t n = std::min(n0 + i, N - 1);
+    const @TYPE@* weights = static_cast<const @TYPE@*>(call.extra[OPERANDS + 1]);
+    weights += (e * N + n) * OUTLIERS;
+    for (int64_t column = first; column < last; ++column)
+      out[(column - first) * TILE + i] = @TAKEN@;
+  }
+}
+"""
+
+_APART = """\
+
+// Adds the products that are left to floats.
+void add_outliers(const Call& call, int64_t tile, const float* x, int64_t rows, float* totals) {
+  constexpr int64_t SOME = 64;
+  constexpr int ALL = TILE / LANES;
+  alignas(64) float weights[SOME * TILE];
+  const int64_t count = call.outliers[tile / N_TILES];
+  for (int64_t first = 0; first < count; first += SOME) {
+    const int64_t last = std::min(first + SOME, count);
+    outlier_weights(call, tile, first, last, weights);
+    for (int64_t row = 0; row < rows; ++row) {
+      vf sum[ALL];
+#pragma GCC unroll 8
+      for (int v = 0; v < ALL; ++v) sum[v] = load(totals + row * TILE + v * LANES);
+      for (int64_t column = first; column < last; ++column) {
+        const vf factor = spread(x[row * K + column]);
+#pragma GCC unroll 8
+        for (int v = 0; v < ALL; ++v)
+          sum[v] = fma(load(weights + (column - first) * TILE + v * LANES), factor, sum[v]);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < ALL; ++v) store(totals + row * TILE + v * LANES, sum[v]);
+    }
+  }
+}
+"""
+
+_ROW = """\
+// One row of a tile: epilogue and rounding.
+INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int64_t count,
+                       const float* sums) {
+  out_t* out = call.out + (e * call.m + row) * N + n0;
+@POINTERS@#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) {
+    const float acc = sums[i];
+@LINES@    out[i] = @RESULT@;
+  }
+}
+"""
+
+_ROW_SCALES = """\
+  const float* row_scales = call.row_scales + e * all_rows + panel_row;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int i = 0; i < TILE; ++i) totals[row * TILE + i] *= row_scales[row];
+"""
+
+_ADD_OUTLIERS = """\
+  add_outliers(call, tile, call.apart + (e * all_rows + panel_row) * K, rows, totals);
+"""
+
+_FINISH = """\
+// The rows from panel_row on of the rows that are under work, which start at super_first.
+void finish(const Call& call, int64_t tile, int64_t super_first, int64_t panel_row, int64_t rows,
+            int64_t all_rows, float* totals) {
+  const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
+  (void)all_rows;
+@SCALED@@OUTLIERS@  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t at = super_first + panel_row + row;
+    if (N - n0 >= TILE)
+      finish_row(call, e, at, n0, TILE, totals + row * TILE);
+    else
+      finish_row(call, e, at, n0, N - n0, totals + row * TILE);
+  }
+}
+"""

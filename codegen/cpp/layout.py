@@ -1,0 +1,211 @@
+"""The repacked weight: what it holds, where, and the function that makes it."""
+
+from __future__ import annotations
+
+import math
+
+from fxquant.codegen.cpp.decode import float_table
+from fxquant.codegen.cpp.plan import TILE, Plan
+from fxquant.codegen.cpp.scales import NAMES
+from fxquant.codegen.indexing import index_text
+from fxquant.formats import levels
+from fxquant.formats.blocks import block_grid
+
+
+def segments(plan: Plan) -> list[tuple[str, str, int]]:
+    """Name, C++ type and number of elements of each array in a repacked weight."""
+    tiles = plan.spec.weight.sizes[0] * plan.n_tiles
+    out = [("codes", "uint32_t", tiles * plan.k_padded // plan.per_dword * TILE)]
+    encoding, shape = plan.encoding, plan.spec.weight.shape
+    every = block_grid(encoding, shape).count
+    in_tiles = tiles * plan.blocks * TILE
+    zeros = encoding.zero_point
+    if not plan.is_regular:
+        return [*out, ("scales", "float", every), *([("zeros", "float", every)] if zeros else [])]
+    if plan.keeps_scale_codes:
+        assert encoding.scale is not None
+        out += [
+            ("scale_codes", "uint8_t", in_tiles),
+            ("changes", "uint64_t", tiles * plan.blocks),
+            ("first_nested", "float", tiles * TILE),
+            ("nested", "float", block_grid(encoding.scale, (every,)).count),
+        ]
+        out += [("offset", "float", 1)] if encoding.scale.offset else []
+    else:
+        out.append(("scales", "float", in_tiles))
+    return [*out, *([("zeros", "float", in_tiles)] if zeros else [])]
+
+
+_BYTES = {"uint8_t": 1, "uint32_t": 4, "float": 4, "uint64_t": 8}
+
+
+def weight(plan: Plan) -> str:
+    """The text of ``struct Weight``: where each array of the repacked weight starts."""
+    lines, start = ["struct Weight {", "  unsigned char* base;", ""], 0
+    for name, ctype, count in segments(plan):
+        lines.append(
+            f"  {ctype}* {name}() const {{ return reinterpret_cast<{ctype}*>(base + {start}); }}"
+        )
+        start += math.ceil(count * _BYTES[ctype] / 64) * 64
+    lines += ["};", f"constexpr int64_t PREPARED_BYTES = {start};", ""]
+    return "\n".join(lines)
+
+
+def prepare(plan: Plan) -> str:
+    """The text of ``fxquant_prepare``."""
+    text = _PREPARE
+    for name, value in {
+        "@STORED@": _stored_code(plan),
+        "@LUT@": _lookup_table(plan),
+        "@SCALE@": _stored_scale(plan),
+        "@SCALES@": _fill_scales(plan),
+    }.items():
+        text = text.replace(name, value)
+    return text
+
+
+def _lookup_table(plan: Plan) -> str:
+    """What replaces the codes of an 8-bit weight that is multiplied as it is stored."""
+    if plan.path != "int8" or plan.encoding.bits != 8:
+        return ""
+    values = ", ".join(str(value + plan.byte_bias) for value in plan.integers)
+    return f"constexpr uint8_t STORED_AS[256] = {{{values}}};\n"
+
+
+def _stored_code(plan: Plan) -> str:
+    bits = plan.encoding.bits
+    if bits == 8:
+        code = "codes[element]"
+        return f"STORED_AS[{code}]" if plan.path == "int8" else code
+    per_byte = 8 // bits
+    place = f"{8 - bits} - {bits} * (element % {per_byte})"
+    return f"codes[element / {per_byte}] >> ({place}) & {2**bits - 1}"
+
+
+def _stored_scale(plan: Plan) -> str:
+    """A function that decodes one scale of the stored form, where floats are kept."""
+    if plan.keeps_scale_codes:
+        return ""
+    inner = plan.encoding.scale
+    if inner is None:
+        body = "static_cast<const float*>(parts[1])[block]"
+        return _STORED_SCALE.replace("@TABLE@", "").replace("@BODY@", f"return {body};")
+    table = levels(inner)
+    assert table is not None, "scales are encoded by a codebook"
+    where = "0" if inner.block[0] == -1 else f"block / {inner.block[0]}"
+    add = " + *static_cast<const float*>(parts[3])" if inner.offset else ""
+    body = (
+        "const uint8_t code = static_cast<const uint8_t*>(parts[1])[block];\n"
+        f"  return SCALE_LEVELS[code] * static_cast<const float*>(parts[2])[{where}]{add};"
+    )
+    text = _STORED_SCALE.replace("@TABLE@", float_table("SCALE_LEVELS", table) + "\n")
+    return text.replace("@BODY@", body)
+
+
+def _fill_scales(plan: Plan) -> str:
+    encoding = plan.encoding
+    zeros = f"static_cast<const uint8_t*>(parts[{len(encoding.parts) - 1}])"
+    every = block_grid(encoding, plan.spec.weight.shape).count
+    if not plan.is_regular:
+        lines = [f"for (int64_t block = 0; block < {every}; ++block) {{"]
+        lines.append("  w.scales()[block] = stored_scale(parts, block);")
+        if encoding.zero_point:
+            lines.append(f"  w.zeros()[block] = {zeros}[block];")
+        return "\n  ".join([*lines, "}"])
+    block = index_text(plan.block_index(), NAMES, "/")
+    if not plan.keeps_scale_codes:
+        put = ["w.scales()[at + row] = inside ? stored_scale(parts, block) : 0.0f;"]
+    else:
+        # The vector lookup leaves its results in this order; without one it is the plain one.
+        row = "row"
+        if plan.isa.name == "avx512":
+            row = "(row / 4 % 4 * 16 + row / 16 * 4 + row % 4)"
+        put = [
+            f"w.scale_codes()[at + {row}] =",
+            "    inside ? static_cast<const uint8_t*>(parts[1])[block] : 0;",
+        ]
+    if encoding.zero_point:
+        put.append(f"w.zeros()[at + row] = inside ? {zeros}[block] : 0.0f;")
+    text = _FILL.replace("@BLOCK@", block).replace("@PUT@", "\n          ".join(put))
+    return text + (_nested(plan) if plan.keeps_scale_codes else "")
+
+
+def _nested(plan: Plan) -> str:
+    inner = plan.encoding.scale
+    assert inner is not None
+    every = block_grid(plan.encoding, plan.spec.weight.shape).count
+    count = block_grid(inner, (every,)).count
+    text = _NESTED.replace("@COUNT@", str(count))
+    if inner.offset:
+        text += "\n  w.offset()[0] = *static_cast<const float*>(parts[3]);"
+    return text
+
+
+_STORED_SCALE = """\
+@TABLE@float stored_scale(const void* const* parts, int64_t block) {
+  @BODY@
+}
+"""
+
+_FILL = """\
+#pragma omp parallel for num_threads(threads)
+  for (int64_t tile = 0; tile < E * N_TILES; ++tile) {
+    const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
+    (void)e;
+    for (int64_t k = 0; k < BLOCKS; ++k) {  // counts blocks
+      const int64_t at = (tile * BLOCKS + k) * TILE;
+      for (int64_t row = 0; row < TILE; ++row) {
+        const int64_t n = n0 + row;
+        const bool inside = n < N && k * BLOCK < K;
+        const int64_t block = inside ? @BLOCK@ : 0;
+        @PUT@
+      }
+    }
+  }"""
+
+_NESTED = """
+  std::memcpy(w.nested(), parts[2], @COUNT@ * sizeof(float));
+  for (int64_t tile = 0; tile < E * N_TILES; ++tile) {
+    const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
+    for (int64_t row = 0; row < TILE; ++row) {
+      const int64_t n = std::min(n0 + row, N - 1);
+      w.first_nested()[tile * TILE + row] = w.nested()[Scales::nested_of(e, n, 0)];
+    }
+    for (int64_t k = 0; k < BLOCKS; ++k) {  // counts blocks
+      uint64_t changes = 0;
+      for (int64_t row = 0; k && k * BLOCK < K && row < TILE && n0 + row < N; ++row) {
+        const int64_t n = n0 + row;
+        const bool moved = Scales::nested_of(e, n, k) != Scales::nested_of(e, n, k - 1);
+        changes |= uint64_t(moved) << row;
+      }
+      w.changes()[tile * BLOCKS + k] = changes;
+    }
+  }"""
+
+_PREPARE = """\
+@LUT@@SCALE@
+extern "C" int64_t fxquant_prepared_bytes(void) { return PREPARED_BYTES; }
+
+// Repacks a stored weight: tiles of 64 outputs, groups of PER_DWORD inputs.
+extern "C" void fxquant_prepare(const void* const* parts, void* prepared, int threads) {
+  const Weight w{static_cast<unsigned char*>(prepared)};
+  const uint8_t* codes = static_cast<const uint8_t*>(parts[0]);
+#pragma omp parallel for num_threads(threads)
+  for (int64_t tile = 0; tile < E * N_TILES; ++tile) {
+    const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
+    for (int64_t group = 0; group < GROUPS; ++group) {
+      for (int64_t row = 0; row < TILE; ++row) {
+        uint32_t word = 0;
+        for (int place = 0; place < PER_DWORD; ++place) {
+          const int64_t n = n0 + row, k = group * PER_DWORD + PLACES[place];
+          if (n >= N || k >= K) continue;
+          const int64_t element = OFFSET + e * STRIDE_E + n * STRIDE_N + k * STRIDE_K;
+          word |= uint32_t(@STORED@) << (BITS * place);
+        }
+        w.codes()[(tile * GROUPS + group) * TILE + row] = word;
+      }
+    }
+  }
+  @SCALES@
+}
+"""

@@ -1,0 +1,242 @@
+"""Many rows: a tile of the weight is decoded once and multiplied with one panel after the other."""
+
+from __future__ import annotations
+
+from fxquant.codegen.cpp.plan import Plan
+
+
+def many(plan: Plan) -> str:
+    """The text of the skeleton for many rows."""
+    begin, end = "sum_t{}", "add(load(total), sum)"
+    if plan.path == "int8":
+        if plan.byte_bias:
+            begin = "spread(uint32_t(-BYTE_BIAS * sums[row]))"
+        end = "fma(to_float(sum), load(scale + at), load(total))"
+        if plan.encoding.zero_point:
+            whole = "fma(load(zeros + at), spread(-float(sums[row])), to_float(sum))"
+            end = f"fma({whole}, load(scale + at), load(total))"
+    heights = "\n".join(
+        f"    case {height}: return many_rows<{height}>(w, steps, x, sums, scale, zeros, totals);"
+        for height in plan.isa.many_heights
+    )
+    text = _MANY.replace("@BEGIN@", begin).replace("@END@", end).replace("@HEIGHTS@", heights)
+    return f"{_decode(plan)}\n{text}\n{_TILES.replace('@CHUNK@', _chunk(plan))}"
+
+
+def _decode(plan: Plan) -> str:
+    if plan.path == "int8":
+        return "" if plan.encoding.bits == 8 else _DECODE_BYTES
+    if plan.path == "bf16":
+        body = (
+            "store(out_at, pair(scaled(decoder.value<STEP>(code), {low}),\n"
+            "                       scaled(decoder.value<STEP + STEPS>(code), {high})));"
+        )
+    else:
+        body = "store(reinterpret_cast<float*>(out_at), scaled(decoder.value<STEP>(code), {low}));"
+    text = _DECODE_REGULAR if plan.is_regular else _DECODE_GATHERED
+    low, high = "s, z", "s, z"
+    if not plan.is_regular:
+        low = "scales.at(v * LANES, k), @ZERO@"
+        high = low.replace(", k)", ", k + 1)")
+    zero = "scales.zeros_at(v * LANES, k)" if plan.encoding.zero_point else "vf{}"
+    body = body.format(low=low, high=high.replace("@ZERO@", zero.replace(", k)", ", k + 1)")))
+    body = body.replace("@ZERO@", zero)
+    at = "vf{}"
+    if plan.encoding.zero_point:
+        at = "load(scales.zeros_at(block) + v * LANES)"
+    scaled = "mul(add(level, mul(z, spread(-1.0f))), s)" if plan.encoding.zero_point else "mul(level, s)"
+    unused = "" if plan.encoding.zero_point else "  (void)z;\n"
+    head = _SCALED.replace("@UNUSED@", unused).replace("@SCALED@", scaled)
+    return head + text.replace("@BODY@", body).replace("@ZEROS@", at)
+
+
+def _chunk(plan: Plan) -> str:
+    if plan.path != "int8":
+        return _CHUNK_FLOATS
+    zeros = "scales.zeros_at(chunk)" if plan.encoding.zero_point else "nullptr"
+    if plan.encoding.bits == 8:
+        return _CHUNK_STORED.replace("@ZEROS@", zeros)
+    return _CHUNK_BYTES.replace("@ZEROS@", zeros)
+
+
+_SCALED = """\
+INLINE vf scaled(vf level, vf s, vf z) {
+@UNUSED@  return @SCALED@;
+}
+"""
+
+_DECODE_REGULAR = """\
+
+// Groups of a tile to operands, scales applied: out[step][64].
+void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, int64_t last,
+                  uint32_t* out) {
+  const Decoder decoder;
+  constexpr int ALL = TILE / LANES;
+  for (int64_t group = first; group < last;) {
+    const int64_t block = group / GROUPS_OF_BLOCK;
+    const int64_t end = std::min(last, (block + 1) * GROUPS_OF_BLOCK);
+    const float* scale = scales.at(block);
+    for (int v = 0; v < ALL; ++v) {
+      const vf s = load(scale + v * LANES), z = @ZEROS@;
+      for (int64_t g = group; g < end; ++g) {
+        const uint32_t* codes = w.codes() + (tile * GROUPS + g) * TILE;
+        __builtin_prefetch(codes + AHEAD + v * LANES);
+        const vi code = load(codes + v * LANES);
+        for_steps([&](auto step) INLINE_LAMBDA {
+          constexpr int STEP = decltype(step)::value;
+          uint32_t* out_at = out + ((g - first) * STEPS + STEP) * TILE + v * LANES;
+          @BODY@
+        });
+      }
+    }
+    group = end;
+  }
+}
+"""
+
+_DECODE_GATHERED = """\
+
+// Groups of a tile to operands, scales applied: out[step][64].
+void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, int64_t last,
+                  uint32_t* out) {
+  const Decoder decoder;
+  constexpr int ALL = TILE / LANES;
+  for (int64_t group = first; group < last; ++group) {
+    const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
+    for (int v = 0; v < ALL; ++v) {
+      const vi code = load(codes + v * LANES);
+      for_steps([&](auto step) INLINE_LAMBDA {
+        constexpr int STEP = decltype(step)::value;
+        const int64_t k = group * PER_DWORD + STEP * PER_STEP;
+        uint32_t* out_at = out + ((group - first) * STEPS + STEP) * TILE + v * LANES;
+        @BODY@
+      });
+    }
+  }
+}
+"""
+
+_DECODE_BYTES = """\
+// Groups of a tile to operands: out[step][64].
+void decode_chunk(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out) {
+  const Decoder decoder;
+  constexpr int ALL = TILE / LANES;
+  for (int64_t group = first; group < last; ++group) {
+    const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
+    for (int v = 0; v < ALL; ++v) {
+      __builtin_prefetch(codes + AHEAD + v * LANES);
+      const vi code = load(codes + v * LANES);
+      for_steps([&](auto step) INLINE_LAMBDA {
+        constexpr int STEP = decltype(step)::value;
+        store(out + ((group - first) * STEPS + STEP) * TILE + v * LANES,
+              decoder.operand<STEP>(code));
+      });
+    }
+  }
+}
+"""
+
+_MANY = """\
+// ROWS rows against steps of a decoded tile: totals[row][64] += .
+template <int ROWS>
+void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
+               const float* scale, const float* zeros, float* totals) {
+  (void)sums, (void)scale, (void)zeros;
+  for (int at0 = 0; at0 < TILE; at0 += 2 * LANES) {
+    sum_t part[ROWS][2];
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row) part[row][0] = part[row][1] = @BEGIN@;
+    const operand_t* ws = reinterpret_cast<const operand_t*>(w) + at0;
+    const x_t* xs = x;
+#pragma GCC unroll 1
+    for (int64_t step = 0; step < steps; ++step) {
+      const auto w0 = load(ws), w1 = load(ws + LANES);
+#pragma GCC unroll 16
+      for (int row = 0; row < ROWS; ++row) {
+        dot(part[row][0], w0, xs + row);
+        dot(part[row][1], w1, xs + row);
+      }
+      ws += TILE;
+      xs += ROWS;
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; ++half) {
+        const int at = at0 + half * LANES;
+        float* total = totals + row * TILE + at;
+        const sum_t sum = part[row][half];
+        store(total, @END@);
+      }
+    }
+  }
+}
+
+void many_rows(int height, const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
+               const float* scale, const float* zeros, float* totals) {
+  switch (height) {
+@HEIGHTS@
+  }
+}
+"""
+
+_TILES = """\
+// One tile of outputs against some panels.
+void many_tile(Call& call, int64_t tile, int64_t super_first, int64_t rows, int64_t first_panel,
+               int64_t last_panel, uint32_t* decoded, float* totals) {
+  const Weight& w = call.weight;
+  const int64_t e = tile / N_TILES, base = e * padded(rows, MANY_HEIGHTS);
+  const int64_t first_row = first_panel * MANY_HEIGHTS[0];
+  const int64_t last_row = std::min(rows, last_panel * MANY_HEIGHTS[0]);
+  std::memset(totals, 0, (last_row - first_row + MANY_HEIGHTS[0]) * TILE * sizeof(float));
+  Scales scales(w, tile);
+  for (int64_t chunk = 0; chunk < CHUNKS; ++chunk) {
+    const int64_t first = chunk * GROUPS_OF_CHUNK;
+    const int64_t last = std::min(first + GROUPS_OF_CHUNK, GROUPS);
+@CHUNK@
+    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+      const int64_t row = panel * MANY_HEIGHTS[0], at = base + row;
+      const int height = height_of(rows - row, MANY_HEIGHTS);
+      many_rows(height, operands, (last - first) * STEPS,
+                call.panels + at * ALL_STEPS + first * STEPS * height,
+                call.sums + at * BLOCKS + chunk * height, scale, zeros,
+                totals + (row - first_row) * TILE);
+    }
+  }
+  finish(call, tile, super_first, first_row, last_row - first_row, rows, totals);
+}
+
+// Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
+void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
+  const int64_t panels = panels_of(rows, MANY_HEIGHTS);
+#pragma omp parallel num_threads(threads)
+  {
+    const Share of(omp_get_thread_num(), omp_get_num_threads());
+    pack(call, super_first, rows, MANY_HEIGHTS, of);
+    uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
+    float* totals = reinterpret_cast<float*>(decoded + DECODED);
+    const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
+    const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
+    const auto items = of.part(E * N_TILES * parts);
+    for (int64_t item = items.first; item < items.last; ++item) {
+      const int64_t part = item % parts;
+      many_tile(call, item / parts, super_first, rows, panels * part / parts,
+                panels * (part + 1) / parts, decoded, totals);
+    }
+  }
+}
+"""
+
+_CHUNK_FLOATS = """\
+    decode_chunk(w, scales, tile, first, last, decoded);
+    const uint32_t* operands = decoded;
+    const float *scale = nullptr, *zeros = nullptr;"""
+
+_CHUNK_BYTES = """\
+    decode_chunk(w, tile, first, last, decoded);
+    const uint32_t* operands = decoded;
+    const float *scale = scales.at(chunk), *zeros = @ZEROS@;"""
+
+_CHUNK_STORED = """\
+    const uint32_t* operands = w.codes() + (tile * GROUPS + first) * TILE;
+    const float *scale = scales.at(chunk), *zeros = @ZEROS@;"""

@@ -1,0 +1,156 @@
+"""A spec as one C++17 file, put together from its parts."""
+
+from __future__ import annotations
+
+import textwrap
+
+from fxquant.codegen.cpp import call, decode, few, finish, layout, many, rows, scales, vectors
+from fxquant.codegen.cpp.isa import PORTABLE, Isa
+from fxquant.codegen.cpp.math import prelude_text
+from fxquant.codegen.cpp.ops import constant
+from fxquant.codegen.cpp.plan import TILE, Plan
+from fxquant.codegen.header import Header
+from fxquant.codegen.spec import KernelSpec
+
+CHUNK = 256
+"""Inputs of a tile that are decoded at a time for many rows: 32 KiB of bfloat16."""
+
+
+def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
+    """The C++ source of a spec's kernel for an instruction set.
+
+    Raises:
+        KernelError: The epilogue holds an op that C++ has no spelling for.
+    """
+    plan = Plan(spec, isa)
+    comment = header.comment(spec).strip('"').rstrip('"\n')
+    parts = [
+        "\n".join(f"// {line}".rstrip() for line in comment.splitlines()),
+        _includes(plan),
+        "namespace {",
+        _sizes(plan),
+        vectors.vectors(isa.name, plan.path),
+        vectors.pair(isa.name, plan.path),
+        vectors.dot(isa.name, plan.path),
+        _STEPS,
+        prelude_text(finish.prelude(plan)).strip("\n"),
+        _conversions(plan),
+        decode.decode(plan),
+        layout.weight(plan),
+        scales.scales(plan),
+        rows.rows(plan),
+        call.helpers(plan),
+        finish.finish(plan),
+        few.few(plan),
+        many.many(plan),
+        "}  // namespace",
+        layout.prepare(plan),
+        call.entry(plan),
+    ]
+    return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
+
+
+def _includes(plan: Plan) -> str:
+    lines = [f"#include <{name}>" for name in ("algorithm", "cmath", "cstdint", "cstring")]
+    lines += ["#include <type_traits>", "#include <utility>"]
+    lines += [] if plan.isa.name == "portable" else ["", "#include <immintrin.h>"]
+    omp = (
+        "#ifdef _OPENMP\n#include <omp.h>\n#else\n"
+        "inline int omp_get_thread_num() { return 0; }\n"
+        "inline int omp_get_num_threads() { return 1; }\n#endif"
+    )
+    macros = (
+        "#define INLINE [[gnu::always_inline]] inline\n"
+        "#define INLINE_LAMBDA __attribute__((always_inline))"
+    )
+    return "\n".join([*lines, omp, "", macros])
+
+
+def _sizes(plan: Plan) -> str:
+    spec, weight = plan.spec, plan.spec.weight
+    e, n, k = weight.sizes
+    chunk = plan.block if plan.path == "int8" else min(CHUNK, plan.k_padded)
+    per_step = {"f32": "float", "bf16": "uint32_t", "int8": "uint32_t"}[plan.path]
+    types = {
+        "stored_t": "float" if spec.x_dtype == "float32" else "uint16_t",
+        "out_t": "float" if spec.out_dtype == "float32" else "uint16_t",
+        "x_t": per_step,
+        "operand_t": per_step,
+        "xsum_t": "int32_t" if plan.path == "int8" else "float",
+    }
+    stored = plan.path == "int8" and plan.encoding.bits == 8
+    decoded = 0 if stored else chunk // plan.per_step * TILE
+    counts = {
+        "E": e,
+        "N": n,
+        "K": k,
+        "OFFSET": weight.offset,
+        "STRIDE_E": weight.strides[0],
+        "STRIDE_N": weight.strides[1],
+        "STRIDE_K": weight.strides[2],
+        "TILE": TILE,
+        "N_TILES": plan.n_tiles,
+        "K_PADDED": plan.k_padded,
+        "BITS": plan.encoding.bits,
+        "PER_DWORD": plan.per_dword,
+        "PER_STEP": plan.per_step,
+        "GROUPS": plan.k_padded // plan.per_dword,
+        "ALL_STEPS": plan.k_padded // plan.per_step,
+        "BLOCK": plan.block,
+        "BLOCKS": plan.blocks,
+        "GROUPS_OF_BLOCK": plan.block // plan.per_dword,
+        "GROUPS_OF_CHUNK": chunk // plan.per_dword,
+        "CHUNKS": -(-plan.k_padded // chunk),
+        "DECODED": decoded,
+        "SUPER_ROWS": 480,
+        "OWN_BYTES": 4 * (decoded + (480 + plan.isa.many_heights[0]) * TILE),
+        "FEW_ROWS": plan.isa.few_heights[0] * 3,
+        "OPERANDS": len(spec.epilogue.operands),
+        "OUTLIERS": 0 if spec.outliers is None else (spec.outliers.columns or k),
+        "AHEAD": 1024,
+    }
+    lines = [f"using {name} = {value};" for name, value in types.items()]
+    lines += [f"constexpr int64_t {name} = {value};" for name, value in counts.items()]
+    lines += [
+        f"constexpr int STEPS = {plan.steps};",
+        f"constexpr int MOST_SUMS = {plan.isa.sums};",
+        f"constexpr int PLACES[{plan.per_dword}] = {{{', '.join(map(str, plan.places))}}};",
+        _heights("FEW", plan.isa.few_heights),
+        _heights("MANY", plan.isa.many_heights),
+        f"constexpr int BYTE_BIAS = {plan.byte_bias};",
+        f"constexpr bool KEEPS_SUMS = {str(plan.keeps_sums).lower()};",
+        f"constexpr float LEVEL_UNIT = {constant(plan.level_unit)};",
+    ]
+    if spec.outliers is not None and spec.outliers.threshold is not None:
+        lines.append(f"constexpr float THRESHOLD = {constant(spec.outliers.threshold)};")
+    return "\n".join(lines)
+
+
+def _heights(name: str, heights: tuple[int, ...]) -> str:
+    return f"constexpr int {name}_HEIGHTS[{len(heights)}] = {{{', '.join(map(str, heights))}}};"
+
+
+def _conversions(plan: Plan) -> str:
+    """From the activation's dtype to floats, and from floats to the result's."""
+    short = {"bfloat16": "bf16", "float16": "fp16"}
+    spec = plan.spec
+    x, out = short.get(spec.x_dtype), short.get(spec.out_dtype)
+    lines = [
+        f"INLINE float x_of(stored_t x) {{ return {f'from_{x}(x)' if x else 'x'}; }}",
+        f"INLINE out_t out_of(float x) {{ return {f'to_{out}(x)' if out else 'x'}; }}",
+    ]
+    if plan.path == "bf16":
+        value = "x" if x == "bf16" else "to_bf16(x_of(x))"
+        lines.append(f"INLINE uint16_t pair_half(stored_t x) {{ return {value}; }}")
+    return "\n".join(lines)
+
+
+_STEPS = textwrap.dedent("""\
+    // Calls f for every step of a group, with the step as a constant.
+    template <typename F, int... I> INLINE void for_steps(F&& f, std::integer_sequence<int, I...>) {
+      (f(std::integral_constant<int, I>{}), ...);
+    }
+    template <typename F> INLINE void for_steps(F&& f) {
+      for_steps(f, std::make_integer_sequence<int, STEPS>{});
+    }
+    """)
