@@ -34,6 +34,31 @@ def test_linear_is_the_product_with_the_decoded_weight(
     assert not torch.equal(out, model(x)), "nothing was quantized"
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_in_int8(dtype: torch.dtype, dynamic: bool | None) -> None:
+    """Off by at most half a step of each input, and by more than what floats are off by."""
+    model = frozen(nn.Linear(128, 64)).to(dtype)
+    x = torch.randn(6, 128, dtype=dtype, requires_grad=True)
+    options = {"scheme": "int8", "compute_dtype": "int8", "target": "torch"}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="fxquant", options=options, dynamic=dynamic)
+    twin = decoded(model, "int8").double()
+    wide = x.detach().double().requires_grad_()
+    out, expected = compiled(x), twin(wide)
+    off = (out.double() - expected).abs()
+    step = wide.detach().abs().amax(-1, keepdim=True) / 127
+    most = step / 2 * twin.weight.abs().sum(-1)
+    # The twin's weight is rounded to the dtype, and the result; sums in float32 add up to k u.
+    size = wide.detach().abs() @ twin.weight.abs().t() + twin.bias.abs()
+    assert (off <= most + (torch.finfo(dtype).eps + 128 * 2.0**-24) * size).all()
+    assert off.norm() > 3 * (expected.to(dtype).double() - expected).norm()
+    grad = torch.autograd.grad(out.square().sum(), x)[0]
+    wanted = 2 * out.detach().double() @ twin.weight
+    rounds = (2 * out.detach().double().abs()) @ twin.weight.abs()
+    assert ((grad.double() - wanted).abs() <= 4 * torch.finfo(dtype).eps * rounds).all()
+
+
 def test_report_names_each_product_and_its_kernel() -> None:
     model = frozen(TwoLayers())
     compile_(model)(torch.randn(2, 128))
@@ -43,12 +68,23 @@ def test_report_names_each_product_and_its_kernel() -> None:
     for row in report.quantized:
         assert row.error_db is not None
         assert 15 < row.error_db < 30
-        assert "fallback" in row.kernel
+        assert row.kernel == f"cpp:nf4_linear_{row.shape[0]}x{row.shape[1]}_bias"
         assert "helpers.py:" in row.where
     assert report.bits_per_weight == pytest.approx(4 + 8 / 64 + (32 + 32) / (128 * 64), abs=0.01)
     assert "2 of 2 products quantized" in str(report)
     assert '"coverage": 1.0' in report.to_json()
     assert "<table>" in report.to_html()
+
+
+def test_torch_operations_are_called_a_fallback() -> None:
+    model = frozen(TwoLayers())
+    x = torch.randn(2, 128)
+    out, kernels = run_and_get_kernels(compile_(model, target="torch"), x)
+    torch.testing.assert_close(out, decoded(model)(x), rtol=1e-4, atol=1e-4)
+    assert {kernel.target for kernel in kernels} == {"torch"}
+    for row in fxquant.report(model).quantized:
+        assert row.kernel.startswith("torch:nf4_linear_")
+        assert row.kernel.endswith(" (dequantize + matmul fallback)")
 
 
 def test_adapters_train_over_packed_weights() -> None:
@@ -174,8 +210,8 @@ def test_kernels_are_collected_and_dumped(tmp_path: Path) -> None:
     compiled = compile_(model, dump=str(tmp_path))
     _, kernels = run_and_get_kernels(compiled, torch.randn(2, 64))
     assert len(kernels) == 2, "equal specs share a kernel"
-    assert {kernel.target for kernel in kernels} == {"torch"}
-    sources = sorted(tmp_path.glob("*.py"))
+    assert {kernel.target for kernel in kernels} == {"cpp"}
+    sources = sorted(tmp_path.glob("cpp_*.cpp"))
     assert sorted(kernel.source for kernel in kernels) == sorted(p.read_text() for p in sources)
     assert all(path.with_suffix(".json").exists() for path in sources)
     assert run_and_get_kernels(lambda: None)[1] == []
@@ -190,13 +226,14 @@ def test_triton_sources_are_dumped_without_a_gpu(
     out, kernels = run_and_get_kernels(compile_(model, target="triton"), x)
     torch.testing.assert_close(out, decoded(model)(x), rtol=1e-4, atol=1e-4)
     printed = {kernel.target: kernel for kernel in kernels}
-    assert set(printed) == {"triton", "torch"}
+    assert set(printed) == {"triton", "cpp"}
     assert "need a GPU" in printed["triton"].note
     assert "@triton.jit" in printed["triton"].source
-    assert printed["torch"].note == ""
+    assert printed["cpp"].note == ""
     (path,) = tmp_path.glob("triton_*.py")
     assert path.read_text().startswith("# Not run: ")
-    assert "fallback" in fxquant.report(model).rows[0].kernel
+    (row,) = fxquant.report(model).rows
+    assert row.kernel.startswith("cpp:nf4_linear_64x64_bias (Triton kernels need a GPU")
 
 
 def test_overrides_and_skip() -> None:

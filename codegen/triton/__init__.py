@@ -15,13 +15,6 @@ from fxquant.codegen.triton.printer import Lines
 from fxquant.codegen.triton.tiles import plan
 
 
-def missing(spec: KernelSpec) -> str:
-    """What of a spec this target prints no kernel for: ``"compute_dtype 'int8'"``, or ``""``."""
-    if spec.compute_dtype != "int8":
-        return ""
-    return "compute_dtype 'int8'" if spec.outliers is None else "compute_dtype 'int8' and outliers"
-
-
 def render(spec: KernelSpec, header: Header) -> str:
     """The kernels of a spec, as an importable Python module.
 
@@ -29,12 +22,12 @@ def render(spec: KernelSpec, header: Header) -> str:
     from a table; and for `fxquant.runtime.cubin` ``TYPES``, ``VARIANTS`` and ``REDUCTIONS``.
 
     Raises:
-        KernelError: The epilogue holds an op that the target cannot spell, or the spec something
-            that is `missing`.
+        KernelError: The epilogue holds an op that the target cannot spell.
+        NotPrintedError: The spec rounds activations to int8.
     """
-    lacks = missing(spec)
-    if lacks:
-        raise errors.not_printed("triton", lacks)
+    if spec.compute_dtype == "int8":
+        beside = "" if spec.outliers is None else " and outliers"
+        raise errors.not_printed("triton", f"compute_dtype 'int8'{beside}")
     index = WeightIndex.of(spec.weight)
     variants = plan(spec, index)
     out = Lines()

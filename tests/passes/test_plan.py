@@ -155,6 +155,15 @@ def test_compute_dtype(compute):
     assert all(f'"compute_dtype":"{compute}"' in site.spec_json for site in captured.sites)
 
 
+def test_int8_activations_are_in_the_spec_and_in_the_name():
+    # Half a step of every input, amax / 254 * sum |w|, is at most 4 % of the largest output of each
+    # of the three products.
+    captured = run(Model(), X, compute_dtype="int8", scheme="int8", tol=3 * 0.042)
+    for site in captured.sites:
+        assert '"compute_dtype":"int8"' in site.spec_json
+        assert '"name":"int8xint8_linear_64x64_bias"' in site.spec_json
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (48, 64), (2, 33, 65), (7, 300)])
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 def test_packed_bytes_is_what_packing_takes(name, shape):
