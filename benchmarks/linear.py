@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = []
     # Every copy of a compiled contender, at every number of rows, is one more graph.
     limits = torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024)
-    with limits, torch.inference_mode():
+    with limits:
         for shape in options.shapes:
             weight = make_weight(*shape)
             with console.status(f"{shape[0]}x{shape[1]}: packing"):
@@ -115,6 +115,7 @@ def _copies(contender: Contender, weight: torch.Tensor, machine: Machine) -> lis
     return [first, *(contender.prepare(weight) for _ in range(min(count, 8) - 1))]
 
 
+@torch.inference_mode()
 def _measure(
     contenders: Sequence[Contender],
     prepared: Copies,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -87,7 +88,10 @@ def _inductor(dtype: torch.dtype, frozen: bool, weight: Tensor) -> Prepared:
 def _fbgemm(weight: Tensor) -> Prepared:
     n, k = weight.shape
     scales, zeros = weight.abs().amax(1) / 127, torch.zeros(n, dtype=torch.long)
-    quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    with warnings.catch_warnings():
+        # PyTorch says that these tensors will go; they are what there is.
+        warnings.simplefilter("ignore")
+        quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
     before = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
     packed = torch.ops.quantized.linear_prepack(quantized, None)

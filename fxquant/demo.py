@@ -109,7 +109,7 @@ def run(
 
 
 def _encode_sentences(console: Console, texts: list[str], batch_size: int, dump: Path) -> None:
-    model, tokenizer = _load_minilm()
+    model, tokenizer = load_minilm()
     batches = _make_batches(tokenizer, texts, batch_size)
     tokens = batches[0]["input_ids"].shape
     console.print(
@@ -150,7 +150,7 @@ def _options(scheme: str, dump: Path) -> dict[str, Any]:
     return {"scheme": scheme, "dump": str(dump), "target": "triton"}
 
 
-def _load_minilm() -> tuple[nn.Module, Any]:
+def load_minilm() -> tuple[nn.Module, Any]:
     """MiniLM out of its package, and its tokenizer; nothing is downloaded."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
@@ -343,7 +343,7 @@ def _generate(model: Any, prompt: Tensor) -> tuple[Tensor, float]:
 
 
 def _list_kernels(console: Console, dump: Path) -> None:
-    sources = sorted(dump.glob("*.py"))
+    sources = kernel_dump.sources(dump)
     console.print(
         f"\n[bold]Kernels[/bold]: {len(sources)} files in {escape(str(dump))}, each with its spec "
         f"beside it ({kernel_dump.ENVIRONMENT}=folder writes them for any program)",

@@ -75,8 +75,8 @@ def test_report_and_kernels(shown: tuple[str, Path]) -> None:
     text, folder = shown
     assert "products quantized (100.0% of their weights), 4.127 bits a weight" in text
     assert "encoder.layer.0.attention.self.query" in text
-    sources = sorted(folder.glob("*.py"))
-    assert {path.name.split("_")[0] for path in sources} == {"triton", "torch"}
+    sources = dump.sources(folder)
+    assert {path.name.split("_")[0] for path in sources} == {"triton", "cpp"}
     for path in sources:
         assert path.name in text
         assert json.loads(path.with_suffix(".json").read_text())
@@ -98,7 +98,7 @@ def test_llama_tokens_equal_those_of_the_rounded_weights(
 
 
 def test_last_batch_is_filled_up() -> None:
-    _, tokenizer = demo._load_minilm()
+    _, tokenizer = demo.load_minilm()
     batches = demo._make_batches(tokenizer, demo.sentences()[:7], 3)
     assert len({batch["input_ids"].shape for batch in batches}) == 1
     assert len(batches) == 3
@@ -107,7 +107,7 @@ def test_last_batch_is_filled_up() -> None:
 
 
 def test_fewer_sentences_than_a_batch() -> None:
-    _, tokenizer = demo._load_minilm()
+    _, tokenizer = demo.load_minilm()
     (batch,) = demo._make_batches(tokenizer, demo.sentences()[:2], 32)
     assert batch["input_ids"].shape[0] == 2
 
