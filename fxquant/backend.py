@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from fxquant.config import Config
 from fxquant.ledger import Ledger
 from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context, LinearSite
-from fxquant.passes.fuse import Fuse
+from fxquant.passes.fuse import Fuse, launch_as
 from fxquant.runtime import cache, dump, launch, ops, targets
 from fxquant.runtime.graph import CompiledGraph, Slot, Source
 from fxquant.runtime.store import STORE
@@ -58,11 +59,15 @@ def fxquant(
     ctx = Context(gm, list(example_inputs), config, STORE.pack)
     run_pipeline(ctx)
     device = _device_of(ctx)
-    target = targets.choose(config.target, device)
-    kernels = _print_kernels(ctx, target)
-    ledger = Ledger(ctx, target)
+    headers = _headers(ctx)
+    choices = targets.build(targets.choose(config.target, device), headers, device)
+    kernels = _print_kernels(headers, choices)
+    where = dump.folder(config.dump)
+    if where is not None:
+        dump.write(where, kernels)
+    ledger = Ledger(ctx, choices)
     ledger.file()
-    compiled = _lower(ctx, target, device, mode)
+    compiled = _lower(ctx, choices, device, mode)
     return CompiledGraph(compiled, *_sources(ctx), kernels, ledger.meet)
 
 
@@ -74,23 +79,27 @@ def _device_of(ctx: Context) -> torch.device:
     return torch.device("cpu")
 
 
-def _print_kernels(ctx: Context, target: targets.Choice) -> list[launch.Kernel]:
-    """Prints the kernel of every distinct spec, and dumps them if a folder is named."""
-    modules: dict[str, list[LinearSite]] = {}
+def _headers(ctx: Context) -> dict[str, Header]:
+    """Every distinct spec, with the products that it computes."""
+    sites: dict[str, list[LinearSite]] = {}
     for site in ctx.sites:
-        modules.setdefault(site.spec_json, []).append(site)
+        sites.setdefault(site.spec_json, []).append(site)
+    return {
+        text: Header(tuple(site.module for site in found), found[0].scheme)
+        for text, found in sites.items()
+    }
+
+
+def _print_kernels(
+    headers: Mapping[str, Header], choices: Mapping[str, targets.Choice]
+) -> list[launch.Kernel]:
+    """The kernels that run, and those that were asked for and do not."""
     kernels = []
-    for text, sites in modules.items():
-        spec = launch.parse_spec(text)
-        header = Header(tuple(site.module for site in sites), sites[0].scheme)
-        kernels.append(launch.make_kernel(spec, target.asked, header, target.note))
-        if target.runs != target.asked:
-            kernels.append(launch.make_kernel(spec, target.runs, header))
-        elif target.runs == "triton":
-            launch.prepare(text, header, _device_of(ctx))
-    where = dump.folder(ctx.config.dump)
-    if where is not None:
-        dump.write(where, kernels)
+    for text, header in headers.items():
+        spec, choice = launch.parse_spec(text), choices[text]
+        if choice.asked != choice.runs:
+            kernels.append(launch.make_kernel(spec, choice.asked, header, choice.note))
+        kernels.append(launch.make_kernel(spec, choice.runs, header))
     return kernels
 
 
@@ -108,21 +117,38 @@ def _sources(ctx: Context) -> tuple[list[Source], list[Slot]]:
 
 
 def _lower(
-    ctx: Context, target: targets.Choice, device: torch.device, mode: str | None
+    ctx: Context,
+    choices: Mapping[str, targets.Choice],
+    device: torch.device,
+    mode: str | None,
 ) -> Callable[..., Any]:
     """Hands the rewritten graph to Inductor, or runs it op by op where Inductor cannot work."""
+    runs = {text: choice.runs for text, choice in choices.items()}
     missing = targets.inductor_missing(device)
     if missing:
-        LOG.warning("%s: the graph runs op by op, without Inductor", missing)
-        return aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=_op_by_op)
-    patches = {**(list_mode_options(mode) if mode else {}), **ctx.config.inductor}
+        told = any(choice.note == missing for choice in choices.values())
+        level = logging.INFO if told else logging.WARNING
+        LOG.log(level, "%s: the graph runs op by op, without Inductor", missing)
+        compiler = functools.partial(_op_by_op, runs)
+        return aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=compiler)
+    patches = {
+        **targets.inductor_patches(),
+        **(list_mode_options(mode) if mode else {}),
+        **ctx.config.inductor,
+    }
     users = patches.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
     version = cache.fingerprint(codegen, formats, passes, runtime)
-    fuse = Fuse(version, inline=target.runs == "torch", before=users)
-    patches["post_grad_custom_post_pass"] = fuse
+    patches["post_grad_custom_post_pass"] = Fuse(version, runs, before=users)
     compiled: Any = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
     return compiled
 
 
-def _op_by_op(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:  # noqa: ARG001
+def _op_by_op(
+    runs: Mapping[str, str],
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],  # noqa: ARG001
+) -> Callable[..., Any]:
+    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.fxquant.linear.default):
+        launch_as(node, runs.get(str(node.args[3]), "auto"))
+    gm.recompile()
     return make_boxed_func(gm.forward)

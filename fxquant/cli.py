@@ -164,7 +164,9 @@ def _dump(options: argparse.Namespace, console: Console) -> int:
 
 def _written(folder: Path) -> dict[Path, int]:
     """The kernel sources in a folder and when each was written."""
-    return {path: path.stat().st_mtime_ns for path in sorted(folder.glob("*.py"))}
+    from fxquant.runtime import dump
+
+    return {path: path.stat().st_mtime_ns for path in dump.sources(folder)}
 
 
 def _report(options: argparse.Namespace, console: Console) -> int:

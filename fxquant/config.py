@@ -11,8 +11,7 @@ from fxquant import errors
 from fxquant.schemes import Recipe, get_scheme
 
 DEFAULT_SKIP = ("lm_head", "*.lm_head", "router", "*.router", "gate", "*.gate")
-TARGETS = ("auto", "triton", "torch")
-PLANNED_TARGETS = ("cpp",)
+TARGETS = ("auto", "triton", "cpp", "torch")
 COMPUTE_DTYPES = ("float16", "bfloat16", "float32", "int8")
 
 
@@ -26,8 +25,8 @@ class Config:
             defaults (`DEFAULT_SKIP`: language-model heads, routers, gates).
         overrides: Pattern to scheme name or `Recipe`; the first that matches wins. An override
             also wins over a default skip pattern, never over one of `skip`.
-        target: What prints the kernels: ``"auto"`` (Triton on GPUs, torch on CPUs), ``"triton"``
-            or ``"torch"``.
+        target: What computes: ``"auto"`` (Triton on GPUs, C++ on CPUs), ``"triton"``, ``"cpp"``
+            or ``"torch"`` (torch operations that decode the weight and multiply).
         strict: A product against a parameter that is left alone, other than by a skip pattern, is
             an error.
         min_coverage: Share (0 to 1) of the products' weight elements, skipped ones not counted,
@@ -107,8 +106,6 @@ class Config:
     def _check_target(self) -> None:
         if not isinstance(self.target, str):
             raise errors.ill_typed_option("target", self.target, "the name of a target")
-        if self.target in PLANNED_TARGETS:
-            raise errors.target_not_available(self.target, TARGETS)
         if self.target not in TARGETS:
             raise errors.bad_option_value("target", self.target, f"one of {', '.join(TARGETS)}")
         dtype = self.compute_dtype

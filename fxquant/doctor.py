@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fxquant import __version__
-from fxquant.runtime import cache, dump, launch, targets
+from fxquant import __version__, errors
+from fxquant.runtime import cache, dump, launch, toolchain
 
 OK, NOTE, BAD = "ok", "note", "bad"
 STYLES = {OK: "green", NOTE: "yellow", BAD: "red"}
@@ -148,17 +148,24 @@ def check_gpu() -> Finding:
 
 
 def check_compiler() -> Finding:
-    """The C++ compiler."""
-    path = targets.cxx_compiler()
-    if path is None:
+    """The C++ compiler, and what it builds for: kernels on the CPU, ours and Inductor's."""
+    name = "C++ compiler"
+    try:
+        chain, reason = toolchain.toolchain(), toolchain.obstacle()
+    except errors.OptionError as error:
+        return Finding(name, BAD, str(error), f"Unset {toolchain.ISA}, or name another.")
+    if chain is None:
+        missing = reason == toolchain.NOT_FOUND
         return Finding(
-            "C++ compiler",
-            NOTE,
-            "not found",
-            "Without a C++ compiler Inductor cannot build CPU kernels, and models on the CPU run "
-            "op by op: install g++ or clang, or set CXX.",
+            name,
+            NOTE if missing else BAD,
+            "not found" if missing else reason,
+            "Without a C++ compiler there are no kernels for the CPU, neither ours nor Inductor's, "
+            "and models there run op by op: install g++ or clang, or set CXX.",
         )
-    return Finding("C++ compiler", OK, path)
+    threads = "OpenMP" if chain.openmp else "no OpenMP: one thread"
+    detail = f"{chain.compiler.path} ({chain.compiler.summary}), {chain.isa.name}, {threads}"
+    return Finding(name, OK if chain.openmp else NOTE, detail)
 
 
 def check_cache() -> Finding:
@@ -227,12 +234,16 @@ def _is_installed(name: str) -> bool:
 
 def check_target() -> Finding:
     """What ``target="auto"`` means on this machine."""
+    name, cpu = 'target="auto"', torch.device("cpu")
+    try:
+        reason = launch.obstacle("cpp", cpu)
+    except errors.OptionError as error:
+        reason = str(error)
+    on_cpu = "torch operations, one by one," if reason else "C++ kernels"
+    detail = f"{on_cpu} for models on the CPU"
     if torch.cuda.is_available() and launch.runs_triton(torch.device("cuda")):
-        detail = "Triton kernels for models on a GPU, torch operations for models on the CPU"
-        return Finding('target="auto"', OK, detail)
-    if targets.inductor_missing(torch.device("cpu")):
-        return Finding('target="auto"', NOTE, "torch operations, one by one")
-    return Finding('target="auto"', OK, "torch operations, compiled by Inductor")
+        detail = f"Triton kernels for models on a GPU, {detail}"
+    return Finding(name, NOTE if reason else OK, detail)
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -45,6 +45,20 @@ class KernelError(FxquantError, RuntimeError):
     """A kernel cannot be printed, built or launched."""
 
 
+class CompilerError(KernelError):
+    """A C++ kernel cannot be built or loaded here.
+
+    Attributes:
+        reason: The same as a clause, for tables.
+    """
+
+    reason = ""
+
+
+class NotPrintedError(KernelError):
+    """A target has no kernels for what a spec asks; another target may."""
+
+
 class ScriptError(FxquantError):
     """A script that the command line was asked to run cannot be used."""
 
@@ -161,20 +175,39 @@ def no_pointwise_op(op: object, where: str, known: Iterable[str]) -> KernelError
     )
 
 
-def not_printed(target: str, what: str) -> KernelError:
+def not_printed(target: str, what: str) -> NotPrintedError:
     """A spec with something that a target prints no kernels for."""
-    return KernelError(
+    return NotPrintedError(
         f"target {target!r} prints no kernel for a spec with {what} in this version: use target "
         f"'torch', or leave that option out."
     )
 
 
-def compiler_failed(name: str, command: str, said: str, source: object) -> KernelError:
+def no_compiler(reason: str) -> CompilerError:
+    """C++ kernels are asked for and cannot be built."""
+    error = CompilerError(f"target 'cpp' cannot run: {reason}; use target 'torch'.")
+    error.reason = reason
+    return error
+
+
+def compiler_failed(name: str, command: str, said: str, source: object) -> CompilerError:
     """The C++ compiler did not take a printed kernel."""
-    return KernelError(
+    error = CompilerError(
         f"the C++ compiler failed on the kernel {name!r}, saying {said!r}: read the source "
         f"{source} and run `{command}`, or set CXX to another compiler."
     )
+    error.reason = f"the C++ compiler failed, saying {said!r}"
+    return error
+
+
+def unloadable_kernel(name: str, path: object, cause: object) -> CompilerError:
+    """A built kernel that the system does not load."""
+    error = CompilerError(
+        f"the kernel {name!r} was built and cannot be loaded from {path} ({cause}): point "
+        f"FXQUANT_CACHE_DIR at a folder from which programs may run."
+    )
+    error.reason = f"the built kernel cannot be loaded ({cause})"
+    return error
 
 
 def unknown_isa(variable: str, name: str, known: Iterable[str]) -> OptionError:
@@ -222,14 +255,6 @@ def no_triton() -> KernelError:
     return KernelError(
         "target 'triton' needs the triton package, which is not installed: "
         "pip install 'fxquant[triton]', or use target 'torch'."
-    )
-
-
-def target_not_available(target: str, known: Iterable[str]) -> OptionError:
-    """A target that has a name and no implementation in this version."""
-    return OptionError(
-        f"fxquant option 'target' is {target!r}, which this version does not print yet: use one "
-        f"of {_listed(known)}."
     )
 
 

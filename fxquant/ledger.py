@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
@@ -24,13 +25,15 @@ class Ledger:
 
     Args:
         ctx: The graph after the pipeline.
-        target: What runs it.
+        choices: What computes each spec.
     """
 
-    def __init__(self, ctx: Context, target: Choice) -> None:
+    def __init__(self, ctx: Context, choices: Mapping[str, Choice]) -> None:
         self.rows: dict[int, list[Row]] = {}
         for site in ctx.sites:
-            self.rows.setdefault(site.parameter.index, []).append(_row(site, target))
+            self.rows.setdefault(site.parameter.index, []).append(
+                _row(site, choices[site.spec_json])
+            )
         bound = ctx.parameters.values()
         self.values = {b.index: b.value for b in bound}
         self.names = {b.name: b.value for b in bound}
@@ -78,9 +81,10 @@ class Ledger:
             STORE.keep(parameter)
 
 
-def _row(site: LinearSite, target: Choice) -> Row:
+def _row(site: LinearSite, choice: Choice) -> Row:
     assert site.packed is not None, "the pack pass ran"
-    fallback = " (dequantize + matmul fallback)" if target.runs == "torch" else ""
+    said = ["dequantize + matmul fallback"] if choice.runs == "torch" else []
+    said += [choice.note] if choice.note else []
     return Row(
         module=site.module,
         parameter=site.parameter.name,
@@ -89,6 +93,7 @@ def _row(site: LinearSite, target: Choice) -> Row:
         scheme=site.scheme,
         bits=site.packed.bits_per_weight,
         error_db=STORE.error_db(site.packed),
-        kernel=f"{target.runs}:{launch.parse_spec(site.spec_json).name}{fallback}",
+        kernel=f"{choice.runs}:{launch.parse_spec(site.spec_json).name}"
+        + (f" ({': '.join(said)})" if said else ""),
         where=site.where,
     )

@@ -1,14 +1,14 @@
-"""After autograd: what each `fxquant::linear` left in an Inductor graph becomes.
+"""After autograd: what each `fxquant::linear` left in a graph becomes.
 
-On targets with kernels of their own the op stays and is launched. On the ``torch`` target it is
-replaced by the ops of its reference, which Inductor then compiles with everything around it: a
-fallback (dequantize and multiply) that the report names as one.
+On targets with kernels of their own that is `fxquant::launch`, which names the target. On the
+``torch`` target it is the ops of its reference, which Inductor then compiles with everything around
+them: a fallback (dequantize and multiply) that the report names as one.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -27,27 +27,31 @@ class Fuse(CustomGraphPass):
 
     Args:
         version: Goes into Inductor's cache key.
-        inline: Replace the ops by their reference (the ``torch`` target).
+        targets: What computes each spec.
         before: A pass of the user's own, run first.
     """
 
     def __init__(
-        self, version: str, *, inline: bool, before: Callable[[fx.Graph], None] | None = None
+        self,
+        version: str,
+        targets: Mapping[str, str],
+        before: Callable[[fx.Graph], None] | None = None,
     ) -> None:
         self.version = version
-        self.inline = inline
+        self.targets = dict(targets)
         self.before = before
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites the graph in place."""
         if self.before is not None:
             self.before(graph)
-        if self.inline:
-            tables = _Tables(graph)
-            for node in graph.find_nodes(
-                op="call_function", target=torch.ops.fxquant.linear.default
-            ):
+        tables = _Tables(graph)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.fxquant.linear.default):
+            target = self.targets.get(str(node.args[3]), "auto")
+            if target == "torch":
                 _inline_reference(graph, node, tables)
+            else:
+                launch_as(node, target)
 
     def uuid(self) -> Any | None:
         """What Inductor's cache tells this pass from another by; None if the user's has none."""
@@ -56,7 +60,17 @@ class Fuse(CustomGraphPass):
             inner = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
             if inner is None:
                 return None
-        return ("fxquant", self.version, self.inline, inner)
+        return ("fxquant", self.version, tuple(sorted(self.targets.items())), inner)
+
+
+def launch_as(node: fx.Node, target: str) -> None:
+    """Makes a `fxquant::linear` the launch of a target's kernel."""
+    node.target = torch.ops.fxquant.launch.default
+    node.args = (*node.args, target)
+    if "eager_input_vals" in node.meta:
+        # Inductor reads the strides of an op's operands there, by position.
+        args, kwargs = node.meta["eager_input_vals"]
+        node.meta["eager_input_vals"] = ((*args, target), kwargs)
 
 
 def _inline_reference(graph: fx.Graph, node: fx.Node, tables: _Tables) -> None:

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from fxquant import cli, demo
+from fxquant.runtime import dump as kernel_dump
 
 # Looked for and not imported: the package with the model imports more than the demo needs.
 pytestmark = pytest.mark.skipif(
@@ -75,7 +76,7 @@ def test_report_and_kernels(shown: tuple[str, Path]) -> None:
     text, folder = shown
     assert "products quantized (100.0% of their weights), 4.127 bits a weight" in text
     assert "encoder.layer.0.attention.self.query" in text
-    sources = dump.sources(folder)
+    sources = kernel_dump.sources(folder)
     assert {path.name.split("_")[0] for path in sources} == {"triton", "cpp"}
     for path in sources:
         assert path.name in text

@@ -86,11 +86,17 @@ class CppKernel:
         library: The shared object.
         spec: What it computes.
         openmp: Whether it was built with OpenMP.
+
+    Raises:
+        CompilerError: The library cannot be loaded.
     """
 
     def __init__(self, library: Path, spec: KernelSpec, *, openmp: bool) -> None:
         # After torch, whose OpenMP library then serves both: one pool of threads.
-        loaded = ctypes.CDLL(str(library))
+        try:
+            loaded = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise errors.unloadable_kernel(spec.name, library, error) from error
         self._size_of_prepared = _function(loaded, "prepared_bytes", [], _INT64)
         self._prepare = _function(loaded, "prepare", [_POINTER, _POINTER, _INT])
         self._size_of_scratch = _function(loaded, "scratch_bytes", [_INT64, _INT, _INT], _INT64)
@@ -184,7 +190,7 @@ class CppKernel:
             prepared = Prepared(weight, self._size_of_prepared())
             parts = [tensor.contiguous() for tensor in weight]
             pointers = (_POINTER * len(parts))(*[part.data_ptr() for part in parts])
-            threads = 1 if self._is_single or _Process.forked else torch.get_num_threads()
+            threads = usable_threads(openmp=not self._is_single)
             self._prepare(pointers, prepared.block.address, threads)
             self._references[key] = weakref.ref(codes, lambda _: self._drop(key))
             self._prepared[key] = prepared
@@ -221,6 +227,11 @@ class CppKernel:
     def _misfit(self, what: str, expected: str, tensor: Tensor) -> errors.KernelError:
         got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
         return errors.kernel_operand(self.spec.name, what, expected, got)
+
+
+def usable_threads(*, openmp: bool) -> int:
+    """How many threads a kernel may use now: torch's number, one alone after a fork."""
+    return 1 if not openmp or _Process.forked else torch.get_num_threads()
 
 
 def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fxquant import errors
 from fxquant.runtime import cache
-from fxquant.runtime.launch import Kernel
+from fxquant.runtime.launch import SUFFIXES, Kernel
 
 ENVIRONMENT = "FXQUANT_DUMP"
 
@@ -40,7 +40,7 @@ def check(where: Path, variable: str) -> None:
 
 
 def write(where: Path, kernels: Iterable[Kernel]) -> list[Path]:
-    """Writes ``<target>_<name>_<key>.py`` and the same with ``.json`` for each kernel.
+    """Writes ``<target>_<name>_<key>.py`` (``.cpp``) and the same with ``.json`` for each kernel.
 
     Returns:
         The source files.
@@ -53,7 +53,7 @@ def write(where: Path, kernels: Iterable[Kernel]) -> list[Path]:
         where.mkdir(parents=True, exist_ok=True)
         for kernel in kernels:
             key = cache.key_of(kernel.target, kernel.spec.to_json())[:8]
-            path = where / f"{kernel.target}_{kernel.name}_{key}.py"
+            path = where / f"{kernel.target}_{kernel.name}_{key}{SUFFIXES[kernel.target]}"
             cache.write_atomically(path, kernel.source)
             spec = json.dumps(json.loads(kernel.spec.to_json()), indent=2)
             cache.write_atomically(path.with_suffix(".json"), spec + "\n")
@@ -61,3 +61,8 @@ def write(where: Path, kernels: Iterable[Kernel]) -> list[Path]:
     except OSError as error:
         raise errors.unwritable_folder("dump", where, f"{ENVIRONMENT} or `dump`", error) from error
     return written
+
+
+def sources(where: Path) -> list[Path]:
+    """The kernels that lie in a folder, by name."""
+    return sorted(path for path in where.glob("*") if path.suffix in SUFFIXES.values())

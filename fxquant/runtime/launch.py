@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,9 +19,18 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant._version import __version__
-from fxquant.codegen import RENDERERS, Header, reference
+from fxquant.codegen import RENDERERS, Header, cpp, reference
 from fxquant.codegen.spec import KernelSpec
-from fxquant.runtime import cache
+from fxquant.runtime import cache, toolchain
+from fxquant.runtime.cpp import CppKernel
+from fxquant.runtime.toolchain import Toolchain
+
+LOG = logging.getLogger("fxquant.launch")
+SUFFIXES = {"triton": ".py", "cpp": ".cpp", "torch": ".py"}
+"""How files with the kernels of each target end."""
+
+Runner = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""Takes the activation, the stored tensors and the further operands."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +38,9 @@ class Kernel:
     """A kernel's text and what it is for.
 
     Attributes:
-        target: What it is printed for: ``"triton"`` or ``"torch"``.
+        target: What it is printed for: ``"triton"``, ``"cpp"`` or ``"torch"``.
         name: What it does, as an identifier.
-        source: The text: a Python module.
+        source: The text: a Python module, or a C++17 file.
         spec: What it computes.
         note: Why it did not run here, or ``""``.
     """
@@ -63,45 +73,118 @@ def runs_triton(device: torch.device) -> bool:
     return able and has_triton()
 
 
+def obstacle(target: str, device: torch.device) -> str:
+    """Why a target cannot run on tensors of a device, in a clause, or ``""``."""
+    if target == "triton" and not runs_triton(device):
+        if device.type == "cuda":
+            return "the triton package is not installed: pip install 'fxquant[triton]'"
+        return f"Triton kernels need a GPU and these tensors are on {device.type}"
+    if target == "cpp":
+        if device.type != "cpu":
+            return f"C++ kernels need a CPU and these tensors are on {device.type}"
+        return toolchain.obstacle()
+    return ""
+
+
+def usual_target(device: torch.device) -> str:
+    """What ``"auto"`` means for tensors of a device."""
+    return {"cuda": "triton", "cpu": "cpp"}.get(device.type, "torch")
+
+
 def make_kernel(spec: KernelSpec, target: str, header: Header, note: str = "") -> Kernel:
-    """Prints the kernel of a spec for a target."""
-    source = RENDERERS[target](spec, header)
+    """Prints the kernel of a spec for a target.
+
+    Raises:
+        KernelError: The target prints no kernel for the spec.
+    """
+    if target == "cpp":
+        chain = toolchain.toolchain()
+        isa = chain.isa if chain is not None else toolchain.host_isa()
+        source, comment = cpp.render(spec, header, isa), "//"
+    else:
+        source, comment = RENDERERS[target](spec, header), "#"
     if note:
-        source = f"# Not run: {note}\n{source}"
+        source = f"{comment} Not run: {note}\n{source}"
     return Kernel(target, spec.name, source, spec, note)
 
 
-def run(spec: str, x: Tensor, weight: list[Tensor], extra: list[Tensor]) -> Tensor:
-    """Computes a spec (as JSON) with the kernel for the tensors' device.
+_headers: dict[str, Header] = {}
+_runners: dict[tuple[str, str, str], Runner] = {}
+
+
+def run(
+    spec: str, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor], target: str = "auto"
+) -> Tensor:
+    """Computes a spec (as JSON).
+
+    Args:
+        spec: What to compute.
+        x: The activation.
+        weight: The stored tensors.
+        extra: The epilogue's operands, then those of static outliers.
+        target: ``"triton"``, ``"cpp"`` or ``"torch"``; ``"auto"`` is the device's usual one, and
+            ``"torch"`` where that cannot run.
 
     Raises:
         DeviceError: The operands lie on different devices.
+        KernelError: The target cannot compute the spec, or an operand does not fit it.
     """
     device = x.device
     if device != weight[0].device:
         raise errors.device_mismatch(parse_spec(spec).name, device, weight[0].device)
-    if runs_triton(device):
-        return _triton_module(spec).run(x, weight, extra)
-    return reference.run(parse_spec(spec), x, weight, extra)
+    runner = _runners.get((spec, target, device.type))
+    if runner is None:
+        runner = _usual_runner(spec, device) if target == "auto" else _runner(spec, target, device)
+    return runner(x, weight, extra)
 
 
-_headers: dict[str, Header] = {}
-
-
-def prepare(spec: str, header: Header, device: torch.device) -> None:
-    """Builds a spec's Triton module ahead of its first call.
-
-    Its tables have to lie on the device before a CUDA graph is captured.
+def prepare(spec: str, target: str, header: Header, device: torch.device) -> None:
+    """Builds a spec's kernel ahead of its first call.
 
     Args:
         spec: As JSON.
+        target: ``"triton"``, ``"cpp"`` or ``"torch"``.
         header: Whom the kernel serves, for its source; the first call for a spec counts.
-        device: Where it will run.
+        device: Where it will run. The tables of Triton kernels have to lie there before a CUDA
+            graph is captured.
+
+    Raises:
+        KernelError: It cannot be printed, built or loaded.
+        FolderError: The kernel cache cannot be written.
     """
     _headers.setdefault(spec, header)
-    tables = getattr(_triton_module(spec), "prepare", None)
-    if tables is not None:
-        tables(device)
+    _runner(spec, target, device)
+    if target == "triton":
+        tables = getattr(_triton_module(spec), "prepare", None)
+        if tables is not None:
+            tables(device)
+
+
+def _usual_runner(spec: str, device: torch.device) -> Runner:
+    target = usual_target(device)
+    if obstacle(target, device):
+        return _runner(spec, "torch", device)
+    try:
+        found = _runner(spec, target, device)
+    except errors.KernelError:
+        if target != "cpp":
+            raise
+        found = _runner(spec, "torch", device)
+    _runners[spec, "auto", device.type] = found
+    return found
+
+
+def _runner(spec: str, target: str, device: torch.device) -> Runner:
+    """What computes a spec from now on: the toolchain may be another than at the last compile."""
+    found: Runner
+    if target == "triton":
+        found = _triton_module(spec).run
+    elif target == "cpp":
+        found = _cpp_kernel(spec).run
+    else:
+        found = functools.partial(reference.run, parse_spec(spec))
+    _runners[spec, target, device.type] = found
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -109,6 +192,29 @@ def _triton_module(spec: str) -> ModuleType:
     parsed = parse_spec(spec)
     source = make_kernel(parsed, "triton", _headers.get(spec, Header())).source
     return load_module(parsed.name, source)
+
+
+def _cpp_kernel(spec: str) -> CppKernel:
+    chain = toolchain.toolchain()
+    if chain is None:
+        raise errors.no_compiler(toolchain.obstacle())
+    found = _build_once(spec, chain)
+    if isinstance(found, errors.KernelError):
+        raise found
+    return found
+
+
+@functools.lru_cache(maxsize=4096)
+def _build_once(spec: str, chain: Toolchain) -> CppKernel | errors.KernelError:
+    """A kernel, or why there is none: the compiler is not asked again at every call."""
+    parsed = parse_spec(spec)
+    try:
+        source = make_kernel(parsed, "cpp", _headers.get(spec, Header())).source
+        library = toolchain.build(chain, parsed.name, source)
+        return CppKernel(library, parsed, openmp=chain.openmp)
+    except errors.KernelError as error:
+        LOG.warning("target 'torch' runs instead of 'cpp': %s", error)
+        return error
 
 
 _LOADING = threading.Lock()

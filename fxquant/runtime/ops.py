@@ -1,13 +1,16 @@
-"""The operators that compiled graphs carry: `fxquant::linear`, `dequantize` and `table`.
+"""The operators that compiled graphs carry: `fxquant::linear`, `launch`, `dequantize`, `table`.
 
 They are plain library ops with fake and autograd rules, so they pass through AOTAutograd, dynamic
 shapes and CUDA graphs like any ATen op. What they compute is defined by
-`fxquant.codegen.reference`; what runs is a kernel that `fxquant.runtime.launch` picks.
+`fxquant.codegen.reference`; what runs is a kernel that `fxquant.runtime.launch` finds.
 
 ``linear(Tensor x, Tensor[] weight, Tensor[] extra, str spec) -> Tensor``
     x is ``[.., k]``, or ``[e, m, k]`` for batched weights; `weight` holds the tensors named by
     `Encoding.parts`; `extra` the epilogue's operands, then those of static outliers; `spec` is a
     `KernelSpec` as JSON.
+``launch(Tensor x, Tensor[] weight, Tensor[] extra, str spec, str target) -> Tensor``
+    What `linear` becomes after autograd (`fxquant.passes.fuse`): the kernel of one target, without
+    gradient, and with half of the overhead.
 ``dequantize(Tensor[] weight, str encoding, int[] shape, ScalarType dtype) -> Tensor``
     The stored tensor in full.
 ``table(float[] values, int[] shape, Device device) -> Tensor``
@@ -35,6 +38,10 @@ _LIBRARY.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
+    "launch(Tensor x, Tensor[] weight, Tensor[] extra, str spec, str target) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
     "dequantize(Tensor[] weight, str encoding, int[] shape, ScalarType dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -57,6 +64,20 @@ def _linear(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str) -> 
 def _linear_fake(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str) -> Tensor:  # noqa: ARG001
     parsed = launch.parse_spec(spec)
     return x.new_empty((*x.shape[:-1], parsed.weight.n), dtype=getattr(torch, parsed.out_dtype))
+
+
+def _launch(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str, target: str) -> Tensor:
+    return launch.run(spec, x, weight, extra, target)
+
+
+def _launch_fake(
+    x: Tensor,
+    weight: list[Tensor],
+    extra: list[Tensor],
+    spec: str,
+    target: str,  # noqa: ARG001
+) -> Tensor:
+    return _linear_fake(x, weight, extra, spec)
 
 
 def _dequantize(
@@ -138,9 +159,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("launch", _launch, "CompositeExplicitAutograd")
+_LIBRARY.impl("launch", torch.library.fallthrough_kernel, "Autograd")
 _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("table", _table, "CompositeExplicitAutograd")
 torch.library.register_fake("fxquant::linear", _linear_fake, lib=_LIBRARY)
+torch.library.register_fake("fxquant::launch", _launch_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::table", _table_fake, lib=_LIBRARY)
 torch.library.register_autograd(
     "fxquant::linear", _backward, setup_context=_setup_context, lib=_LIBRARY

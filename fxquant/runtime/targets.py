@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from fxquant.runtime import launch
+from fxquant import errors
+from fxquant.codegen import Header
+from fxquant.runtime import launch, toolchain
 
 LOG = logging.getLogger("fxquant.targets")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The targets of one graph.
+    """The targets of one graph, or of one kernel.
 
     Attributes:
-        asked: The target whose kernels are printed and dumped: ``"triton"`` or ``"torch"``.
+        asked: The target whose kernels are printed and dumped.
         runs: The target that computes.
-        note: Why the two differ, or ``""``.
+        note: Why it is not the one that was meant, or ``""``.
     """
 
     asked: str
@@ -29,35 +37,75 @@ class Choice:
 
 
 def choose(option: str, device: torch.device) -> Choice:
-    """Resolves `Config.target` for tensors of a device; logs every fallback."""
-    if option == "torch" or (option == "auto" and device.type != "cuda"):
-        return Choice("torch", "torch")
-    if launch.runs_triton(device):
-        return Choice("triton", "triton")
-    if device.type == "cuda":
-        note = "the triton package is not installed: pip install 'fxquant[triton]'"
-    else:
-        note = f"Triton kernels need a GPU and these tensors are on {device.type}"
-    LOG.warning("target 'triton' cannot run here (%s): target 'torch' runs instead", note)
-    asked = "triton" if option == "triton" else "torch"
-    return Choice(asked, "torch", note)
+    """Resolves `Config.target` for tensors of a device; logs every fallback, each once.
+
+    What was asked for by name and cannot run is printed all the same, and the device's usual
+    target computes.
+    """
+    usual = launch.usual_target(device)
+    wanted = usual if option == "auto" else option
+    note = launch.obstacle(wanted, device)
+    if not note:
+        return Choice(wanted, wanted)
+    instead = "torch" if launch.obstacle(usual, device) else usual
+    _warn(f"target {wanted!r} cannot run here ({note}): target {instead!r} runs instead")
+    return Choice(wanted if option == wanted else instead, instead, note)
 
 
-@functools.lru_cache(maxsize=1)
-def cxx_compiler() -> str | None:
-    """The C++ compiler that Inductor would take for the CPU, None without one."""
-    from torch._inductor import cpp_builder, exc
+@functools.lru_cache(maxsize=64)
+def _warn(message: str) -> None:
+    LOG.warning(message)
 
-    try:
-        return str(cpp_builder.get_cpp_compiler())
-    except exc.InvalidCxxCompiler:
-        return None
+
+def build(choice: Choice, specs: Mapping[str, Header], device: torch.device) -> dict[str, Choice]:
+    """Builds the kernels of a graph.
+
+    Args:
+        choice: Of the graph.
+        specs: As JSON, each with whom its kernel serves.
+        device: Where the graph runs.
+
+    Returns:
+        The choice for each kernel: C++ that cannot be printed or built falls to ``"torch"``.
+
+    Raises:
+        KernelError: Another target prints no kernel for a spec.
+        FolderError: The kernel cache cannot be written.
+    """
+
+    def build_one(text: str) -> Choice:
+        try:
+            launch.prepare(text, choice.runs, specs[text], device)
+        except errors.CompilerError as error:
+            return dataclasses.replace(choice, runs="torch", note=error.reason)
+        except errors.KernelError as error:
+            if choice.runs != "cpp":
+                raise
+            return Choice("torch", "torch", str(error))
+        return choice
+
+    if choice.runs != "cpp":
+        return {text: build_one(text) for text in specs}
+    with ThreadPoolExecutor(_cores()) as pool:
+        return dict(zip(specs, pool.map(build_one, specs), strict=True))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def inductor_missing(device: torch.device) -> str:
     """What Inductor lacks to compile for a device, or ``""``."""
-    if device.type == "cpu" and cxx_compiler() is None:
-        return "no C++ compiler was found (install g++, or set CXX)"
+    if device.type == "cpu":
+        return toolchain.obstacle()
     if device.type == "cuda" and not launch.has_triton():
         return "the triton package is not installed"
     return ""
+
+
+def inductor_patches() -> dict[str, Any]:
+    """Inductor's options that make it take our compiler where ``$CXX`` does not run."""
+    found, named = toolchain.compiler(), os.environ.get(toolchain.CXX)
+    if found is None or not named or shutil.which(named) == found.path:
+        return {}
+    return {"cpp.cxx": (found.path,)}

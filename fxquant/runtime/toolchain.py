@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +24,12 @@ CXX, ISA = "CXX", "FXQUANT_ISA"
 FLAGS = (*("-std=c++17", "-O3", "-fPIC", "-shared"), *("-fno-math-errno", "-fno-trapping-math"))
 OPENMP = "-fopenmp"
 LIMIT_S = 300
-PROBE = """#if defined(__x86_64__) || defined(__i386__)
-#include <immintrin.h>
-#endif
-#ifdef _OPENMP
+PROBE = """#ifdef _OPENMP
 #include <omp.h>
 extern "C" int fxquant_probe(void) { return omp_get_max_threads(); }
 #endif
 """
+NOT_FOUND = "no C++ compiler was found (install g++, or set CXX)"
 
 
 @dataclass(frozen=True)
@@ -131,28 +130,38 @@ def cpu_features() -> frozenset[str]:
 
 
 def toolchain() -> Toolchain | None:
-    """What kernels are built with on this machine, None without a compiler.
+    """What kernels are built with on this machine; `obstacle` says why where there is nothing.
 
     Raises:
         OptionError: ``FXQUANT_ISA`` cannot be used.
     """
     found, isa = compiler(), host_isa()
+    able = _able(found, isa, bool(os.environ.get(ISA))) if found else None
+    return able if isinstance(able, Toolchain) else None
+
+
+def obstacle() -> str:
+    """Why there is no toolchain, in a clause, or ``""``."""
+    found, isa = compiler(), host_isa()
     if found is None:
-        return None
-    return _able(found, isa, bool(os.environ.get(ISA)), str(cache.root()))
+        return NOT_FOUND
+    able = _able(found, isa, bool(os.environ.get(ISA)))
+    return able if isinstance(able, str) else ""
 
 
-@functools.lru_cache(maxsize=32)
-def _able(found: Compiler, isa: Isa, forced: bool, folder: str) -> Toolchain:  # noqa: ARG001
-    """The best that a compiler builds a probe for: older ones do not know every instruction set.
+@functools.lru_cache(maxsize=16)
+def _able(found: Compiler, isa: Isa, forced: bool) -> Toolchain | str:
+    """The best that a compiler builds anything with, else what it says.
 
-    The cache folder is an argument because the probe's entry lies there.
+    Older compilers do not know every instruction set, and some have no OpenMP.
     """
     below = list(ISAS.values())[list(ISAS).index(isa.name) :]
+    said = ""
     for candidate in [isa] if forced else below:
         for openmp in (True, False):
             tried = Toolchain(found, candidate, openmp)
-            if _builds_probe(tried):
+            said = _fails(tried)
+            if not said:
                 if candidate is not isa:
                     LOG.warning(
                         "%s does not know %s: kernels use %s", found.path, isa.name, candidate.name
@@ -160,16 +169,20 @@ def _able(found: Compiler, isa: Isa, forced: bool, folder: str) -> Toolchain:  #
                 if not openmp:
                     LOG.warning("%s has no OpenMP: kernels use one thread", found.path)
                 return tried
-    # It builds nothing: the first kernel gets its message.
-    return Toolchain(found, isa, openmp=True)
+    kept = _keep("nothing.cpp", PROBE)
+    error = errors.compiler_failed("nothing", " ".join(_command(tried, kept)), said, kept)
+    LOG.warning("%s", error)
+    return error.reason
 
 
-def _builds_probe(chain: Toolchain) -> bool:
-    try:
-        cache.get_or_build("cpp", _key(chain, PROBE), lambda path: _compile(chain, path, PROBE))
-    except _CompilerError:
-        return False
-    return True
+def _fails(chain: Toolchain) -> str:
+    """What the compiler says when it is given next to nothing to build, ``""`` if it does it."""
+    with tempfile.TemporaryDirectory(prefix="fxquant-") as folder:
+        try:
+            _compile(chain, Path(folder), PROBE)
+        except _CompilerError as error:
+            return str(error)
+    return ""
 
 
 def build(chain: Toolchain, name: str, source: str) -> Path:
@@ -184,7 +197,7 @@ def build(chain: Toolchain, name: str, source: str) -> Path:
         The shared object; its source lies beside it.
 
     Raises:
-        KernelError: The compiler failed. The source is kept, and the message says where.
+        CompilerError: The compiler failed. The source is kept, and the message says where.
         FolderError: The kernel cache cannot be written.
     """
     key = _key(chain, source)

@@ -14,6 +14,7 @@ from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers, WeightOperand
 from fxquant.formats import PackedWeight, pack
 from fxquant.runtime import ops
 from fxquant.schemes import get_scheme
+from tests.bounds import assert_close_within, product_bound
 
 assert ops  # imported for its registrations
 
@@ -126,9 +127,22 @@ def _text(packed: PackedWeight) -> str:
     return spec_of(packed).to_json()
 
 
-def test_reference_is_what_runs_without_a_gpu() -> None:
+def test_each_target_computes_the_same_without_a_gpu() -> None:
     packed = packed_weight(9, 16)
-    x = torch.randn(3, 16)
-    spec = spec_of(packed)
-    out = torch.ops.fxquant.linear(x, packed.tensors(), [], spec.to_json())
-    assert torch.equal(out, reference.run(spec, x, packed.tensors(), []))
+    x, spec = torch.randn(3, 16), spec_of(packed)
+    wanted = reference.run(spec, x, packed.tensors(), [])
+    args = (x, packed.tensors(), [], spec.to_json())
+    assert torch.equal(torch.ops.fxquant.launch(*args, "torch"), wanted)
+    by_cpp = torch.ops.fxquant.launch(*args, "cpp")
+    assert torch.equal(torch.ops.fxquant.launch(*args, "auto"), by_cpp)
+    assert torch.equal(torch.ops.fxquant.linear(*args), by_cpp)
+    bound = product_bound(x, packed.dequantize(), torch.float32)
+    assert_close_within(by_cpp, wanted.double(), 2 * bound)
+
+
+def test_a_launch_obeys_the_rules_of_operators() -> None:
+    packed = packed_weight(9, 16)
+    args = (torch.randn(3, 16), packed.tensors(), [], _text(packed), "torch")
+    torch.library.opcheck(torch.ops.fxquant.launch.default, args)
+    sizes = torch.ops.fxquant.launch(torch.randn(0, 16), *args[1:]).shape
+    assert sizes == (0, 9)

@@ -88,10 +88,14 @@ def test_a_damaged_entry_is_built_again(folder: Path, caplog: pytest.LogCaptureF
 def test_a_failing_compiler_is_one_sentence_with_command_reason_and_source(
     script: Callable[[str], Path], folder: Path
 ) -> None:
-    script('case "$1" in --version) echo broken 1.0;; *) echo "no space left" >&2; exit 3;; esac')
+    fails = """
+        for last in "$@"; do case "$last" in *.cpp) source="$last";; esac; done
+        if grep -qs answer "$source"; then echo "no space left" >&2; exit 3; fi
+        exec g++ "$@"
+    """
+    script(fails)
     broken = chain()
-    assert broken.compiler.summary == "broken 1.0"
-    with pytest.raises(errors.KernelError) as caught:
+    with pytest.raises(errors.CompilerError) as caught:
         toolchain.build(broken, "answer", SOURCE)
     text = str(caught.value)
     assert "'answer'" in text
@@ -101,6 +105,26 @@ def test_a_failing_compiler_is_one_sentence_with_command_reason_and_source(
     assert kept.read_text() == SOURCE
     assert text.count(str(kept)) == 2, "where the source is, and the command that reads it"
     assert not list((folder / "cpp").iterdir()), "nothing half-built stays"
+    assert caught.value.reason == "the C++ compiler failed, saying 'no space left'"
+
+
+def test_a_compiler_that_builds_nothing(
+    script: Callable[[str], Path], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = script(
+        'case "$1" in --version) echo broken 1.0;; *) echo "no licence" >&2; exit 3; esac'
+    )
+    found = toolchain.compiler()
+    assert found is not None
+    assert found.summary == "broken 1.0"
+    for _ in range(3):
+        assert toolchain.toolchain() is None
+        assert toolchain.obstacle() == "the C++ compiler failed, saying 'no licence'"
+    asked = calls.read_text().splitlines()
+    assert len(asked) == len(set(asked)), "asked once for each set of flags"
+    assert caplog.text.count("no licence") == 1
+    assert f"{found.path} -std=c++17" in caplog.text
+    assert (folder / "failed" / "nothing.cpp").read_text() == toolchain.PROBE
 
 
 def test_an_error_in_a_source_quotes_the_compiler() -> None:
