@@ -71,10 +71,7 @@ class CppOps(Ops):
             first, second = (names[value] for value in node.args)
             return f"({first} {_OF_BOOLEANS[name]} {second})"
         if name not in {"where", "_to_copy", "convert_element_type", *_LOGICAL}:
-            names = {
-                key: f"float({text})" if text in self.booleans else text
-                for key, text in names.items()
-            }
+            names = {key: self._number(text) for key, text in names.items()}
         return super().call(node, names)
 
     def is_boolean(self, node: EpilogueNode, names: Mapping[str, str]) -> bool:
@@ -157,14 +154,17 @@ class CppOps(Ops):
         )
 
     def _to_copy(self, x: str, dtype: str | None = None) -> str:
-        number = f"float({x})" if x in self.booleans and dtype not in (None, "bool") else x
-        return super()._to_copy(number, dtype)
+        return super()._to_copy(x if dtype in (None, "bool") else self._number(x), dtype)
 
     # --- parts ---
 
     def _helper(self, name: str, *args: str) -> str:
         self.prelude.add(name)
         return f"{name}({', '.join(args)})"
+
+    def _number(self, x: str) -> str:
+        """A choice, which compilers vectorise; they do not vectorise conversions of bool."""
+        return f"({x} ? 1.0f : 0.0f)" if x in self.booleans else x
 
     def _condition(self, x: str) -> str:
         return x if x in self.booleans else f"({x} != 0.0f)"
@@ -204,7 +204,8 @@ def epilogue_lines(
     Args:
         epilogue: What is done.
         operands: Names of the operands' elements at that place: ``bool`` for the dtype bool, else
-            ``float`` (convert 16-bit ones on loading).
+            ``float`` (convert 16-bit ones on loading). Load a bool as ``flags[i] != 0`` through
+            ``const uint8_t* flags``: loops with loads through ``const bool*`` stay scalar.
         acc: Name of the accumulator, a ``float``.
 
     Returns:
