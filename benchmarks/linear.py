@@ -110,9 +110,9 @@ def _shape(text: str) -> tuple[int, int]:
 def _copies(contender: Contender, weight: torch.Tensor, machine: Machine) -> list[Prepared]:
     """The weight as often as it takes to be larger than the caches when the copies take turns."""
     first = contender.prepare(weight)
-    count = math.floor(machine.cache_bytes / first.weight_bytes) + 1
+    count = math.ceil(machine.cache_bytes / first.weight_bytes)
     # Weights too small for that are evicted all the same.
-    return [first, *(contender.prepare(weight) for _ in range(min(count, 8) - 1))]
+    return [first, *(contender.prepare(weight) for _ in range(min(max(count, 2), 8) - 1))]
 
 
 @torch.inference_mode()

@@ -1,9 +1,10 @@
-"""Times contenders side by side: interleaved, on rotated weights, from cold caches.
+"""Times contenders side by side: interleaved, on rotated weights that are in no cache.
 
 Each round calls every contender once, in an order drawn anew, so that a noisy neighbour disturbs
-all of them alike. Before each call the caches are emptied, on every thread: that also wakes the
-OpenMP threads, which otherwise take milliseconds to come to the first parallel region after a
-pause.
+all of them alike. Before each timed call the caches are emptied and the contender multiplies with
+another copy of its weights, as if that were the layer before: its code is warm then, and OpenMP's
+threads are awake (after a pause they take milliseconds to come to the first parallel region), and
+the weights of the timed call are in DRAM.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def interleave(
 
     Args:
         contenders: By name, the same call once for each copy of its weights; the copies take turns.
+            One copy does where it is many times larger than the caches.
         rounds: Two or more.
         evict: Empties the caches.
         done: Called after each round.
@@ -65,8 +67,9 @@ def interleave(
         draw.shuffle(order)
         for name in order:
             copies = contenders[name]
-            run = copies[turn % len(copies)]
+            run, before = copies[turn % len(copies)], copies[(turn + 1) % len(copies)]
             evict()
+            before()
             start = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - start)
