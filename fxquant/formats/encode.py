@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fxquant import errors
+from fxquant.formats import native
 from fxquant.formats.bits import pack_codes, packed_size
 from fxquant.formats.blocks import BlockGrid, block_grid, run_length
 from fxquant.formats.clipping import block_limits, clip_peaks, row_limits
@@ -57,7 +58,7 @@ def encode(tensor: Tensor, encoding: Encoding, name: str = "weight") -> list[Ten
         raise errors.bad_encoding("offset", True, "False for a weight, whose mean is not stored")
     work = _Work(tensor, encoding)
     work.run()
-    if not bool(torch.isfinite(work.peaks).all()):
+    if not math.isfinite(work.peaks.amax()):
         bad = sum(int((~torch.isfinite(c.float())).sum()) for c in work.flat.split(CHUNK))
         raise errors.weight_not_finite(name, bad)
     scales, zeros = work.quantizer.parts(work.peaks)
@@ -113,16 +114,24 @@ class _Work:
     def run(self) -> None:
         """Fills `peaks` and `packed`."""
         width = run_length(self.grid)
+        if width is not None and native.encode(self._runs(width)):
+            return
         if width is None or (width % 8 and width > CHUNK // 8 and self.grid.count > 1):
             self._by_rows()
         else:
             self._by_blocks(width)
 
-    def _by_blocks(self, width: int) -> None:
-        """Blocks that are runs of the flattened tensor, one after the other."""
+    def _runs(self, width: int) -> native.Runs:
+        """The blocks as runs of the flattened tensor; one shorter than the encoding's is a rest."""
         blocks, rest = divmod(self.flat.numel(), width)
         if self.encoding.is_flat and self.encoding.block[0] > self.flat.numel():
             blocks, rest = 0, self.flat.numel()
+        return native.Runs(self.encoding, self.flat, blocks, width, rest, self.packed, self.peaks)
+
+    def _by_blocks(self, width: int) -> None:
+        """Blocks that are runs of the flattened tensor, one after the other."""
+        runs = self._runs(width)
+        blocks, rest = runs.blocks, runs.rest
         if width > CHUNK:
             for block in range(blocks):
                 self._long_block(block, block * width, width)

@@ -47,7 +47,8 @@ class Quantizer(abc.ABC):
     def peaks(self, x: Tensor) -> Tensor:
         """Peaks over the last dimension: ``[peak_rows, *x.shape[:-1]]``."""
         if self.peak_rows == 2:
-            return torch.stack([-x.amin(-1), x.amax(-1)])
+            # A sum with 0 is never -0: which zero of several is the largest would depend on luck.
+            return torch.stack([-x.amin(-1), x.amax(-1)]).add_(0.0)
         magnitudes = self.scratch(torch.float32, x).view(x.shape)
         return torch.abs(x, out=magnitudes).amax(-1).unsqueeze(0)
 
