@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def product_bound(
-    x: Tensor, w: Tensor, out_dtype: torch.dtype, extra: Tensor | None = None
+    x: Tensor,
+    w: Tensor,
+    out_dtype: torch.dtype,
+    extra: Tensor | None = None,
+    *,
+    scaled_apart: bool = False,
 ) -> Tensor:
     """How far two float32-accumulated products of the same 16- or 32-bit operands may differ.
 
@@ -21,16 +26,21 @@ def product_bound(
         w: ``[n, k]``, likewise.
         out_dtype: Dtype of the results.
         extra: What was added, broadcastable to ``[.., n]``.
+        scaled_apart: A kernel rounds levels to the dtype of `w` and scales their sums in float32,
+            where `w` is ``level * scale`` rounded once: each is within half a unit in the last
+            place of the exact weight, so they are apart by one at most.
     """
     unit = 2.0**-24
     k = x.shape[-1]
     magnitude = x.double().abs() @ w.double().abs().transpose(-1, -2)
+    apart = torch.finfo(w.dtype).eps * magnitude if scaled_apart else 0.0
     if extra is not None:
         magnitude = magnitude + extra.double().abs()
     gamma = (k + 2) * unit / (1 - (k + 2) * unit)
     rounding = torch.finfo(out_dtype).eps
     tiny = torch.finfo(out_dtype).smallest_normal * rounding
-    return 2 * gamma * magnitude + 2 * rounding * magnitude.clamp_max(_reach(x, w, extra)) + tiny
+    rounded = 2 * rounding * magnitude.clamp_max(_reach(x, w, extra) + apart)
+    return 2 * gamma * magnitude + rounded + apart + tiny
 
 
 def _reach(x: Tensor, w: Tensor, extra: Tensor | None) -> Tensor:

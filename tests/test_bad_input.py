@@ -12,7 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import fxquant
 from fxquant import errors
 from fxquant.runtime import targets
-from tests.helpers import compile_, decoded, frozen
+from tests.helpers import compile_, frozen
 
 pytestmark = pytest.mark.usefixtures("fresh")
 
@@ -28,17 +28,6 @@ def test_unwritable_dump_folder(tmp_path: Path) -> None:
     model = frozen(nn.Linear(64, 64))
     with pytest.raises(Exception, match=r"the dump folder .* cannot be written"):
         compile_(model, dump=str(tmp_path / "file" / "below"))(torch.randn(2, 64))
-
-
-def test_without_a_compiler_the_graph_runs_op_by_op(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(targets, "cxx_compiler", lambda: None)
-    model = frozen(nn.Linear(64, 64))
-    x = torch.randn(2, 64)
-    out = compile_(model)(x)
-    assert "no C++ compiler was found" in caplog.text
-    torch.testing.assert_close(out, decoded(model)(x), rtol=1e-4, atol=1e-4)
 
 
 def test_without_triton_its_kernels_are_still_printed(monkeypatch: pytest.MonkeyPatch) -> None:

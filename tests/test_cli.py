@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from fxquant import __version__, cli, doctor
+from fxquant.runtime import toolchain
 from fxquant.schemes import schemes
 
 SCRIPT = """
@@ -122,11 +123,11 @@ def test_dump_runs_the_script_and_writes_its_kernels(
     assert run("dump", "--out", folder, script, "nf4") == 0
     out = capsys.readouterr().out
     assert "result (5, 32)" in out
-    sources = sorted(folder.glob("*.py"))
+    sources = sorted(folder.glob("*.cpp"))
     assert len(sources) == 2  # two shapes
     for source in sources:
         assert source.name in out
-        compile(source.read_text(), source, "exec")
+        assert 'extern "C"' in source.read_text()
         assert json.loads(source.with_suffix(".json").read_text())
 
 
@@ -267,6 +268,35 @@ def test_a_model_runs_without_triton_and_compiler(script: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "2 of 2 products quantized" in done.stdout
     assert "no C++ compiler was found" in done.stderr
+
+
+def test_doctor_says_what_the_compiler_builds_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = toolchain.toolchain()
+    assert chain is not None
+    finding = doctor.check_compiler()
+    assert finding.status == doctor.OK
+    for part in (chain.compiler.path, chain.compiler.summary, chain.isa.name, "OpenMP"):
+        assert part in finding.detail
+    assert "C++ kernels" in doctor.check_target().detail
+    monkeypatch.setenv("FXQUANT_ISA", "portable")
+    assert ", portable, " in doctor.check_compiler().detail
+    monkeypatch.setenv("FXQUANT_ISA", "mmx")
+    finding = doctor.check_compiler()
+    assert finding.status == doctor.BAD
+    assert finding.advice == "Unset FXQUANT_ISA, or name another."
+
+
+def test_doctor_names_a_compiler_that_builds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "compiler"
+    path.write_text('#!/bin/sh\n[ "$1" = --version ] || { echo "no licence" >&2; exit 1; }\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("CXX", str(path))
+    finding = doctor.check_compiler()
+    assert finding.status == doctor.BAD
+    assert "no licence" in finding.detail
+    assert "one by one" in doctor.check_target().detail
 
 
 def test_doctor_finds_unwritable_folders(

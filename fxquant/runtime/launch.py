@@ -109,19 +109,20 @@ def make_kernel(spec: KernelSpec, target: str, header: Header, note: str = "") -
 
 
 _headers: dict[str, Header] = {}
-_runners: dict[tuple[str, str, str], Runner] = {}
+_runners: dict[tuple[str, str, bool], Runner] = {}
+"""By spec, target, and whether the tensors are on the CPU."""
 
 
 def run(
-    spec: str, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor], target: str = "auto"
+    x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor], spec: str, target: str = "auto"
 ) -> Tensor:
     """Computes a spec (as JSON).
 
     Args:
-        spec: What to compute.
         x: The activation.
         weight: The stored tensors.
         extra: The epilogue's operands, then those of static outliers.
+        spec: What to compute.
         target: ``"triton"``, ``"cpp"`` or ``"torch"``; ``"auto"`` is the device's usual one, and
             ``"torch"`` where that cannot run.
 
@@ -132,7 +133,7 @@ def run(
     device = x.device
     if device != weight[0].device:
         raise errors.device_mismatch(parse_spec(spec).name, device, weight[0].device)
-    runner = _runners.get((spec, target, device.type))
+    runner = _runners.get((spec, target, x.is_cpu))
     if runner is None:
         runner = _usual_runner(spec, device) if target == "auto" else _runner(spec, target, device)
     return runner(x, weight, extra)
@@ -170,7 +171,7 @@ def _usual_runner(spec: str, device: torch.device) -> Runner:
         if target != "cpp":
             raise
         found = _runner(spec, "torch", device)
-    _runners[spec, "auto", device.type] = found
+    _runners[spec, "auto", device.type == "cpu"] = found
     return found
 
 
@@ -183,7 +184,7 @@ def _runner(spec: str, target: str, device: torch.device) -> Runner:
         found = _cpp_kernel(spec).run
     else:
         found = functools.partial(reference.run, parse_spec(spec))
-    _runners[spec, target, device.type] = found
+    _runners[spec, target, device.type == "cpu"] = found
     return found
 
 

@@ -57,17 +57,9 @@ def parse_encoding(text: str) -> Encoding:
     return Encoding.from_text(text)
 
 
-def _linear(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str) -> Tensor:
-    return launch.run(spec, x, weight, extra)
-
-
 def _linear_fake(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str) -> Tensor:  # noqa: ARG001
     parsed = launch.parse_spec(spec)
     return x.new_empty((*x.shape[:-1], parsed.weight.n), dtype=getattr(torch, parsed.out_dtype))
-
-
-def _launch(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str, target: str) -> Tensor:
-    return launch.run(spec, x, weight, extra, target)
 
 
 def _launch_fake(
@@ -158,8 +150,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, [None] * len(spec.weight.encoding.parts), grad_extra, None
 
 
-_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
-_LIBRARY.impl("launch", _launch, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", launch.run, "CompositeExplicitAutograd")
+_LIBRARY.impl("launch", launch.run, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch", torch.library.fallthrough_kernel, "Autograd")
 _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("table", _table, "CompositeExplicitAutograd")

@@ -12,7 +12,7 @@ from fxquant import errors
 from fxquant.codegen import reference
 from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers, WeightOperand
 from fxquant.formats import PackedWeight, pack
-from fxquant.runtime import ops
+from fxquant.runtime import launch, ops
 from fxquant.schemes import get_scheme
 from tests.bounds import assert_close_within, product_bound
 
@@ -120,7 +120,7 @@ def test_gradients_pass_straight_through_the_rounding_to_int8(
 def test_operands_on_two_devices_are_refused_by_name() -> None:
     packed = packed_weight(9, 16)
     with pytest.raises(errors.DeviceError, match=r"linear: the activation is on meta and the pack"):
-        ops._linear(torch.empty(2, 16, device="meta"), packed.tensors(), [], _text(packed))
+        launch.run(torch.empty(2, 16, device="meta"), packed.tensors(), [], _text(packed))
 
 
 def _text(packed: PackedWeight) -> str:
