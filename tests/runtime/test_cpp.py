@@ -16,13 +16,13 @@ from torch import Tensor
 from fxquant import errors
 from fxquant.runtime import cpp, memory
 from tests.bounds import assert_close_within, product_bound
-from tests.runtime import handwritten
-from tests.runtime.handwritten import K, N
+from tests.runtime import printed
+from tests.runtime.printed import K, N
 
 
-@pytest.fixture
-def kernel() -> cpp.CppKernel:
-    return handwritten.kernel()
+@pytest.fixture(params=printed.ENCODINGS)
+def kernel(request: pytest.FixtureRequest) -> cpp.CppKernel:
+    return printed.kernel(printed.ENCODINGS[request.param])
 
 
 @pytest.fixture(params=[1, 2])
@@ -34,9 +34,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def check(kernel: cpp.CppKernel, x: Tensor, weight: list[Tensor], dense: Tensor) -> None:
-    out = kernel.run(x, weight, [handwritten.bias()])
-    expected = x.double() @ dense.double().t() + handwritten.bias().double()
-    bound = product_bound(x, dense, torch.float32, handwritten.bias())
+    out = kernel.run(x, weight, [printed.bias()])
+    expected = x.double() @ dense.double().t() + printed.bias().double()
+    bound = product_bound(x, dense, torch.float32, printed.bias(), scaled_apart=True)
     assert out.shape == (*x.shape[:-1], N)
     assert out.is_contiguous()
     assert_close_within(out, expected, bound)
@@ -73,7 +73,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_of_x(layout: str, kernel: cpp.CppKernel, threads: int) -> None:
-    packed = handwritten.weight()
+    packed = printed.weight(kernel)
     check(kernel, LAYOUTS[layout](), packed.tensors(), packed.dequantize())
 
 
@@ -87,10 +87,10 @@ def test_only_rows_that_do_not_collapse_are_copied() -> None:
 
 
 def test_operands_of_any_layout(kernel: cpp.CppKernel) -> None:
-    packed, x = handwritten.weight(), torch.randn(3, K)
-    spread = torch.stack([handwritten.bias(), torch.zeros(N)], 1)[:, 0]
+    packed, x = printed.weight(kernel), torch.randn(3, K)
+    spread = torch.stack([printed.bias(), torch.zeros(N)], 1)[:, 0]
     assert not spread.is_contiguous()
-    want = kernel.run(x, packed.tensors(), [handwritten.bias()])
+    want = kernel.run(x, packed.tensors(), [printed.bias()])
     assert torch.equal(kernel.run(x, packed.tensors(), [spread]), want)
 
 
@@ -113,23 +113,24 @@ def test_operands_of_any_layout(kernel: cpp.CppKernel) -> None:
 def test_wrong_operands_are_refused_before_memory_is_read(
     x: Tensor, extra: list[Tensor], said: str, kernel: cpp.CppKernel
 ) -> None:
-    with pytest.raises(errors.KernelError, match=f"by_hand: .*{said}"):
-        kernel.run(x, handwritten.weight().tensors(), extra)
+    with pytest.raises(errors.KernelError, match=f"printed: .*{said}"):
+        kernel.run(x, printed.weight(kernel).tensors(), extra)
 
 
 def test_a_wrong_weight_is_refused(kernel: cpp.CppKernel) -> None:
-    codes, scales = handwritten.weight().tensors()
-    for parts in ([codes[:-1], scales], [codes, scales.double()], [codes, scales.to("meta")]):
-        with pytest.raises(errors.KernelError, match="by_hand: weight must be as its encoding"):
-            kernel.run(torch.randn(3, K), parts, [handwritten.bias()])
+    codes, scales, *rest = printed.weight(kernel).tensors()
+    for wrong in ([codes[:-1], scales], [codes, scales.double()], [codes, scales.to("meta")]):
+        parts = [*wrong, *rest]
+        with pytest.raises(errors.KernelError, match="printed: weight must be as its encoding"):
+            kernel.run(torch.randn(3, K), parts, [printed.bias()])
 
 
 def test_a_weight_is_repacked_once(kernel: cpp.CppKernel) -> None:
-    packed, preparing = handwritten.weight(), Preparing(kernel)
+    packed, preparing = printed.weight(kernel), Preparing(kernel)
     for rows in (1, 5, 9):
         check(kernel, torch.randn(rows, K), packed.tensors(), packed.dequantize())
     assert preparing.count == 1
-    other = handwritten.weight(1)
+    other = printed.weight(kernel, 1)
     check(kernel, torch.randn(2, K), other.tensors(), other.dequantize())
     check(kernel, torch.randn(2, K), packed.tensors(), packed.dequantize())
     assert preparing.count == 2
@@ -137,35 +138,36 @@ def test_a_weight_is_repacked_once(kernel: cpp.CppKernel) -> None:
 
 @pytest.mark.parametrize("part", [0, 1])
 def test_a_weight_that_was_written_to_is_repacked(part: int, kernel: cpp.CppKernel) -> None:
-    packed, preparing = handwritten.weight(), Preparing(kernel)
+    packed, preparing = printed.weight(kernel), Preparing(kernel)
     tensors, x = packed.tensors(), torch.randn(3, K)
-    kernel.run(x, tensors, [handwritten.bias()])
-    tensors[part].neg_()
+    kernel.run(x, tensors, [printed.bias()])
+    tensors[part].bitwise_xor_(1) if part == 0 else tensors[part].mul_(2)
     check(kernel, x, tensors, packed.dequantize())
-    tensors[part].data = tensors[part].neg()
+    tensors[part].data = tensors[part].flip(0)
     check(kernel, x, tensors, packed.dequantize())
     assert preparing.count == 3
 
 
 def test_a_new_storage_at_an_old_address_is_repacked(kernel: cpp.CppKernel) -> None:
-    tensors, x = handwritten.weight().tensors(), torch.randn(3, K)
+    tensors, x = printed.weight(kernel).tensors(), torch.randn(3, K)
     for seed in range(4):
-        other = handwritten.weight(seed)
-        tensors[0].data, tensors[1].data = (part.clone() for part in other.tensors())
+        other = printed.weight(kernel, seed)
+        for mine, part in zip(tensors, other.tensors(), strict=True):
+            mine.data = part.clone()
         check(kernel, x, tensors, other.dequantize())
 
 
 def test_weights_made_in_inference_mode(kernel: cpp.CppKernel) -> None:
     with torch.inference_mode():
-        packed, preparing = handwritten.weight(), Preparing(kernel)
+        packed, preparing = printed.weight(kernel), Preparing(kernel)
         for _ in range(2):
             check(kernel, torch.randn(3, K), packed.tensors(), packed.dequantize())
     assert preparing.count == 1
 
 
 def test_what_was_repacked_goes_with_the_codes(kernel: cpp.CppKernel) -> None:
-    packed = handwritten.weight()
-    kernel.run(torch.randn(3, K), packed.tensors(), [handwritten.bias()])
+    packed = printed.weight(kernel)
+    kernel.run(torch.randn(3, K), packed.tensors(), [printed.bias()])
     (prepared,) = kernel._prepared.values()
     storage = weakref.ref(prepared.block._map)
     del packed, prepared
@@ -176,7 +178,7 @@ def test_what_was_repacked_goes_with_the_codes(kernel: cpp.CppKernel) -> None:
 
 
 def test_eight_threads_at_once(kernel: cpp.CppKernel) -> None:
-    packed, preparing = handwritten.weight(), Preparing(kernel)
+    packed, preparing = printed.weight(kernel), Preparing(kernel)
     inputs = [torch.randn(rows, K) for rows in range(1, 9)]
     barrier = threading.Barrier(len(inputs))
     dense = packed.dequantize()
@@ -194,10 +196,10 @@ def test_eight_threads_at_once(kernel: cpp.CppKernel) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_computes_the_same(kernel: cpp.CppKernel) -> None:
-    packed, x = handwritten.weight(), torch.randn(64, K)
-    tensors, bias = packed.tensors(), handwritten.bias()
+    packed, x = printed.weight(kernel), torch.randn(64, K)
+    tensors, bias = packed.tensors(), printed.bias()
     want = kernel.run(x, tensors, [bias])
-    fresh = handwritten.weight(1)
+    fresh = printed.weight(kernel, 1)
     child = os.fork()
     if child == 0:
         same = torch.equal(kernel.run(x, tensors, [bias]), want)
