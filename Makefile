@@ -35,7 +35,9 @@ types: $(VENV)/.test tree ## mypy, strict, on the installed package
 check-tests: $(VENV)/.test
 	$(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST)
 
-bench: $(VENV)/.test ## Packing speed
+bench: $(VENV)/.test ## Products, models and packing beside other packages: minutes, on an idle machine
+	$(BIN)/python -m benchmarks.linear
+	$(BIN)/python -m benchmarks.models
 	$(BIN)/python -m benchmarks.packing
 
 golden: $(VENV)/.test ## Print the golden kernels again (review the difference like source)
@@ -60,5 +62,5 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (minutes the first time)"
 	@$(PIP) setuptools
-	@$(PIP) --no-build-isolation -e ".[test,peers]"
+	@$(PIP) --no-build-isolation -e ".[test,bench]"
 	@touch $@

@@ -26,6 +26,7 @@ from benchmarks import results, targets
 from benchmarks.machine import Machine
 from benchmarks.modules import bitsandbytes_nf4, fbgemm_dynamic, torchao_int8
 from benchmarks.ours import require_kernels
+from benchmarks.peers import quiet
 from benchmarks.timing import Run, interleave
 
 ROUNDS = 21
@@ -83,6 +84,7 @@ DECODED = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables and writes the JSON."""
     options = _options(arguments)
+    quiet()
     names = [n for n in BUILDERS if any(fnmatch.fnmatch(n, p) for p in options.contenders)]
     if not names:
         raise SystemExit(f"No contender matches. There are: {'; '.join(BUILDERS)}.")
@@ -112,13 +114,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}")
     parser.add_argument("--layers", type=int, default=22, help="of the decoder (default 22)")
-    parser.add_argument("--quick", action="store_true", help="5 rounds, a decoder of 2 layers")
+    parser.add_argument("--quick", action="store_true", help="5 rounds, small cases")
     parser.add_argument(
         "--output", type=Path, default=results.FOLDER / "models.json", help="where to write"
     )
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (5 if options.quick else ROUNDS)
     options.layers = 2 if options.quick else options.layers
+    options.sentences = 8 if options.quick else 64
     return options
 
 
@@ -134,9 +137,9 @@ def _minilm(
     model, tokenizer = load_minilm()
     listed = sentences()
     # Sixteen sentences in a row are more than 128 tokens: nothing is padded.
-    texts = [" ".join(listed[start : start + 16]) for start in range(64)]
+    texts = [" ".join(listed[start : start + 16]) for start in range(options.sentences)]
     batches = {
-        "MiniLM, 64 x 128 tokens": tokenizer(
+        f"MiniLM, {options.sentences} x 128 tokens": tokenizer(
             texts, max_length=128, truncation=True, return_tensors="pt"
         ),
         "MiniLM, one sentence": tokenizer(listed[:1], return_tensors="pt"),

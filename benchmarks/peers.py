@@ -31,9 +31,7 @@ def peers() -> list[Contender]:
     missing = [name for name in ("bitsandbytes", "torchao") if find_spec(name) is None]
     if missing:
         raise SystemExit(f"Not installed: {', '.join(missing)}. Run: pip install 'fxquant[bench]'.")
-    # bitsandbytes warns of its own casts in every call, and torchao of GPU libraries.
-    for name in ("bitsandbytes", "torchao"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    quiet()
     plain = [
         Contender(f"torch {short}", functools.partial(_dense, dtype), dtype, unit, 0.01)
         for short, dtype, unit in (("fp32", FP32, "float32"), ("bf16", BF16, "bfloat16"))
@@ -60,6 +58,12 @@ def peers() -> list[Contender]:
         Contender("torchao int8 dynamic", _torchao_int8, BF16, "int8", 0.03),
         Contender("torchao int4 weight-only", _torchao_int4, BF16, "bfloat16", 0.15),
     ]
+
+
+def quiet() -> None:
+    """Keeps the peers from warning of their own casts (in every call) and of GPU libraries."""
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _linear(weight: Tensor, dtype: torch.dtype) -> nn.Module:
