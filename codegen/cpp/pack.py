@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from fxquant.codegen.cpp.isa import Isa
-from fxquant.codegen.cpp.pack_codes import codes_of, fill_in
+from fxquant.codegen.cpp.pack_codes import SCALE, codes_of, fill_in
 from fxquant.formats import Encoding
 from fxquant.formats.quantizers import TableQuantizer, quantizer
 
@@ -77,6 +77,8 @@ inline float number(Bits x) {
 
 # Comparing magnitudes as integers is exact and carries NaN and Inf into the peak.
 _PEAK_OF_MAGNITUDE = """
+using Known = float;
+
 // What is known of a block: its largest magnitude.
 struct Peak {
   Bits high = 0;
@@ -89,7 +91,7 @@ struct Peak {
   inline float value() const { return number(high); }
 };
 
-inline void write_peak(float* peaks, int64_t count, int64_t block, float peak) {
+inline void write_peak(float* peaks, int64_t count, int64_t block, Known peak) {
   (void)count;
   peaks[block] = peak;
 }
@@ -99,7 +101,7 @@ _PEAK_OF_BOTH_ENDS = """
 // An element as an integer that orders as the values do, and back.
 inline Bits ordered(Bits x) { return Bits(x ^ (x < 0 ? MAGNITUDE : 0)); }
 
-struct Ends {
+struct Known {
   float low, high;  // the largest of -x, and of x
 };
 
@@ -121,10 +123,10 @@ struct Peak {
     high = std::max(high, other.high);
   }
   // A sum with 0 is never -0.
-  inline Ends value() const { return {0.0f - number(ordered(low)), number(ordered(high)) + 0.0f}; }
+  inline Known value() const { return {0.0f - number(ordered(low)), number(ordered(high)) + 0.0f}; }
 };
 
-inline void write_peak(float* peaks, int64_t count, int64_t block, Ends peak) {
+inline void write_peak(float* peaks, int64_t count, int64_t block, Known peak) {
   peaks[block] = peak.low;
   peaks[count + block] = peak.high;
 }
@@ -202,6 +204,26 @@ inline void encode_run(const Bits* x, int64_t first, int64_t count, uint8_t* out
   if (i < end) encode_part(x + i, 0, int(end - i), out + i / PER_BYTE, scale);
 }
 
+// Looks at one block, and notes its peak.
+inline Scale look(const Bits* x, int64_t block, int64_t width, int64_t count, float* peaks) {
+  Peak peak;
+  peak.look(x + block * width, width);
+  const Scale scale = scale_of(peak, false);
+  write_peak(peaks, count, block, scale.peak);
+  return scale;
+}
+
+// As many blocks as make up STEP elements, from number `block` on.
+inline void short_blocks(const Bits* x, int64_t block, int64_t width, int64_t count,
+                         uint8_t* codes, float* peaks) {
+  uint8_t found[STEP];
+  Scales scales;
+  for (int i = 0; i < STEP; i += int(width))
+    scales.put(i, int(width), look(x, block + i / width, width, count, peaks));
+  encode(x + block * width, found, scales);
+  join(found, codes + block * width / PER_BYTE);
+}
+
 // A block of any length, all threads at work on its pieces.
 void long_block(const Bits* x, int64_t first, int64_t length, int64_t block, int64_t count,
                 uint8_t* codes, float* peaks, int threads, bool cut_short) {
@@ -241,13 +263,15 @@ extern "C" void fxquant_pack(const void* input, int64_t blocks, int64_t width, i
   } else {
     // Each thread writes whole bytes.
     const int64_t share = std::max<int64_t>(1, PIECE / width / PER_BYTE) * PER_BYTE;
+    const int64_t per_step = width < STEP && STEP % width == 0 ? STEP / width : blocks + 1;
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (blocks > share)
     for (int64_t first = 0; first < blocks; first += share) {
-      for (int64_t block = first; block < std::min(first + share, blocks); ++block) {
-        Peak peak;
-        peak.look(x + block * width, width);
-        const Scale scale = scale_of(peak, false);
-        write_peak(peaks, count, block, scale.peak);
+      const int64_t end = std::min(first + share, blocks);
+      int64_t block = first;
+      for (; block + per_step <= end; block += per_step)
+        short_blocks(x, block, width, count, codes, peaks);
+      for (; block < end; ++block) {
+        const Scale scale = look(x, block, width, count, peaks);
         encode_run(x, block * width, width, codes, scale);
       }
     }
@@ -299,4 +323,5 @@ def render_pack(encoding: Encoding, dtype: torch.dtype, isa: Isa) -> str:
     peak = _PEAK_OF_MAGNITUDE if found.peak_rows == 1 else _PEAK_OF_BOTH_ENDS
     widen = _WIDEN_F16C[isa.name] if name == "float16" and "f16c" in isa.features else _WIDEN
     join = _JOIN[encoding.bits]
-    return head + _FLOAT[name] + widen + peak + codes_of(encoding, found, isa) + join + _RUN
+    codes = codes_of(encoding, found, isa)
+    return head + _FLOAT[name] + widen + peak + SCALE + codes + join + _RUN

@@ -1,7 +1,7 @@
 """The parts of a packing file that know levels: from a block's peak to its scale and its codes.
 
-Every form provides ``Scale`` (with the ``peak`` that is stored), ``scale_of(peak, last)`` and
-``encode``, which takes `STEP` elements to as many codes, one a byte.
+Every form provides ``scale_of(peak, last)``, which fills a ``Scale``, and ``encode``, which takes
+`STEP` elements to as many codes, one a byte, by one ``Scale`` or by one for each element.
 """
 
 from __future__ import annotations
@@ -37,23 +37,46 @@ def floats(numbers: Iterable[float]) -> str:
     return ", ".join(f"{text if set(text) & set('.en') else text + '.0'}f" for text in texts)
 
 
+SCALE = """
+// What a block's peak comes to: what its elements are multiplied with, or divided by, and for a
+// zero point what is added to their codes.
+struct Scale {
+  Known peak;
+  float factor, zero = 0.0f;
+  bool divides = false;
+  inline float factor_at(int) const { return factor; }
+  inline float zero_at(int) const { return zero; }
+};
+
+// The same for each of STEP elements that lie in several blocks.
+struct Scales {
+  float factors[STEP], zeros[STEP];
+  static constexpr bool divides = false;
+  inline float factor_at(int i) const { return factors[i]; }
+  inline float zero_at(int i) const { return zeros[i]; }
+  inline void put(int first, int count, const Scale& scale) {
+    for (int i = first; i < first + count; ++i) {
+      factors[i] = scale.factor;
+      zeros[i] = scale.zero;
+    }
+  }
+};
+"""
+
 _TABLE_SCALE = """
 // Blocks are divided by their peak, but never by less than this.
 constexpr float TINY = @tiny;
-struct Scale {
-  float peak, factor;
-  bool divides;  // by the factor, instead of multiplying with it
-};
 inline Scale scale_of(const Peak& found, bool last) {
   const float peak = found.value(), divisor = peak < TINY ? TINY : peak;
-  if (last && @is_flat) return {divisor, divisor, true};
-  return {peak, 1.0f / divisor, false};
+  if (last && @is_flat) return {divisor, divisor, 0.0f, true};
+  return {peak, 1.0f / divisor};
 }
-inline void rescale(float* values, const Scale& scale) {
+template <class S>
+inline void rescale(float* values, const S& scale) {
   if (scale.divides)
-    for (int i = 0; i < STEP; ++i) values[i] /= scale.factor;
+    for (int i = 0; i < STEP; ++i) values[i] /= scale.factor_at(i);
   else
-    for (int i = 0; i < STEP; ++i) values[i] *= scale.factor;
+    for (int i = 0; i < STEP; ++i) values[i] *= scale.factor_at(i);
 }
 """
 
@@ -64,7 +87,8 @@ inline int32_t code_of(float x) {
 @steps
   return code;
 }
-inline void encode(const Bits* x, uint8_t* codes, const Scale& scale) {
+template <class S>
+inline void encode(const Bits* x, uint8_t* codes, const S& scale) {
   float values[STEP];
   int32_t found[STEP];
   widen(x, values);
@@ -84,7 +108,8 @@ inline __m512i rank(__m512 x) {
 @steps
   return found;
 }
-inline void encode(const Bits* x, uint8_t* codes, const Scale& scale) {
+template <class S>
+inline void encode(const Bits* x, uint8_t* codes, const S& scale) {
   float values[STEP];
   widen(x, values);
   rescale(values, scale);
@@ -114,7 +139,8 @@ inline __m256i rank(const float* values) {
   }
   return found;
 }
-inline void encode(const Bits* x, uint8_t* codes, const Scale& scale) {
+template <class S>
+inline void encode(const Bits* x, uint8_t* codes, const S& scale) {
   float values[STEP];
   widen(x, values);
   rescale(values, scale);
@@ -144,7 +170,8 @@ struct Ranks {
     }
   }
 };
-inline void encode(const Bits* x, uint8_t* codes, const Scale& scale) {
+template <class S>
+inline void encode(const Bits* x, uint8_t* codes, const S& scale) {
   static const Ranks ranks;
   float values[STEP];
   widen(x, values);
@@ -160,9 +187,6 @@ inline void encode(const Bits* x, uint8_t* codes, const Scale& scale) {
 """
 
 _GRID = """
-struct Scale {
-  float peak, factor;
-};
 inline Scale scale_of(const Peak& found, bool) {
   const float peak = found.value();
   return {peak, 1.0f / peak};
@@ -179,13 +203,14 @@ struct Grid {
     }
   }
 };
-inline void encode(const Bits* x, uint8_t* codes, const Scale& scale) {
+template <class S>
+inline void encode(const Bits* x, uint8_t* codes, const S& scale) {
   static const Grid grid;
   float values[STEP];
   int32_t points[STEP];
   widen(x, values);
   for (int i = 0; i < STEP; ++i) {
-    float value = values[i] * scale.factor;
+    float value = values[i] * scale.factor_at(i);
     value = value >= -1.0f ? value : -1.0f;  // NaN too: 0 * inf, in a block of zeros
     value = value <= 1.0f ? value : 1.0f;
     value = (value + 1.0f) * 0.5f;
@@ -196,9 +221,6 @@ inline void encode(const Bits* x, uint8_t* codes, const Scale& scale) {
 """
 
 _SYMMETRIC_SCALE = """
-struct Scale {
-  float peak, divisor;
-};
 inline Scale scale_of(const Peak& found, bool) {
   const float peak = found.value(), scale = peak / @largest;
   return {peak, scale == 0.0f ? INFINITY : scale};
@@ -206,24 +228,16 @@ inline Scale scale_of(const Peak& found, bool) {
 """
 
 _FULL_RANGE_SCALE = """
-struct Scale {
-  Ends peak;
-  float divisor;
-};
 inline Scale scale_of(const Peak& found, bool) {
-  const Ends peak = found.value();
+  const Known peak = found.value();
   const float scale = (peak.high > peak.low ? -peak.high : peak.low) / @span;
   return {peak, scale == 0.0f ? INFINITY : scale};
 }
 """
 
 _ZERO_POINT_SCALE = """
-struct Scale {
-  Ends peak;
-  float divisor, zero;
-};
 inline Scale scale_of(const Peak& found, bool) {
-  const Ends peak = found.value();
+  const Known peak = found.value();
   const float low = peak.low > 0.0f ? peak.low : 0.0f, high = peak.high > 0.0f ? peak.high : 0.0f;
   const float scale = low / @largest + high / @largest;
   const float divisor = scale == 0.0f ? INFINITY : scale;
@@ -232,13 +246,14 @@ inline Scale scale_of(const Peak& found, bool) {
 """
 
 _ROUND = """
-inline void encode(const Bits* x, uint8_t* codes, const Scale& scale) {
+template <class S>
+inline void encode(const Bits* x, uint8_t* codes, const S& scale) {
   constexpr float WHOLE = 12582912.0f;  // 1.5 * 2**23: a sum with it is rounded to a whole number,
   float values[STEP];                   // halves to even, which stands in its lower bits
   widen(x, values);
-  const float least = @least, most = @most;
   for (int i = 0; i < STEP; ++i) {
-    float value = values[i] / scale.divisor;
+    const float least = @least, most = @most;
+    float value = values[i] / scale.factor_at(i);
     value = value > least ? value : least;
     value = value < most ? value : most;
     value += WHOLE;
@@ -264,8 +279,8 @@ def codes_of(encoding: Encoding, found: Quantizer, isa: Isa) -> str:
     largest = f"{found.largest}.0f"
     values = {"mask": 2**encoding.bits - 1, "zero": "", "most": largest}
     if isinstance(found, ZeroPointQuantizer):
-        values |= {"least": "-scale.zero", "most": f"{largest} - scale.zero"}
-        values["zero"] = " + uint32_t(scale.zero)"
+        values |= {"least": "-scale.zero_at(i)", "most": f"{largest} - scale.zero_at(i)"}
+        values["zero"] = " + uint32_t(scale.zero_at(i))"
         return fill_in(_ZERO_POINT_SCALE + _ROUND, **values, largest=largest)
     values["least"] = f"{found.smallest}.0f"
     if isinstance(found, FullRangeQuantizer):

@@ -156,7 +156,8 @@ def test_every_short_length(encoding, dtype, isa) -> None:
     for count in [*range(1, 70), 127, 128, 129, 4095]:
         x = values("normal", count, count, encoding, dtype)
         if encoding.is_flat:
-            check(kernel, x, with_block(encoding, (16,)))
+            for short in ((16,), (32,)):
+                check(kernel, x, with_block(encoding, short))
             check(kernel, x, encoding)
         else:
             check(kernel, x.view(1, -1), encoding)
@@ -167,7 +168,7 @@ def test_every_short_length(encoding, dtype, isa) -> None:
 def test_channels_that_share_bytes_and_blocks_longer_than_a_piece(isa, threads) -> None:
     channels = Encoding(4, UNEVEN, (1, -1))
     kernel = built(channels, FLOAT32, isa)
-    for shape in ((3, 300001), (70000, 3), (1001, 77), (5, 2, 13), (300, 1)):
+    for shape in ((3, 300001), (70000, 3), (1001, 77), (5, 2, 13), (300, 1), (999, 8), (77, 32)):
         x = values("normal", math.prod(shape), 0, channels, FLOAT32).view(shape)
         check(kernel, x, channels, threads=threads)
     whole = Encoding(4, "nf4", (-1,))
