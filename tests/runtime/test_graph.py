@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.runtime import cpp
 from fxquant.runtime.store import STORE
 from tests.bounds import assert_close_within, product_bound
 from tests.helpers import TwoLayers, compile_, decoded, frozen, packed_of
@@ -167,3 +170,29 @@ def test_packed_models_move_and_change_dtype() -> None:
     assert [row.error_db for row in rows] == errors_db
     assert {row.scheme for row in rows} == {"nf4"}
     assert fxquant.release_weights(model) == 0
+
+
+def test_kernels_repack_each_weight_once_and_drop_it_with_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[weakref.ref[Any]] = []
+
+    class Counted(cpp.Prepared):
+        __slots__ = ("__weakref__",)
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(cpp, "Prepared", Counted)
+    model = frozen(TwoLayers())
+    compiled = compile_(model)
+    for rows in (3, 3, 5, 7):
+        x = torch.randn(rows, 128)
+        torch.testing.assert_close(compiled(x), decoded(model)(x), rtol=1e-4, atol=1e-4)
+        compiled(x.requires_grad_()).sum().backward()
+    assert len(made) == 2
+    del model, compiled
+    torch._dynamo.reset()
+    gc.collect()
+    assert [ref() for ref in made] == [None, None]
