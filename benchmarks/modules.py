@@ -35,6 +35,20 @@ def bitsandbytes_nf4(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def bitsandbytes_repacked(model: nn.Module) -> nn.Module:
+    """As `bitsandbytes_nf4`, with what the first call of each module does to its weight done.
+
+    It repacks the weight for the AVX512 kernel, which compiled code would do within its graph.
+    """
+    import bitsandbytes
+
+    packed = bitsandbytes_nf4(model)
+    for module in packed.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module(torch.zeros(1, module.in_features, dtype=torch.bfloat16))
+    return packed
+
+
 def fbgemm_dynamic(model: nn.Module) -> nn.Module:
     """Every linear module as PyTorch's dynamic int8."""
     from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
