@@ -68,29 +68,29 @@ def _struct(plan: Plan) -> list[str]:
 
 
 def _value(plan: Plan) -> list[str]:
-    """``value<PLACE>``: float32 levels of a place."""
+    """``value(codes, place)``: float32 levels of a place."""
     bits, isa = plan.encoding.bits, plan.isa.name
     if plan.path == "int8" and plan.spec.outliers is None:
         return []
-    head = f"template <int PLACE> INLINE vf value(vi codes) const {{  // {bits}-bit place to float32"
+    head = f"INLINE vf value(vi codes, int place) const {{  // {bits}-bit place to float32"
     if bits == 8 and plan.path == "int8":
         # What is stored is what is multiplied: the biased integer.
         bias = f"spread(-{plan.byte_bias}.0f)"
-        taken = "to_float(plain_byte<8 * PLACE>(codes))"
+        taken = "to_float(plain_byte(codes, 8 * place))"
         return [head, f"  return add({taken}, {bias});", "}"]
     if bits == 8 and plan.encoding.is_uniform:
         taken = "plain_byte" if plan.encoding.zero_point else "sign_byte"
-        return [head, f"  return to_float({taken}<8 * PLACE>(codes));", "}"]
+        return [head, f"  return to_float({taken}(codes, 8 * place));", "}"]
     if bits == 8:
         return [head, f"  {_GATHER[isa]}", "}"]
     return [*_LOOKUP[isa](bits)[0], head, *_LOOKUP[isa](bits)[1], "}"]
 
 
 _GATHER = {
-    "avx512": "return _mm512_i32gather_ps(plain_byte<8 * PLACE>(codes), LEVELS, 4);",
-    "avx2": "return _mm256_i32gather_ps(LEVELS, plain_byte<8 * PLACE>(codes), 4);",
+    "avx512": "return _mm512_i32gather_ps(plain_byte(codes, 8 * place), LEVELS, 4);",
+    "avx2": "return _mm256_i32gather_ps(LEVELS, plain_byte(codes, 8 * place), 4);",
     "portable": (
-        "vf out; for (int i = 0; i < LANES; ++i) out[i] = LEVELS[codes[i] >> (8 * PLACE) & 255u]; "
+        "vf out; for (int i = 0; i < LANES; ++i) out[i] = LEVELS[codes[i] >> (8 * place) & 255u]; "
         "return out;"
     ),
 }
@@ -99,12 +99,12 @@ _GATHER = {
 def _lookup_avx512(bits: int) -> tuple[list[str], list[str]]:
     return (
         ["vf levels = load(LEVELS);"],
-        [f"  return _mm512_permutexvar_ps(shift_right<{bits} * PLACE>(codes), levels);"],
+        [f"  return _mm512_permutexvar_ps(shift_right(codes, {bits} * place), levels);"],
     )
 
 
 def _lookup_avx2(bits: int) -> tuple[list[str], list[str]]:
-    index = f"  const vi index = shift_right<{bits} * PLACE>(codes);"
+    index = f"  const vi index = shift_right(codes, {bits} * place);"
     if bits == 2:
         return (
             ["vf levels = load(LEVELS);"],
@@ -128,7 +128,7 @@ def _lookup_portable(bits: int) -> tuple[list[str], list[str]]:
         [
             "  vf out;",
             "  for (int i = 0; i < LANES; ++i)",
-            f"    out[i] = LEVELS[codes[i] >> ({bits} * PLACE) & {mask}u];",
+            f"    out[i] = LEVELS[codes[i] >> ({bits} * place) & {mask}u];",
             "  return out;",
         ],
     )
@@ -138,18 +138,18 @@ _LOOKUP = {"avx512": _lookup_avx512, "avx2": _lookup_avx2, "portable": _lookup_p
 
 
 def _operand(plan: Plan) -> list[str]:
-    """``operand<STEP>``: what one instruction multiplies."""
+    """``operand(codes, step)``: what one instruction multiplies."""
     bits = plan.encoding.bits
     if plan.path == "f32":
-        head = "template <int STEP> INLINE vf operand(vi codes) const {"
-        return [head, "  return value<STEP>(codes);", "}"]
-    head = "template <int STEP> INLINE vi operand(vi codes) const {"
+        head = "INLINE vf operand(vi codes, int step) const {"
+        return [head, "  return value(codes, step);", "}"]
+    head = "INLINE vi operand(vi codes, int step) const {"
     if plan.path == "int8":
         return _bytes(plan, head)
     if bits == 8:
         whole = plan.encoding.is_uniform
         return [head, *(_PAIR_OF_WHOLE if whole else _PAIR_OF_FLOATS), "}"]
-    taken = f"shift_right<{bits} * STEP>(codes)"
+    taken = f"shift_right(codes, {bits} * step)"
     return [
         "vi operands = load(reinterpret_cast<const uint32_t*>(OPERAND_LEVELS));",
         head + "  // both halves at once",
@@ -158,13 +158,13 @@ def _operand(plan: Plan) -> list[str]:
     ]
 
 
-_PAIR_OF_FLOATS = ("  return pair(value<STEP>(codes), value<STEP + STEPS>(codes));",)
+_PAIR_OF_FLOATS = ("  return pair(value(codes, step), value(codes, step + STEPS));",)
 _PAIR_OF_WHOLE = (
     # Whole numbers up to 256 are bfloat16 when cut off.
-    "  const vi low = _mm512_castps_si512(value<STEP>(codes));",
-    "  const vi high = _mm512_castps_si512(value<STEP + STEPS>(codes));",
+    "  const vi low = _mm512_castps_si512(value(codes, step));",
+    "  const vi high = _mm512_castps_si512(value(codes, step + STEPS));",
     "  const vi upper = _mm512_set1_epi32(int(0xffff0000u));",
-    "  return _mm512_ternarylogic_epi32(upper, high, shift_right<16>(low), 0xea);  // a & b | c",
+    "  return _mm512_ternarylogic_epi32(upper, high, shift_right(low, 16), 0xea);  // a & b | c",
 )
 
 
@@ -178,7 +178,7 @@ def _bytes(plan: Plan, head: str) -> list[str]:
             head,
             "  vi out;",
             "  for (int i = 0; i < LANES; ++i) {",
-            f"    const uint32_t index = codes[i] >> ({bits} * STEP);",
+            f"    const uint32_t index = codes[i] >> ({bits} * step);",
             f"    out[i] = OPERAND_LEVELS[index & {mask}u] | OPERAND_LEVELS[index >> 8 & {mask}u] << 8 |",
             f"             OPERAND_LEVELS[index >> 16 & {mask}u] << 16 |",
             f"             uint32_t(OPERAND_LEVELS[index >> 24 & {mask}u]) << 24;",
@@ -187,7 +187,7 @@ def _bytes(plan: Plan, head: str) -> list[str]:
             "}",
         ]
     load = "vi operands = load(reinterpret_cast<const uint32_t*>(OPERAND_LEVELS));"
-    taken = f"shift_right<{bits} * STEP>(codes)"
+    taken = f"shift_right(codes, {bits} * step)"
     if isa == "avx512":
         found = f"_mm512_permutexvar_epi8({taken}, operands)"
     else:

@@ -17,7 +17,7 @@ def few(plan: Plan) -> str:
     end = "to_float(sum)"
     if plan.encoding.zero_point:
         xsum = "spread(-float(sums[block * ROWS + row]))"
-        end = f"fma(load(zeros + v * LANES), {xsum}, to_float(sum))"
+        end = f"fma(load(zeros + (v0 + v) * LANES), {xsum}, to_float(sum))"
     zeros = "    const float* zeros = scales.zeros_at(block);\n" if plan.encoding.zero_point else ""
     heights = "\n".join(
         f"    case {height}: return few_rows<{height}>(w, tile, x, sums, totals);"
@@ -39,7 +39,7 @@ constexpr int vectors_of(int rows, int all) {
 
 // ROWS rows against one tile of outputs: totals[row][64].
 template <int ROWS>
-void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, float* totals) {
+ALONE void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, float* totals) {
   constexpr int ALL = TILE / LANES;  // vectors that hold a tile's outputs
   constexpr int VECTORS = vectors_of(ROWS, ALL);
   // Few sums would wait for each other: they are made in turns.
@@ -53,48 +53,37 @@ void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, f
 @ZEROS@    const int64_t first = block * GROUPS_OF_BLOCK;
     const int64_t last = std::min(first + GROUPS_OF_BLOCK, GROUPS);
     for (int v0 = 0; v0 < ALL; v0 += VECTORS) {
-      sum_t part[TURNS][VECTORS][ROWS];
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v) {
-#pragma GCC unroll 16
-        for (int row = 0; row < ROWS; ++row) {
-          part[0][v][row] = @BEGIN@;
-          if (TURNS == 2) part[TURNS - 1][v][row] = sum_t{};
-        }
-      }
+      Sums<VECTORS * ROWS> part, turn;
+      each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
+        constexpr int row = i % ROWS;
+        (void)row;
+        at<i>(part) = @BEGIN@;
+        if (TURNS == 2) at<i>(turn) = sum_t{};
+      });
       const uint32_t* codes = w.codes() + ((tile * GROUPS + first) * TILE + v0 * LANES);
       const x_t* xs = x + first * STEPS * ROWS;
 #pragma GCC unroll 1
       for (int64_t group = first; group < last; ++group) {
-        if (v0 == 0) {
-#pragma GCC unroll 4
-          for (int line = 0; line < 4; ++line) __builtin_prefetch(codes + AHEAD + 16 * line);
-        }
-#pragma GCC unroll 16
-        for (int v = 0; v < VECTORS; ++v) {
+        if (v0 == 0) prefetch(codes + AHEAD);
+        each<VECTORS>([&](auto v) INLINE_LAMBDA {
           const vi code = load(codes + v * LANES);
-          for_steps([&](auto step) INLINE_LAMBDA {
-            constexpr int STEP = decltype(step)::value;
-            const auto operand = decoder.operand<STEP>(code);
-#pragma GCC unroll 16
-            for (int row = 0; row < ROWS; ++row)
-              dot(part[STEP % TURNS][v][row], operand, xs + STEP * ROWS + row);
+          each<STEPS>([&](auto step) INLINE_LAMBDA {
+            const auto operand = decoder.operand(code, step);
+            each<ROWS>([&](auto row) INLINE_LAMBDA {
+              constexpr bool is_second = TURNS == 2 && step % 2;
+              dot(at<v * ROWS + row>(is_second ? turn : part), operand, xs + step * ROWS + row);
+            });
           });
-        }
+        });
         codes += TILE;
         xs += STEPS * ROWS;
       }
-#pragma GCC unroll 16
-      for (int v = 0; v < VECTORS; ++v) {
-        const vf factor = load(scale + (v0 + v) * LANES);
-#pragma GCC unroll 16
-        for (int row = 0; row < ROWS; ++row) {
-          sum_t sum = part[0][v][row];
-          if (TURNS == 2) sum = add(sum, part[TURNS - 1][v][row]);
-          float* total = totals + row * TILE + (v0 + v) * LANES;
-          store(total, fma(@END@, factor, load(total)));
-        }
-      }
+      each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
+        constexpr int row = i % ROWS, v = i / ROWS;
+        const sum_t sum = TURNS == 2 ? add(at<i>(part), at<i>(turn)) : at<i>(part);
+        float* total = totals + row * TILE + (v0 + v) * LANES;
+        store(total, fma(@END@, load(scale + (v0 + v) * LANES), load(total)));
+      });
     }
   }
 }

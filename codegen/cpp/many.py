@@ -11,10 +11,10 @@ def many(plan: Plan) -> str:
     if plan.path == "int8":
         if plan.byte_bias:
             begin = "spread(uint32_t(-BYTE_BIAS * sums[row]))"
-        end = "fma(to_float(sum), load(scale + at), load(total))"
+        end = "fma(to_float(sum), load(scale + at_n), load(total))"
         if plan.encoding.zero_point:
-            whole = "fma(load(zeros + at), spread(-float(sums[row])), to_float(sum))"
-            end = f"fma({whole}, load(scale + at), load(total))"
+            whole = "fma(load(zeros + at_n), spread(-float(sums[row])), to_float(sum))"
+            end = f"fma({whole}, load(scale + at_n), load(total))"
     heights = "\n".join(
         f"    case {height}: return many_rows<{height}>(w, steps, x, sums, scale, zeros, totals);"
         for height in plan.isa.many_heights
@@ -28,11 +28,11 @@ def _decode(plan: Plan) -> str:
         return "" if plan.encoding.bits == 8 else _DECODE_BYTES
     if plan.path == "bf16":
         body = (
-            "store(out_at, pair(scaled(decoder.value<STEP>(code), {low}),\n"
-            "                       scaled(decoder.value<STEP + STEPS>(code), {high})));"
+            "store(out_at, pair(scaled(decoder.value(code, step), {low}),\n"
+            "                       scaled(decoder.value(code, step + STEPS), {high})));"
         )
     else:
-        body = "store(reinterpret_cast<float*>(out_at), scaled(decoder.value<STEP>(code), {low}));"
+        body = "store(reinterpret_cast<float*>(out_at), scaled(decoder.value(code, step), {low}));"
     text = _DECODE_REGULAR if plan.is_regular else _DECODE_GATHERED
     low, high = "s, z", "s, z"
     if not plan.is_regular:
@@ -80,13 +80,12 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
       const vf s = load(scale + v * LANES), z = @ZEROS@;
       for (int64_t g = group; g < end; ++g) {
         const uint32_t* codes = w.codes() + (tile * GROUPS + g) * TILE;
-        __builtin_prefetch(codes + AHEAD + v * LANES);
         const vi code = load(codes + v * LANES);
-        for_steps([&](auto step) INLINE_LAMBDA {
-          constexpr int STEP = decltype(step)::value;
-          uint32_t* out_at = out + ((g - first) * STEPS + STEP) * TILE + v * LANES;
+#pragma GCC unroll 16
+        for (int step = 0; step < STEPS; ++step) {
+          uint32_t* out_at = out + ((g - first) * STEPS + step) * TILE + v * LANES;
           @BODY@
-        });
+        }
       }
     }
     group = end;
@@ -103,14 +102,15 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
   constexpr int ALL = TILE / LANES;
   for (int64_t group = first; group < last; ++group) {
     const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
+    prefetch(codes + AHEAD);
     for (int v = 0; v < ALL; ++v) {
       const vi code = load(codes + v * LANES);
-      for_steps([&](auto step) INLINE_LAMBDA {
-        constexpr int STEP = decltype(step)::value;
-        const int64_t k = group * PER_DWORD + STEP * PER_STEP;
-        uint32_t* out_at = out + ((group - first) * STEPS + STEP) * TILE + v * LANES;
+#pragma GCC unroll 16
+      for (int step = 0; step < STEPS; ++step) {
+        const int64_t k = group * PER_DWORD + step * PER_STEP;
+        uint32_t* out_at = out + ((group - first) * STEPS + step) * TILE + v * LANES;
         @BODY@
-      });
+      }
     }
   }
 }
@@ -123,14 +123,14 @@ void decode_chunk(const Weight& w, int64_t tile, int64_t first, int64_t last, ui
   constexpr int ALL = TILE / LANES;
   for (int64_t group = first; group < last; ++group) {
     const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
+    prefetch(codes + AHEAD);
     for (int v = 0; v < ALL; ++v) {
-      __builtin_prefetch(codes + AHEAD + v * LANES);
       const vi code = load(codes + v * LANES);
-      for_steps([&](auto step) INLINE_LAMBDA {
-        constexpr int STEP = decltype(step)::value;
-        store(out + ((group - first) * STEPS + STEP) * TILE + v * LANES,
-              decoder.operand<STEP>(code));
-      });
+#pragma GCC unroll 16
+      for (int step = 0; step < STEPS; ++step) {
+        store(out + ((group - first) * STEPS + step) * TILE + v * LANES,
+              decoder.operand(code, step));
+      }
     }
   }
 }
@@ -139,36 +139,35 @@ void decode_chunk(const Weight& w, int64_t tile, int64_t first, int64_t last, ui
 _MANY = """\
 // ROWS rows against steps of a decoded tile: totals[row][64] += .
 template <int ROWS>
-void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
+ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
                const float* scale, const float* zeros, float* totals) {
   (void)sums, (void)scale, (void)zeros;
   for (int at0 = 0; at0 < TILE; at0 += 2 * LANES) {
-    sum_t part[ROWS][2];
-#pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row) part[row][0] = part[row][1] = @BEGIN@;
+    Sums<2 * ROWS> part;
+    each<2 * ROWS>([&](auto i) INLINE_LAMBDA {
+      constexpr int row = i / 2;
+      (void)row;
+      at<i>(part) = @BEGIN@;
+    });
     const operand_t* ws = reinterpret_cast<const operand_t*>(w) + at0;
     const x_t* xs = x;
 #pragma GCC unroll 1
     for (int64_t step = 0; step < steps; ++step) {
       const auto w0 = load(ws), w1 = load(ws + LANES);
-#pragma GCC unroll 16
-      for (int row = 0; row < ROWS; ++row) {
-        dot(part[row][0], w0, xs + row);
-        dot(part[row][1], w1, xs + row);
-      }
+      each<ROWS>([&](auto row) INLINE_LAMBDA {
+        dot(at<2 * row>(part), w0, xs + row);
+        dot(at<2 * row + 1>(part), w1, xs + row);
+      });
       ws += TILE;
       xs += ROWS;
     }
-#pragma GCC unroll 16
-    for (int row = 0; row < ROWS; ++row) {
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        const int at = at0 + half * LANES;
-        float* total = totals + row * TILE + at;
-        const sum_t sum = part[row][half];
-        store(total, @END@);
-      }
-    }
+    each<2 * ROWS>([&](auto i) INLINE_LAMBDA {
+      constexpr int row = i / 2;
+      const int at_n = at0 + i % 2 * LANES;
+      float* total = totals + row * TILE + at_n;
+      const sum_t sum = at<i>(part);
+      store(total, @END@);
+    });
   }
 }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
-
 from fxquant.codegen.cpp import call, decode, few, finish, layout, many, rows, scales, vectors
 from fxquant.codegen.cpp.isa import PORTABLE, Isa
 from fxquant.codegen.cpp.math import prelude_text
@@ -32,7 +30,7 @@ def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
         vectors.vectors(isa.name, plan.path),
         vectors.pair(isa.name, plan.path),
         vectors.dot(isa.name, plan.path),
-        _STEPS,
+        _SUMS,
         prelude_text(finish.prelude(plan)).strip("\n"),
         _conversions(plan),
         decode.decode(plan),
@@ -61,7 +59,8 @@ def _includes(plan: Plan) -> str:
     )
     macros = (
         "#define INLINE [[gnu::always_inline]] inline\n"
-        "#define INLINE_LAMBDA __attribute__((always_inline))"
+        "#define INLINE_LAMBDA __attribute__((always_inline))\n"
+        "#define ALONE [[gnu::noinline]]  // inlined, GCC would keep sums in memory"
     )
     return "\n".join([*lines, omp, "", macros])
 
@@ -107,7 +106,7 @@ def _sizes(plan: Plan) -> str:
         "FEW_ROWS": plan.isa.few_heights[0] * 3,
         "OPERANDS": len(spec.epilogue.operands),
         "OUTLIERS": 0 if spec.outliers is None else (spec.outliers.columns or k),
-        "AHEAD": 1024,
+        "AHEAD": 2048,
     }
     lines = [f"using {name} = {value};" for name, value in types.items()]
     lines += [f"constexpr int64_t {name} = {value};" for name, value in counts.items()]
@@ -145,12 +144,31 @@ def _conversions(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-_STEPS = textwrap.dedent("""\
-    // Calls f for every step of a group, with the step as a constant.
-    template <typename F, int... I> INLINE void for_steps(F&& f, std::integer_sequence<int, I...>) {
-      (f(std::integral_constant<int, I>{}), ...);
-    }
-    template <typename F> INLINE void for_steps(F&& f) {
-      for_steps(f, std::make_integer_sequence<int, STEPS>{});
-    }
-    """)
+_SUMS = """\
+// A group on its way to the second-level cache; what lies behind the weight is not touched.
+INLINE void prefetch(const uint32_t* group) {
+  for (int line = 0; line < TILE / 16; ++line) __builtin_prefetch(group + 16 * line, 0, 2);
+}
+
+// Calls f with 0, 1 .. COUNT - 1 as constants.
+template <typename F, int... I> INLINE void each(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int COUNT, typename F> INLINE void each(F&& f) {
+  each(f, std::make_integer_sequence<int, COUNT>{});
+}
+
+// Sums that stay in registers: members, for GCC would keep an array in memory.
+template <int COUNT> struct Sums {
+  sum_t first;
+  Sums<COUNT - 1> rest;
+};
+template <> struct Sums<0> {};
+
+template <int I, int COUNT> INLINE sum_t& at(Sums<COUNT>& sums) {
+  if constexpr (I == 0)
+    return sums.first;
+  else
+    return at<I - 1>(sums.rest);
+}
+"""

@@ -9,6 +9,8 @@ from __future__ import annotations
 _AVX512 = """\
 using vf = __m512;   // 16 floats
 using vi = __m512i;  // 16 dwords
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef int32_t vs __attribute__((vector_size(64)));
 @SUM@constexpr int LANES = 16;
 
 INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
@@ -23,18 +25,18 @@ INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
 INLINE vf to_float(vf x) { return x; }
-template <int BITS> INLINE vi shift_right(vi x) { return _mm512_srli_epi32(x, BITS); }
-template <int BITS> INLINE vi sign_byte(vi x) {  // the byte that starts at BITS, as a signed dword
-  return _mm512_srai_epi32(_mm512_slli_epi32(x, 24 - BITS), 24);
+INLINE vi shift_right(vi x, int bits) { return vi(vu(x) >> bits); }
+INLINE vi sign_byte(vi x, int first) {  // the byte that starts at a bit, as a signed dword
+  return vi(vs(vu(x) << (24 - first)) >> 24);
 }
-template <int BITS> INLINE vi plain_byte(vi x) {  // the byte that starts at BITS
-  return _mm512_and_si512(_mm512_srli_epi32(x, BITS), _mm512_set1_epi32(255));
-}
+INLINE vi plain_byte(vi x, int first) { return vi(vu(x) >> first & 255u); }
 """
 
 _AVX2 = """\
 using vf = __m256;   // 8 floats
 using vi = __m256i;  // 8 dwords
+typedef uint32_t vu __attribute__((vector_size(32)));
+typedef int32_t vs __attribute__((vector_size(32)));
 @SUM@constexpr int LANES = 8;
 
 INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
@@ -49,13 +51,11 @@ INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vf to_float(vi x) { return _mm256_cvtepi32_ps(x); }
 INLINE vf to_float(vf x) { return x; }
-template <int BITS> INLINE vi shift_right(vi x) { return _mm256_srli_epi32(x, BITS); }
-template <int BITS> INLINE vi sign_byte(vi x) {  // the byte that starts at BITS, as a signed dword
-  return _mm256_srai_epi32(_mm256_slli_epi32(x, 24 - BITS), 24);
+INLINE vi shift_right(vi x, int bits) { return vi(vu(x) >> bits); }
+INLINE vi sign_byte(vi x, int first) {  // the byte that starts at a bit, as a signed dword
+  return vi(vs(vu(x) << (24 - first)) >> 24);
 }
-template <int BITS> INLINE vi plain_byte(vi x) {  // the byte that starts at BITS
-  return _mm256_and_si256(_mm256_srli_epi32(x, BITS), _mm256_set1_epi32(255));
-}
+INLINE vi plain_byte(vi x, int first) { return vi(vu(x) >> first & 255u); }
 """
 
 _PORTABLE = """\
@@ -77,11 +77,11 @@ INLINE vf mul(vf a, vf b) { return a * b; }
 INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(vs(x), vf); }
 INLINE vf to_float(vf x) { return x; }
-template <int BITS> INLINE vi shift_right(vi x) { return x >> BITS; }
-template <int BITS> INLINE vi sign_byte(vi x) {  // the byte that starts at BITS, as a signed dword
-  return vi(vs(x << (24 - BITS)) >> 24);
+INLINE vi shift_right(vi x, int bits) { return x >> bits; }
+INLINE vi sign_byte(vi x, int first) {  // the byte that starts at a bit, as a signed dword
+  return vi(vs(x << (24 - first)) >> 24);
 }
-template <int BITS> INLINE vi plain_byte(vi x) { return (x >> BITS) & 255u; }
+INLINE vi plain_byte(vi x, int first) { return x >> first & 255u; }
 """
 
 _VECTORS = {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE}
