@@ -27,9 +27,10 @@ UNEVEN = tuple(((i * 37) % 16 - 7.3) ** 3 / 700 for i in range(16))
 # Every form of a kernel, and every dtype with forms that read it differently.
 KERNELS = [
     (Encoding(4, "nf4"), BFLOAT16),
+    (Encoding(4, "fp4"), FLOAT32),
     (Encoding(4, UNEVEN, (1, -1)), FLOAT32),
     (Encoding(2, "nf2"), FLOAT16),
-    (Encoding(8, "e4m3"), BFLOAT16),
+    (Encoding(8, "e4m3"), FLOAT32),
     (Encoding(8, "dynamic8"), FLOAT32),
     (Encoding(8), BFLOAT16),
     (Encoding(2, full_range=True), FLOAT16),
@@ -86,20 +87,19 @@ def values(kind: str, count: int, seed: int, encoding: Encoding, dtype: torch.dt
     draw = torch.Generator().manual_seed(seed)
     normal = torch.randn(count, generator=draw)
     limit = torch.finfo(dtype).max
-    if kind == "midpoints":
-        # Exact midpoints of a block whose largest magnitude is a power of two, and neighbours.
-        book = None if encoding.is_uniform else get_codebook(encoding.levels)
+    if kind in {"midpoints", "scaled midpoints"}:
+        # Midpoints and their neighbours in blocks whose peak is a power of two, so that they are
+        # met exactly, or is any number: then products with its reciprocal differ from quotients.
         largest = 2 ** (encoding.bits - 1) - 1
-        found = (
-            [(i + 0.5) / largest for i in range(-largest, largest)]
-            if book is None
-            else [*thresholds(book).midpoints]
-        )
-        points = torch.tensor([*found, 1.0, -1.0])
+        points = torch.arange(-largest + 0.5, largest) / largest
+        if not encoding.is_uniform:
+            points = torch.tensor(thresholds(get_codebook(encoding.levels)).midpoints)
         towards = torch.tensor([-2.0, 0.0, 2.0])
-        around = torch.nextafter(points[:, None], towards).view(-1)
-        picked = torch.randint(len(around), (count,), generator=draw)
-        numbers = around[picked] * 2.0 ** int(torch.randint(-6, 6, (), generator=draw))
+        around = torch.cat([points, torch.nextafter(points[:, None], towards).view(-1)])
+        numbers = around[torch.randint(len(around), (count,), generator=draw)]
+        numbers[::15] = 1.0
+        power = 2.0 ** int(torch.randint(-6, 6, (), generator=draw))
+        numbers *= power if kind == "midpoints" else torch.rand((), generator=draw) + 0.1
     elif kind == "tiny":
         numbers = normal * 10.0 ** (-46 + 9 * torch.rand((), generator=draw))
         numbers = numbers if dtype != FLOAT16 else normal * 2.0**-20
@@ -114,7 +114,7 @@ def values(kind: str, count: int, seed: int, encoding: Encoding, dtype: torch.dt
     return numbers.clamp(-limit, limit).to(dtype)
 
 
-KINDS = ["normal", "midpoints", "tiny", "huge", "zeros", "one-sided"]
+KINDS = ["normal", "midpoints", "scaled midpoints", "tiny", "huge", "zeros", "one-sided"]
 
 
 @isas
