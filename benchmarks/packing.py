@@ -80,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--size", type=int, default=4096, help="rows and columns (default 4096)")
-    parser.add_argument("--rounds", type=int, help="default 11")
+    parser.add_argument("--rounds", type=int, help="default 7")
     parser.add_argument("--quick", action="store_true", help="3 rounds")
     parser.add_argument(
         "--output", type=Path, default=results.FOLDER / "packing.json", help="where to write"
     )
     options = parser.parse_args(arguments)
-    options.rounds = options.rounds or (3 if options.quick else 11)
+    options.rounds = options.rounds or (3 if options.quick else 7)
     return options
 
 
