@@ -28,7 +28,7 @@ def entry(plan: Plan) -> str:
 
 
 def _reads_directly(plan: Plan) -> bool:
-    """Whether a single row can be read where it is."""
+    """Whether rows can be lines as they are."""
     spec = plan.spec
     same = spec.x_dtype == {"bf16": "bfloat16", "f32": "float32"}.get(plan.path, "")
     return same and spec.compute_dtype == spec.x_dtype and not plan.encoding.zero_point
@@ -86,25 +86,42 @@ _PACK_OUTLIER_ROW = """
     pack_outliers(call, e, x, call.apart + (e * rows + row) * K);"""
 
 _PACK = """\
-// Packs the rows of the activation that are under work; every thread takes some.
+// Panels of the rows that are under work; every thread makes some.
 template <int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
-  if (call.is_direct) return;
-@OUTLIERS@  const int64_t all = padded(rows, heights);
-  for (int64_t item = of.thread; item < E * all; item += of.threads) {
-    const int64_t e = item / all, row = item % all;
-    const int64_t panel_row = row / heights[0] * heights[0], at = e * all + panel_row;
-    const int height = height_of(rows - panel_row, heights);
-    x_t* panel = call.panels + at * ALL_STEPS + (row - panel_row);
-    xsum_t* sums = call.sums + at * BLOCKS + (row - panel_row);
-    if (row >= rows) {
-      for (int64_t step = 0; step < ALL_STEPS; ++step) panel[step * height] = 0;
-      for (int64_t block = 0; KEEPS_SUMS && block < BLOCKS; ++block) sums[block * height] = 0;
-      continue;
-    }
+  const bool is_single = rows == 1 && height_of(1, heights) == 1;
+  if (call.is_line && is_single) return;
+@OUTLIERS@  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
+  for (int64_t item = of.thread; !call.is_line && item < E * rows; item += of.threads) {
+    const int64_t e = item / rows, row = item % rows, panel_row = row / heights[0] * heights[0];
     const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
-    call.row_scales[e * rows + row] = pack_row(call, e, x, panel, sums, height);@APART@
+    xsum_t* sums = call.sums + (e * all + panel_row) * BLOCKS + (row - panel_row);
+    const int height = height_of(rows - panel_row, heights);
+    call.row_scales[item] = line_of(call, e, x, call.lines + item * ALL_STEPS, sums, height);@APART@
+  }
+#pragma omp barrier
+  if (is_single) return;
+  const int64_t parts = panels < of.threads ? of.threads : 1;
+  for (int64_t item = of.thread; item < E * panels * parts; item += of.threads) {
+    const int64_t e = item / parts / panels, panel_row = item / parts % panels * heights[0];
+    const auto steps = Share(item % parts, parts).part(ALL_STEPS);
+    const int height = height_of(rows - panel_row, heights);
+    const x_t* lines[MOST_ROWS];
+    for (int row = 0; row < height; ++row) {
+      const int64_t line = std::min<int64_t>(panel_row + row, rows - 1);
+      lines[row] = call.is_line ? reinterpret_cast<const x_t*>(call.x + e * call.x_e +
+                                                               (super_first + line) * call.x_row)
+                                : call.lines + (e * rows + line) * ALL_STEPS;
+    }
+    x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
+    // A cache line of a row at a time: rows are often apart by what evicts each other.
+    for (int64_t first = steps.first; first < steps.last; first += 16) {
+      const int64_t last = std::min(first + 16, steps.last);
+      for (int row = 0; row < height; ++row)
+        for (int64_t step = first; step < last; ++step)
+          panel[step * height + row] = lines[row][step];
+    }
   }
 #pragma omp barrier
 }
@@ -112,11 +129,11 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
 """
 
 _DIRECT = """\
-  const bool in_order = x_col == 1 && (E == 1 || x_e == K) && K == K_PADDED;
-  if (m == 1 && in_order && reinterpret_cast<uintptr_t>(x) % sizeof(x_t) == 0 && is_few) {
-    call.panels = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
-    call.is_direct = true;
-  }
+  const bool in_order = x_col == 1 && K == K_PADDED && (m > 1 || E == 1 || x_e == K);
+  const uint64_t places = reinterpret_cast<uint64_t>(x) | x_e * sizeof(stored_t) |
+                          x_row * sizeof(stored_t);
+  call.is_line = in_order && places % sizeof(x_t) == 0;
+  if (call.is_line) call.lines = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
 """
 
 _ENTRY = """\
@@ -136,6 +153,7 @@ int64_t set_up(Call& call, unsigned char* base, int64_t m, int threads) {
   Memory memory{base};
   const int64_t rows = std::min(m, SUPER_ROWS);
   const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
+  call.lines = memory.take<x_t>(E * rows * ALL_STEPS);
   call.panels = memory.take<x_t>(E * all * ALL_STEPS);
   call.sums = memory.take<xsum_t>(KEEPS_SUMS ? E * all * BLOCKS : 0);
   call.row_scales = memory.take<float>(E * all);
@@ -163,7 +181,8 @@ extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, in
   call.extra = extra;
   set_up(call, static_cast<unsigned char*>(scratch), m, threads);
   const bool is_few = @FEW@;
-@DIRECT@  for (int64_t first = 0; first < m; first += SUPER_ROWS) {
+@DIRECT@  if (is_few && m == 1) call.panels = call.lines;  // a panel of one row is a line
+  for (int64_t first = 0; first < m; first += SUPER_ROWS) {
     const int64_t rows = std::min(SUPER_ROWS, m - first);
     if (is_few)
       @RUN_FEW@;

@@ -9,22 +9,21 @@ def few(plan: Plan) -> str:
     """The text of the skeleton for few rows; nothing for scales that change inside a group."""
     if not plan.is_regular:
         return ""
-    begin = "sums_of(0)"
+    begin = "sum_t{}"
     if plan.path == "int8" and plan.byte_bias:
-        begin = "spread(uint32_t(-BYTE_BIAS * sums[block * ROWS + row]))"
-    elif plan.path == "int8":
-        begin = "spread(uint32_t(0))"
+        begin = "spread(once * uint32_t(-BYTE_BIAS) * uint32_t(sums[row]))"
     end = "to_float(sum)"
     if plan.encoding.zero_point:
-        xsum = "spread(-float(sums[block * ROWS + row]))"
-        end = f"fma(load(zeros + (v0 + v) * LANES), {xsum}, to_float(sum))"
-    zeros = "    const float* zeros = scales.zeros_at(block);\n" if plan.encoding.zero_point else ""
+        xsum = "spread(-float(once) * float(sums[row]))"
+        end = f"fma(load(zeros + v * LANES), {xsum}, to_float(sum))"
+    # Where there are no zero points the pointer is not followed.
+    zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "scale"
     heights = "\n".join(
         f"    case {height}: return few_rows<{height}>(w, tile, x, sums, totals);"
         for height in plan.isa.few_heights
     )
     return (
-        _FEW.replace("@BEGIN@", begin.replace("sums_of(0)", "spread(0.0f)"))
+        _FEW.replace("@BEGIN@", begin)
         .replace("@END@", end)
         .replace("@ZEROS@", zeros)
         .replace("@HEIGHTS@", heights)
@@ -37,53 +36,64 @@ constexpr int vectors_of(int rows, int all) {
   return all == 1 || rows * all <= MOST_SUMS ? all : vectors_of(rows, all / 2);
 }
 
-// ROWS rows against one tile of outputs: totals[row][64].
-template <int ROWS>
-ALONE void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, float* totals) {
-  constexpr int ALL = TILE / LANES;  // vectors that hold a tile's outputs
-  constexpr int VECTORS = vectors_of(ROWS, ALL);
+// ROWS rows against groups of a tile: totals[row][64] += , for VECTORS vectors of outputs.
+template <int ROWS, int VECTORS>
+ALONE void few_sums(const uint32_t* codes, int64_t groups, const x_t* x, const xsum_t* sums,
+                    uint32_t once, const float* scale, const float* zeros, float* totals) {
   // Few sums would wait for each other: they are made in turns.
   constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && STEPS > 1 ? 2 : 1;
-  (void)sums;
+  (void)sums, (void)once, (void)zeros;
   const Decoder decoder;
+  Sums<VECTORS * ROWS> part, turn;
+  each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
+    constexpr int row = i % ROWS;
+    (void)row;
+    at<i>(part) = @BEGIN@;
+    if constexpr (TURNS == 2) at<i>(turn) = sum_t{};
+  });
+#pragma GCC unroll 1
+  for (int64_t group = 0; group < groups; ++group) {
+    each<VECTORS>([&](auto v) INLINE_LAMBDA {
+      prefetch(codes + AHEAD + v * LANES);
+      const vi code = load(codes + v * LANES);
+      each<STEPS>([&](auto step) INLINE_LAMBDA {
+        const auto operand = decoder.operand(code, step);
+        each<ROWS>([&](auto row) INLINE_LAMBDA {
+          if constexpr (TURNS == 2 && step % 2)
+            dot(at<v * ROWS + row>(turn), operand, x + step * ROWS + row);
+          else
+            dot(at<v * ROWS + row>(part), operand, x + step * ROWS + row);
+        });
+      });
+    });
+    codes += TILE;
+    x += STEPS * ROWS;
+  }
+  each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
+    constexpr int row = i % ROWS, v = i / ROWS;
+    sum_t sum = at<i>(part);
+    if constexpr (TURNS == 2) sum = add(sum, at<i>(turn));
+    float* total = totals + row * TILE + v * LANES;
+    store(total, fma(@END@, load(scale + v * LANES), load(total)));
+  });
+}
+
+// ROWS rows against one tile of outputs: totals[row][64].
+template <int ROWS>
+void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, float* totals) {
+  constexpr int VECTORS = vectors_of(ROWS, TILE / LANES);
   Scales scales(w, tile);
   std::memset(totals, 0, ROWS * TILE * sizeof(float));
   for (int64_t block = 0; block < BLOCKS; ++block) {
-    const float* scale = scales.at(block);
-@ZEROS@    const int64_t first = block * GROUPS_OF_BLOCK;
-    const int64_t last = std::min(first + GROUPS_OF_BLOCK, GROUPS);
-    for (int v0 = 0; v0 < ALL; v0 += VECTORS) {
-      Sums<VECTORS * ROWS> part, turn;
-      each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
-        constexpr int row = i % ROWS;
-        (void)row;
-        at<i>(part) = @BEGIN@;
-        if (TURNS == 2) at<i>(turn) = sum_t{};
-      });
-      const uint32_t* codes = w.codes() + ((tile * GROUPS + first) * TILE + v0 * LANES);
-      const x_t* xs = x + first * STEPS * ROWS;
-#pragma GCC unroll 1
-      for (int64_t group = first; group < last; ++group) {
-        if (v0 == 0) prefetch(codes + AHEAD);
-        each<VECTORS>([&](auto v) INLINE_LAMBDA {
-          const vi code = load(codes + v * LANES);
-          each<STEPS>([&](auto step) INLINE_LAMBDA {
-            const auto operand = decoder.operand(code, step);
-            each<ROWS>([&](auto row) INLINE_LAMBDA {
-              constexpr bool is_second = TURNS == 2 && step % 2;
-              dot(at<v * ROWS + row>(is_second ? turn : part), operand, xs + step * ROWS + row);
-            });
-          });
-        });
-        codes += TILE;
-        xs += STEPS * ROWS;
-      }
-      each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
-        constexpr int row = i % ROWS, v = i / ROWS;
-        const sum_t sum = TURNS == 2 ? add(at<i>(part), at<i>(turn)) : at<i>(part);
-        float* total = totals + row * TILE + (v0 + v) * LANES;
-        store(total, fma(@END@, load(scale + (v0 + v) * LANES), load(total)));
-      });
+    const float *scale = scales.at(block), *zeros = @ZEROS@;
+    const int64_t start = block * GROUPS_OF_BLOCK, end = std::min(start + GROUPS_OF_BLOCK, GROUPS);
+    // Not more at a time than what stays near while it is gone through for all vectors.
+    for (int64_t group = start; group < end; group += GROUPS_AT_ONCE) {
+      const int64_t groups = std::min(GROUPS_AT_ONCE, end - group);
+      const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
+      for (int n = 0; n < TILE; n += VECTORS * LANES)
+        few_sums<ROWS, VECTORS>(codes + n, groups, x + group * STEPS * ROWS, sums + block * ROWS,
+                                group == start, scale + n, zeros + n, totals + n);
     }
   }
 }

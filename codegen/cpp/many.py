@@ -10,7 +10,7 @@ def many(plan: Plan) -> str:
     begin, end = "sum_t{}", "add(load(total), sum)"
     if plan.path == "int8":
         if plan.byte_bias:
-            begin = "spread(uint32_t(-BYTE_BIAS * sums[row]))"
+            begin = "spread(uint32_t(-BYTE_BIAS) * uint32_t(sums[row]))"
         end = "fma(to_float(sum), load(scale + at_n), load(total))"
         if plan.encoding.zero_point:
             whole = "fma(load(zeros + at_n), spread(-float(sums[row])), to_float(sum))"
@@ -80,7 +80,8 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
       const vf s = load(scale + v * LANES), z = @ZEROS@;
       for (int64_t g = group; g < end; ++g) {
         const uint32_t* codes = w.codes() + (tile * GROUPS + g) * TILE;
-        const vi code = load(codes + v * LANES);
+        prefetch(codes + AHEAD + v * LANES);
+      const vi code = load(codes + v * LANES);
 #pragma GCC unroll 16
         for (int step = 0; step < STEPS; ++step) {
           uint32_t* out_at = out + ((g - first) * STEPS + step) * TILE + v * LANES;
@@ -102,8 +103,8 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
   constexpr int ALL = TILE / LANES;
   for (int64_t group = first; group < last; ++group) {
     const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
-    prefetch(codes + AHEAD);
     for (int v = 0; v < ALL; ++v) {
+      prefetch(codes + AHEAD + v * LANES);
       const vi code = load(codes + v * LANES);
 #pragma GCC unroll 16
       for (int step = 0; step < STEPS; ++step) {
@@ -123,8 +124,8 @@ void decode_chunk(const Weight& w, int64_t tile, int64_t first, int64_t last, ui
   constexpr int ALL = TILE / LANES;
   for (int64_t group = first; group < last; ++group) {
     const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
-    prefetch(codes + AHEAD);
     for (int v = 0; v < ALL; ++v) {
+      prefetch(codes + AHEAD + v * LANES);
       const vi code = load(codes + v * LANES);
 #pragma GCC unroll 16
       for (int step = 0; step < STEPS; ++step) {

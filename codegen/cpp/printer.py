@@ -98,6 +98,7 @@ def _sizes(plan: Plan) -> str:
         "BLOCK": plan.block,
         "BLOCKS": plan.blocks,
         "GROUPS_OF_BLOCK": plan.block // plan.per_dword,
+        "GROUPS_AT_ONCE": CHUNK // plan.per_dword,
         "GROUPS_OF_CHUNK": chunk // plan.per_dword,
         "CHUNKS": -(-plan.k_padded // chunk),
         "DECODED": decoded,
@@ -114,6 +115,7 @@ def _sizes(plan: Plan) -> str:
         f"constexpr int STEPS = {plan.steps};",
         f"constexpr int MOST_SUMS = {plan.isa.sums};",
         f"constexpr int PLACES[{plan.per_dword}] = {{{', '.join(map(str, plan.places))}}};",
+        f"constexpr int MOST_ROWS = {max(*plan.isa.few_heights, *plan.isa.many_heights)};",
         _heights("FEW", plan.isa.few_heights),
         _heights("MANY", plan.isa.many_heights),
         f"constexpr int BYTE_BIAS = {plan.byte_bias};",
@@ -140,15 +142,13 @@ def _conversions(plan: Plan) -> str:
     ]
     if plan.path == "bf16":
         value = "x" if x == "bf16" else "to_bf16(x_of(x))"
-        lines.append(f"INLINE uint16_t pair_half(stored_t x) {{ return {value}; }}")
+        lines.append(f"INLINE uint16_t half_of(stored_t x) {{ return {value}; }}")
     return "\n".join(lines)
 
 
 _SUMS = """\
-// A group on its way to the second-level cache; what lies behind the weight is not touched.
-INLINE void prefetch(const uint32_t* group) {
-  for (int line = 0; line < TILE / 16; ++line) __builtin_prefetch(group + 16 * line, 0, 2);
-}
+// Codes on their way to the second-level cache; what lies behind the weight does no harm.
+INLINE void prefetch(const uint32_t* codes) { __builtin_prefetch(codes, 0, 2); }
 
 // Calls f with 0, 1 .. COUNT - 1 as constants.
 template <typename F, int... I> INLINE void each(F&& f, std::integer_sequence<int, I...>) {

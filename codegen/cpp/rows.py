@@ -1,7 +1,7 @@
-"""The activation of a call: packed into panels of rows, rounded or quantized as products take it.
+"""The activation of a call, as products take it: rounded, or quantized row by row.
 
-A panel holds ``height`` rows side by side: ``x[step][row]``, a dword a step, so that every product
-reads the next one. Rows that are not there are zeros.
+A row becomes a line of dwords, one a step. A panel holds ``height`` lines side by side,
+``x[step][row]``, so that every product reads the next dword; lines that are not there are zeros.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ from fxquant.codegen.cpp.plan import Plan
 
 
 def rows(plan: Plan) -> str:
-    """The text of ``struct Call`` and of the functions that pack a row of it."""
+    """The text of ``struct Call`` and of the functions that make lines of its rows."""
     parts = [_CALL]
     if plan.spec.outliers is not None:
         parts.append(_FLAG if plan.spec.outliers.columns is None else _LISTED)
     if plan.quantizes_x:
-        inner = "flags[k] ? 0.0f : x_of(x[k * call.x_col])"
         plain = "x_of(x[k * call.x_col])"
-        taken = plain if plan.spec.outliers is None else inner
+        taken = plain if plan.spec.outliers is None else f"flags[k] ? 0.0f : {plain}"
         parts.append(_QUANTIZE.replace("@TAKEN@", taken))
-        parts.append(_PACK_BYTES if plan.path == "int8" else _PACK_INTEGERS)
-    else:
-        parts.append(_PACK_PAIRS if plan.path == "bf16" else _pack_floats(plan))
+    parts.append(_line(plan))
     if plan.spec.outliers is not None:
         dtype = plan.spec.outliers.dtype
         parts.append(_PACK_OUTLIERS.replace("@ROUND@", rounded(dtype, "x_of(x[k * call.x_col])")))
@@ -34,12 +31,20 @@ def rounded(dtype: str, value: str) -> str:
     return value if short is None else f"from_{short}(to_{short}({value}))"
 
 
-def _pack_floats(plan: Plan) -> str:
-    value = "x_of(x[k * call.x_col])"
-    if plan.spec.compute_dtype != plan.spec.x_dtype:
-        value = rounded(plan.spec.compute_dtype, value)
-    sums = _FLOAT_SUMS if plan.encoding.zero_point else ""
-    return _PACK_FLOATS.replace("@VALUE@", value).replace("@SUMS@", sums)
+def _line(plan: Plan) -> str:
+    if plan.path == "int8":
+        body, value = _BYTES, "q[k]"
+    elif plan.quantizes_x:
+        body, value = _INTEGERS, ""
+    elif plan.path == "bf16":
+        body, value = _PAIRS, "from_bf16(half[k])"
+    else:
+        taken = "x_of(x[k * call.x_col])"
+        if plan.spec.compute_dtype != plan.spec.x_dtype:
+            taken = rounded(plan.spec.compute_dtype, taken)
+        body, value = _FLOATS.replace("@VALUE@", taken), "line[k]"
+    sums = _SUMS.replace("@VALUE@", value) if plan.keeps_sums else ""
+    return _HEAD + body.replace("@SUMS@", sums)
 
 
 _CALL = """\
@@ -51,6 +56,7 @@ struct Call {
   out_t* out;  // [e, m, n]
   const void* const* extra;
 
+  x_t* lines;         // [e][row][step]
   x_t* panels;        // [e][panel][step][row of it]
   xsum_t* sums;       // [e][panel][block][row of it]: sums of the activation
   float* row_scales;  // [e][row]
@@ -59,7 +65,7 @@ struct Call {
   int64_t* outliers;  // [e], how many there are
   float* apart;       // [e][row][k]: the activation in them, the first ones of a row in use
   unsigned char* own;  // memory of each thread
-  bool is_direct;      // the activation is read where it is
+  bool is_line;        // rows are lines as they are
 };
 """
 
@@ -128,74 +134,48 @@ float quantize_row(const Call& call, int64_t e, const stored_t* x, int8_t* q) {
 }
 """
 
-_PACK_BYTES = """\
-float pack_row(const Call& call, int64_t e, const stored_t* x, x_t* panel, xsum_t* sums,
-               int height) {
-  (void)e;
-  alignas(64) int8_t q[K_PADDED];
-  const float scale = quantize_row(call, e, x, q);
+_SUMS = """\
   for (int64_t block = 0; block < BLOCKS; ++block) {
     const int64_t last = std::min((block + 1) * BLOCK, K_PADDED);
-    int32_t sum = 0;
-    for (int64_t k = block * BLOCK; k < last; ++k) sum += q[k];
+    xsum_t sum = 0;
+    for (int64_t k = block * BLOCK; k < last; ++k) sum += @VALUE@;
     sums[block * height] = sum;
   }
-  for (int64_t step = 0; step < ALL_STEPS; ++step)
-    std::memcpy(panel + step * height, q + 4 * step, 4);
+"""
+
+_HEAD = """\
+// A row as a line; its sums are a panel's height apart. Gives the row's scale.
+float line_of(const Call& call, int64_t e, const stored_t* x, x_t* line, xsum_t* sums, int height) {
+  (void)call, (void)e, (void)sums, (void)height;
+"""
+
+_BYTES = """\
+  int8_t* q = reinterpret_cast<int8_t*>(line);
+  const float scale = quantize_row(call, e, x, q);
+@SUMS@  return scale * LEVEL_UNIT;
+}
+"""
+
+_INTEGERS = """\
+  alignas(64) int8_t q[K_PADDED];
+  const float scale = quantize_row(call, e, x, q);
+  for (int64_t k = 0; k < K_PADDED; ++k) line[k] = q[k];
   return scale * LEVEL_UNIT;
 }
 """
 
-_PACK_INTEGERS = """\
-float pack_row(const Call& call, int64_t e, const stored_t* x, x_t* panel, xsum_t*, int height) {
-  alignas(64) int8_t q[K_PADDED];
-  const float scale = quantize_row(call, e, x, q);
-  for (int64_t k = 0; k < K_PADDED; ++k) panel[k * height] = q[k];
-  return scale * LEVEL_UNIT;
+_FLOATS = """\
+  for (int64_t k = 0; k < K; ++k) line[k] = @VALUE@;
+  for (int64_t k = K; k < K_PADDED; ++k) line[k] = 0;
+@SUMS@  return 1;
 }
 """
 
-_FLOAT_SUMS = """
-  for (int64_t block = 0; block < BLOCKS; ++block) {
-    const int64_t last = std::min((block + 1) * BLOCK, K_PADDED);
-    float sum = 0;
-    for (int64_t k = block * BLOCK; k < last; ++k) sum += panel[k * height];
-    sums[block * height] = sum;
-  }"""
-
-_PACK_FLOATS = """\
-float pack_row(const Call& call, int64_t e, const stored_t* x, x_t* panel, xsum_t* sums,
-               int height) {
-  (void)e;
-  (void)sums;
-  for (int64_t k = 0; k < K; ++k) panel[k * height] = @VALUE@;
-  for (int64_t k = K; k < K_PADDED; ++k) panel[k * height] = 0;@SUMS@
-  return 1;
-}
-"""
-
-_PACK_PAIRS = """\
-float pack_row(const Call& call, int64_t e, const stored_t* x, x_t* panel, xsum_t* sums,
-               int height) {
-  (void)e;
-  (void)sums;
-  const auto at = [&](int64_t k) { return uint32_t(pair_half(x[k * call.x_col])); };
-  for (int64_t step = 0; step < K / 2; ++step)
-    panel[step * height] = at(2 * step) | at(2 * step + 1) << 16;
-  for (int64_t step = K / 2; step < ALL_STEPS; ++step)
-    panel[step * height] = 2 * step < K ? at(2 * step) : 0;
-  if (KEEPS_SUMS) {
-    for (int64_t block = 0; block < BLOCKS; ++block) {
-      const int64_t last = std::min((block + 1) * BLOCK, K_PADDED) / 2;
-      float sum = 0;
-      for (int64_t step = block * BLOCK / 2; step < last; ++step) {
-        const uint32_t pair = panel[step * height];
-        sum += from_bf16(uint16_t(pair)) + from_bf16(uint16_t(pair >> 16));
-      }
-      sums[block * height] = sum;
-    }
-  }
-  return 1;
+_PAIRS = """\
+  uint16_t* half = reinterpret_cast<uint16_t*>(line);
+  for (int64_t k = 0; k < K; ++k) half[k] = half_of(x[k * call.x_col]);
+  for (int64_t k = K; k < K_PADDED; ++k) half[k] = 0;
+@SUMS@  return 1;
 }
 """
 

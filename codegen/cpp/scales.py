@@ -84,7 +84,7 @@ struct Scales {
   }
 
   // Blocks are asked for in order, from the first.
-  const float* at(int64_t block) {
+  ALONE const float* at(int64_t block) {
     const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
     for (uint64_t left = w.changes()[tile * BLOCKS + block]; left; left &= left - 1) {
       const int64_t row = __builtin_ctzll(left);

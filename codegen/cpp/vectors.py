@@ -102,12 +102,17 @@ _DOT_BF16 = """\
 INLINE void dot(vf& sum, vi w, const uint32_t* x) {  // += w.lo * x.lo + w.hi * x.hi, bfloat16 pairs
   asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
 }
-INLINE void dot(vf& sum, vi w, vi x) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
 """
 
 _DOT_FLOAT = """\
 INLINE void dot(vf& sum, vf w, const float* x) { sum = fma(w, spread(*x), sum); }
-INLINE void dot(vf& sum, vf w, vf x) { sum = fma(w, x, sum); }
+"""
+
+_DOT_FLOAT_AVX512 = """\
+// Left to itself GCC loads every activation into a register first, and runs out of them.
+INLINE void dot(vf& sum, vf w, const float* x) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
+}
 """
 
 _DOT_INT8 = {
@@ -115,7 +120,6 @@ _DOT_INT8 = {
 INLINE void dot(vi& sum, vi w, const uint32_t* x) {  // += four unsigned bytes times signed ones
   asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
 }
-INLINE void dot(vi& sum, vi w, vi x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); }
 """,
     "avx2": """\
 INLINE void dot(vi& sum, vi w, vi x) {  // += four unsigned bytes times signed ones, exactly
@@ -165,4 +169,6 @@ def dot(isa: str, path: str) -> str:
     """
     if path == "int8":
         return _DOT_INT8[isa]
-    return _DOT_BF16 if path == "bf16" else _DOT_FLOAT
+    if path == "bf16":
+        return _DOT_BF16
+    return _DOT_FLOAT_AVX512 if isa == "avx512" else _DOT_FLOAT
