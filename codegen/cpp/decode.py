@@ -9,20 +9,21 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+from fxquant.codegen.cpp.ops import constant
 from fxquant.codegen.cpp.plan import Plan
 
 
 def decode(plan: Plan) -> str:
     """The text of ``struct Decoder``, and of its tables."""
-    parts = [float_table("LEVELS", _widened(plan.levels))]
+    factors = plan.integers if plan.quantizes_x and plan.path == "f32" else plan.levels
+    parts = [float_table("LEVELS", _widened([float(factor) for factor in factors]))]
     if plan.path == "bf16" and plan.encoding.bits < 8:
         words = _widened([_bfloat16(level) for level in plan.levels], 32)
         parts.append(_table("uint16_t", "OPERAND_LEVELS", [f"0x{word:04x}" for word in words]))
     if plan.path == "int8" and plan.encoding.bits < 8:
         values = _widened([integer + plan.byte_bias for integer in plan.integers], 64)
         parts.append(_table("uint8_t", "OPERAND_LEVELS", [str(value) for value in values]))
-    needs_levels = plan.path != "int8" or plan.spec.outliers is not None
-    if plan.encoding.is_uniform and plan.encoding.bits == 8 or not needs_levels:
+    if plan.path == "int8" or (plan.encoding.is_uniform and plan.encoding.bits == 8):
         parts = parts[1:]
     return "\n".join([*parts, *_struct(plan)])
 
@@ -45,13 +46,7 @@ def _table(ctype: str, name: str, values: list[str]) -> str:
 
 def float_table(name: str, values: Sequence[float]) -> str:
     """A table of float32 constants."""
-    return _table("float", name, [_float(value) for value in values])
-
-
-def _float(value: float) -> str:
-    """A float32 literal that reads back as the same number."""
-    text = f"{value:.9g}"
-    return f"{text}f" if any(c in text for c in ".en") else f"{text}.0f"
+    return _table("float", name, [constant(value) for value in values])
 
 
 def _bfloat16(value: float) -> int:
@@ -70,14 +65,9 @@ def _struct(plan: Plan) -> list[str]:
 def _value(plan: Plan) -> list[str]:
     """``value(codes, place)``: float32 levels of a place."""
     bits, isa = plan.encoding.bits, plan.isa.name
-    if plan.path == "int8" and plan.spec.outliers is None:
+    if plan.path == "int8":
         return []
     head = f"INLINE vf value(vi codes, int place) const {{  // {bits}-bit place to float32"
-    if bits == 8 and plan.path == "int8":
-        # What is stored is what is multiplied: the biased integer.
-        bias = f"spread(-{plan.byte_bias}.0f)"
-        taken = "to_float(plain_byte(codes, 8 * place))"
-        return [head, f"  return add({taken}, {bias});", "}"]
     if bits == 8 and plan.encoding.is_uniform:
         taken = "plain_byte" if plan.encoding.zero_point else "sign_byte"
         return [head, f"  return to_float({taken}(codes, 8 * place));", "}"]

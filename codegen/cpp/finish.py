@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from fxquant.codegen.cpp.decode import float_table
 from fxquant.codegen.cpp.ops import epilogue_lines
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.cpp.rows import rounded
 from fxquant.codegen.spec import EpilogueOperand
 
-_CTYPES = {"float32": "float", "float16": "uint16_t", "bfloat16": "uint16_t", "bool": "bool"}
+_CTYPES = {"float32": "float", "float16": "uint16_t", "bfloat16": "uint16_t", "bool": "uint8_t"}
 _FROM = {"float16": "from_fp16", "bfloat16": "from_bf16"}
 
 
@@ -47,6 +48,7 @@ def _row(plan: Plan) -> str:
         if operand.dtype in _FROM:
             value = f"{_FROM[operand.dtype]}({value})"
         kind = "bool" if operand.dtype == "bool" else "float"
+        value += " != 0" if kind == "bool" else ""
         loads.append(f"const {kind} {name} = {value};")
         names.append(name)
     lines, result, _ = epilogue_lines(spec.epilogue, names)
@@ -78,7 +80,7 @@ def _outliers(plan: Plan) -> str:
         return _GIVEN.replace("@TYPE@", ctype).replace("@TAKEN@", taken) + _APART
     scale = "scales.at(k / BLOCK)" if plan.is_regular else "gathered"
     gather = "" if plan.is_regular else _GATHER
-    zero = ""
+    zero = table = ""
     if plan.encoding.zero_point:
         zero = " - scales.zeros_at(k / BLOCK)[i]" if plan.is_regular else " - zeros[i]"
         gather += "" if plan.is_regular else _GATHER_ZEROS
@@ -87,9 +89,10 @@ def _outliers(plan: Plan) -> str:
     elif plan.encoding.is_uniform and plan.encoding.bits == 8:
         level = "float(int8_t(code))" if not plan.encoding.zero_point else "float(code & 255u)"
     else:
-        level = f"LEVELS[code & {2**plan.encoding.bits - 1}u]"
+        level = f"TRUE_LEVELS[code & {2**plan.encoding.bits - 1}u]"
+        table = float_table("TRUE_LEVELS", plan.levels) + "\n\n"
     value = rounded(outliers.dtype, f"({level}{zero}) * scale[i]")
-    text = _DECODED.replace("@GATHER@", gather).replace("@SCALE@", scale)
+    text = table + _DECODED.replace("@GATHER@", gather).replace("@SCALE@", scale)
     return text.replace("@VALUE@", value) + _APART
 
 

@@ -16,7 +16,7 @@ import sympy
 from fxquant.codegen.cpp.isa import Isa
 from fxquant.codegen.indexing import K, WeightIndex
 from fxquant.codegen.spec import KernelSpec
-from fxquant.formats import Encoding, levels
+from fxquant.formats import Encoding, int8_levels, levels
 
 TILE = 64
 """Outputs of a tile, and inputs that a row is padded to a multiple of."""
@@ -53,7 +53,7 @@ class Plan:
     def path(self) -> str:
         """What is multiplied: ``"bf16"`` pairs, ``"int8"`` fours, or ``"f32"``."""
         if self.quantizes_x:
-            return "int8" if self.is_regular else "f32"
+            return "int8" if self.is_regular and not self._keeps_both_levels else "f32"
         return "bf16" if self.spec.compute_dtype == "bfloat16" and self.isa.dot_bf16 else "f32"
 
     # --- codes ---
@@ -109,17 +109,17 @@ class Plan:
             return tuple(map(float, range(count)))
         return tuple(float(code - count if code >= count // 2 else code) for code in range(count))
 
-    @property
-    def largest_level(self) -> float:
-        """The largest magnitude of a level."""
-        return max(map(abs, self.levels))
-
     @functools.cached_property
     def integers(self) -> tuple[int, ...]:
         """Levels as the integers that are multiplied with int8 activations."""
-        if self.encoding.is_uniform:
-            return tuple(map(int, self.levels))
-        return tuple(round(level / self.largest_level * 127) for level in self.levels)
+        found = int8_levels(self.encoding)[0]
+        return tuple(map(int, self.levels if found is None else found))
+
+    @property
+    def _keeps_both_levels(self) -> bool:
+        """Whether byte codes are needed apart from their integers: by outliers found in the call."""
+        found_in_call = self.spec.outliers is not None and self.spec.outliers.columns is None
+        return found_in_call and self.encoding.bits == 8 and not self.encoding.is_uniform
 
     @property
     def byte_bias(self) -> int:
@@ -129,7 +129,7 @@ class Plan:
     @property
     def level_unit(self) -> float:
         """What one of `integers` stands for, apart from scales."""
-        return 1.0 if self.encoding.is_uniform else self.largest_level / 127
+        return int8_levels(self.encoding)[1]
 
     @property
     def keeps_sums(self) -> bool:
@@ -151,7 +151,7 @@ class Plan:
     @property
     def is_regular(self) -> bool:
         """Whether scales are constant over whole groups of inputs."""
-        return self.run == 0 or self.run >= 16
+        return self.run == 0 or self.run >= max(16, self.per_dword)
 
     @property
     def block(self) -> int:
