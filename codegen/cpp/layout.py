@@ -39,6 +39,16 @@ def segments(plan: Plan) -> list[tuple[str, str, int]]:
 _BYTES = {"uint8_t": 1, "uint32_t": 4, "float": 4, "uint64_t": 8}
 
 
+def _size(ctype: str, count: int) -> int:
+    """Bytes of an array, up to the next one's start."""
+    return math.ceil(count * _BYTES[ctype] / 64) * 64
+
+
+def prepared_bytes(plan: Plan) -> int:
+    """Bytes of the repacked weight."""
+    return sum(_size(ctype, count) for _, ctype, count in segments(plan))
+
+
 def weight(plan: Plan) -> str:
     """The text of ``struct Weight``: where each array of the repacked weight starts."""
     lines, start = ["struct Weight {", "  unsigned char* base;", ""], 0
@@ -46,7 +56,7 @@ def weight(plan: Plan) -> str:
         lines.append(
             f"  {ctype}* {name}() const {{ return reinterpret_cast<{ctype}*>(base + {start}); }}"
         )
-        start += math.ceil(count * _BYTES[ctype] / 64) * 64
+        start += _size(ctype, count)
     lines += ["};", f"constexpr int64_t PREPARED_BYTES = {start};", ""]
     return "\n".join(lines)
 

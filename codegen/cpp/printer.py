@@ -13,6 +13,9 @@ from fxquant.codegen.spec import KernelSpec
 CHUNK = 256
 """Inputs of a tile that are decoded at a time for many rows: 32 KiB of bfloat16."""
 
+SUPER_ROWS = 480
+"""Rows that are worked off at a time: what is decoded serves so many."""
+
 
 def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
     """The C++ source of a spec's kernel for an instruction set.
@@ -102,8 +105,8 @@ def _sizes(plan: Plan) -> str:
         "GROUPS_OF_CHUNK": chunk // plan.per_dword,
         "CHUNKS": -(-plan.k_padded // chunk),
         "DECODED": decoded,
-        "SUPER_ROWS": 480,
-        "OWN_BYTES": 4 * (decoded + (480 + plan.isa.many_heights[0]) * TILE),
+        "SUPER_ROWS": SUPER_ROWS,
+        "OWN_BYTES": 4 * (decoded + (SUPER_ROWS + plan.isa.many_heights[0]) * TILE),
         "FEW_ROWS": plan.isa.few_heights[0] * 3,
         "OPERANDS": len(spec.epilogue.operands),
         "OUTLIERS": 0 if spec.outliers is None else (spec.outliers.columns or k),

@@ -1,0 +1,219 @@
+"""What the two skeletons of a kernel cost, and up to how many rows the one for few is the quicker.
+
+Costs are sympy expressions in `M` (rows of the activation), `THREADS` and the rates of a machine.
+Instructions are those on vectors of `Isa.lanes` dwords. What both skeletons do alike (rows to lines
+and panels, the epilogue) is left out.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import sympy
+
+from fxquant.codegen.cpp.isa import Isa
+from fxquant.codegen.cpp.layout import prepared_bytes
+from fxquant.codegen.cpp.plan import TILE, Plan
+from fxquant.codegen.cpp.printer import CHUNK, SUPER_ROWS
+
+M, THREADS = sympy.symbols("m threads", integer=True, positive=True)
+BANDWIDTH, DOTS, VECTORS = sympy.symbols("bandwidth dots vectors", positive=True)
+"""Bytes, dot products and other vector instructions a second, of all threads together."""
+
+ALL_ROWS = sys.maxsize
+"""The threshold of a kernel for which few rows are never slower."""
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second, with all of some threads.
+
+    Attributes:
+        bandwidth: Bytes read from memory.
+        dots: Dot products of a vector with a dword that all lanes take, by `Plan.path`.
+        vectors: Other instructions on vectors.
+    """
+
+    bandwidth: float
+    dots: Mapping[str, float]
+    vectors: float
+
+
+# Of one thread at about 3 GHz; only the ratio of the last two matters for the choice.
+_USUAL = {
+    "avx512": Rates(15e9, {"bf16": 3e9, "int8": 3e9, "f32": 3e9}, 5e9),
+    "avx2": Rates(15e9, {"int8": 0.8e9, "f32": 5e9}, 7e9),
+    "portable": Rates(10e9, {"int8": 0.1e9, "f32": 1.5e9}, 2e9),
+}
+
+
+def usual_rates(isa: Isa, threads: int) -> Rates:
+    """Rates to reckon with where they cannot be measured."""
+    one = _USUAL[isa.name]
+    dots = {path: rate * threads for path, rate in one.dots.items()}
+    return Rates(one.bandwidth * threads, dots, one.vectors * threads)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One skeleton's work, as expressions in `M` and `THREADS`.
+
+    Attributes:
+        bytes: Read from or written to memory once: codes and scales, activation, result.
+        dots: Dot-product instructions.
+        operations: Other vector instructions: decoding, scales, totals out of and into the cache.
+        unevenness: The longest thread's share of the work over the mean; 1 when it divides evenly.
+    """
+
+    bytes: sympy.Expr
+    dots: sympy.Expr
+    operations: sympy.Expr
+    unevenness: sympy.Expr
+
+    @property
+    def time(self) -> sympy.Expr:
+        """Seconds, in `M`, `THREADS`, `BANDWIDTH`, `DOTS` and `VECTORS`."""
+        work = self.unevenness * (self.dots / DOTS + self.operations / VECTORS)
+        return sympy.Max(self.bytes / BANDWIDTH, work)
+
+
+def few_cost(plan: Plan) -> Cost:
+    """Of `few`: codes are decoded in registers again for every panel."""
+    panels = sympy.ceiling(M / plan.isa.few_heights[0])
+    tiles, steps = _tiles(plan), _steps(plan)
+    at_once = min(plan.block, CHUNK)
+    decoded = panels * steps * _operand(plan)
+    totals = M * tiles * _vectors(plan) * math.ceil(plan.k_padded / at_once) * _round_trip(plan)
+    scales = panels * tiles * plan.blocks * _scales(plan)
+    return Cost(_traffic(plan), M * steps, decoded + totals + scales, _unevenness(tiles))
+
+
+def many_cost(plan: Plan) -> Cost:
+    """Of `many`: a tile is decoded once for `SUPER_ROWS` rows, to memory, with its scales."""
+    least, most = plan.isa.many_heights[-1], plan.isa.many_heights[0]
+    rows, supers = least * sympy.ceiling(M / least), sympy.ceiling(M / SUPER_ROWS)
+    panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS) / most)
+    tiles, steps = _tiles(plan), _steps(plan)
+    parts = sympy.Max(1, sympy.Min(sympy.ceiling(4 * THREADS / tiles), panels))
+    chunk = plan.block if plan.path == "int8" else CHUNK
+    decoded = supers * parts * steps * _stored_operand(plan)
+    totals = rows * tiles * _vectors(plan) * math.ceil(plan.k_padded / chunk) * _round_trip(plan)
+    scales = supers * parts * tiles * plan.blocks * _scales(plan)
+    work = decoded + totals + scales
+    return Cost(_traffic(plan), rows * steps, work, _unevenness(tiles * parts))
+
+
+def threshold(plan: Plan, rates: Rates, threads: int) -> int:
+    """The most rows for which the skeleton for few rows is chosen.
+
+    Args:
+        plan: Of the kernel.
+        rates: Of the machine with this many threads.
+        threads: That the kernel runs on.
+
+    Returns:
+        0 where there is no such skeleton, `ALL_ROWS` where it is always chosen.
+    """
+    if not plan.is_regular:
+        return 0
+    few, many = (
+        _compiled(cost.time, rates, plan.path, threads)
+        for cost in (few_cost(plan), many_cost(plan))
+    )
+    height, found = plan.isa.few_heights[0], 0
+    # Only whole panels are worth a look: a started one is decoded as a whole.
+    for rows in (*range(1, height), *range(height, SUPER_ROWS + 1, height)):
+        if few(rows) > many(rows):
+            return found
+        found = rows
+    return ALL_ROWS
+
+
+def _compiled(
+    time: sympy.Expr, rates: Rates, path: str, threads: int
+) -> Callable[[int], float]:
+    known = {
+        BANDWIDTH: rates.bandwidth,
+        DOTS: rates.dots[path],
+        VECTORS: rates.vectors,
+        THREADS: threads,
+    }
+    found: Callable[[int], float] = sympy.lambdify(M, time.subs(known), modules="math")
+    return found
+
+
+def _tiles(plan: Plan) -> int:
+    return plan.spec.weight.sizes[0] * plan.n_tiles
+
+
+def _vectors(plan: Plan) -> int:
+    return TILE // plan.isa.lanes
+
+
+def _steps(plan: Plan) -> int:
+    """Dot products of one row."""
+    return _tiles(plan) * _vectors(plan) * (plan.k_padded // plan.per_step)
+
+
+def _traffic(plan: Plan) -> sympy.Expr:
+    e, n, k = plan.spec.weight.sizes
+    spec = plan.spec
+    return prepared_bytes(plan) + e * M * (k * _BYTES[spec.x_dtype] + n * _BYTES[spec.out_dtype])
+
+
+def _unevenness(items: sympy.Expr | int) -> sympy.Expr:
+    return sympy.ceiling(sympy.sympify(items) / THREADS) * THREADS / items
+
+
+# --- instructions, counted in what `decode`, `scales`, `few` and `many` print -----------------
+
+
+def _value(plan: Plan) -> int:
+    """For a vector of float32 levels."""
+    bits, isa = plan.encoding.bits, plan.isa
+    if bits == 8:
+        return 3 if plan.encoding.is_uniform else 2 + 2 * isa.lanes
+    if isa.name == "portable":
+        return 3 * isa.lanes
+    return 6 if isa.name == "avx2" and bits == 4 else 2
+
+
+def _operand(plan: Plan) -> int:
+    """For what one instruction multiplies, decoded in registers."""
+    bits, isa = plan.encoding.bits, plan.isa
+    if plan.path == "f32":
+        return _value(plan)
+    if bits == 8:
+        if plan.path == "int8":
+            return 0
+        return 2 * _value(plan) + (2 if plan.encoding.is_uniform else 3)
+    if isa.name == "portable":
+        return 12 * isa.lanes
+    return 3 if isa.name == "avx2" else 2
+
+
+def _stored_operand(plan: Plan) -> int:
+    """For the same, in memory and with its scale unless that comes later."""
+    if plan.path == "int8":
+        return 0 if plan.encoding.bits == 8 else _operand(plan) + 1
+    scaled = _value(plan) + (3 if plan.encoding.zero_point else 1)
+    # Rounding to pairs takes two permutes and the conversion; a store of 64 bytes counts twice.
+    return 2 * scaled + 5 if plan.path == "bf16" else scaled + 2
+
+
+def _round_trip(plan: Plan) -> int:
+    """For sums that are begun, scaled, and added to totals in memory."""
+    converted = 1 if plan.path == "int8" else 0
+    return 4 + converted + (1 if plan.encoding.zero_point else 0)
+
+
+def _scales(plan: Plan) -> int:
+    """For the scales of a tile's outputs at one block."""
+    if not plan.keeps_scale_codes:
+        return 0
+    return 48 if plan.isa.name == "avx512" else 3 * TILE
