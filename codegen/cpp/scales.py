@@ -34,7 +34,8 @@ def scales(plan: Plan) -> str:
         tables = float_table("SCALE_LEVELS", table)
     add = " + offset" if plan.encoding.scale.offset else ""
     cursor = _CURSOR.replace("@NESTED@", nested).replace("@ZEROS@", zeros)
-    lookup = text.replace("@ADD@", add)
+    start = "    const float offset = w.offset()[0];\n" if add else ""
+    lookup = text.replace("@ADD@", add).replace("@START@", start)
     if add:
         lookup = lookup.replace("@OFFSET@", "\n    x = add(x, spread(w.offset()[0]));")
     return f"{tables}\n{cursor.replace('@LOOKUP@', lookup.replace('@OFFSET@', ''))}"
@@ -98,9 +99,7 @@ struct Scales {
 """
 
 _CODES = """\
-    const float offset = w.offset()[0];
-    (void)offset;
-    for (int i = 0; i < TILE; ++i) scale[i] = SCALE_LEVELS[codes[i]] * nested[i]@ADD@;"""
+@START@    for (int i = 0; i < TILE; ++i) scale[i] = SCALE_LEVELS[codes[i]] * nested[i]@ADD@;"""
 
 _PLANES = """\
     const vi code = _mm512_loadu_si512(codes);
