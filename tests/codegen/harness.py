@@ -109,7 +109,7 @@ def bound(
     if decoded_apart:
         dtype = getattr(torch, spec.compute_dtype)
         moved = 4 * unit + (0.0 if dtype == torch.float32 else torch.finfo(dtype).eps)
-    return _through_epilogue(spec, magnitude, magnitude * (spec.weight.k * unit + moved), extra)
+    return through_epilogue(spec, magnitude, magnitude * (spec.weight.k * unit + moved), extra)
 
 
 def int8_bound(
@@ -130,10 +130,10 @@ def int8_bound(
         decoded_apart: See `bound`; of the outliers' weights.
     """
     found = plain_int8.sums(spec, x, tensors, extra, decoded_apart=decoded_apart)
-    return _through_epilogue(spec, found.magnitude, found.bound, extra)
+    return through_epilogue(spec, found.magnitude, found.bound, extra)
 
 
-def _through_epilogue(
+def through_epilogue(
     spec: KernelSpec, magnitude: Tensor, error: Tensor, extra: list[Tensor]
 ) -> Tensor:
     """The error of a result whose sums are off by `error` and are of `magnitude`."""

@@ -20,6 +20,7 @@ from fxquant.codegen.spec import (
 )
 from fxquant.formats import Encoding
 
+INTERPRETED_DTYPES = ("float16", "float32")
 SCALES = (None, Encoding(8, "dynamic8", (32,), offset=True), Encoding(8, "e4m3", (256,)))
 
 
@@ -54,12 +55,14 @@ def weights(draw: st.DrawFn) -> WeightOperand:
 
 
 @st.composite
-def epilogues(draw: st.DrawFn, *, batched: bool) -> Epilogue:
+def epilogues(
+    draw: st.DrawFn, *, batched: bool, dtypes: tuple[str, ...] = INTERPRETED_DTYPES
+) -> Epilogue:
     """Nothing, a bias, or a gated residual."""
     kind = draw(st.sampled_from(("none", "bias", "gated")))
     if kind == "none":
         return Epilogue()
-    dtype = draw(st.sampled_from(("float16", "float32")))
+    dtype = draw(st.sampled_from(dtypes))
     if kind == "bias":
         return Epilogue.bias(dtype, draw(st.sampled_from(("n", "en"))) if batched else "n")
     return Epilogue(
@@ -73,13 +76,13 @@ def epilogues(draw: st.DrawFn, *, batched: bool) -> Epilogue:
 
 
 @st.composite
-def specs(draw: st.DrawFn) -> KernelSpec:
-    """Whole specs, in the dtypes that Triton's interpreter gets right."""
+def specs(draw: st.DrawFn, dtypes: tuple[str, ...] = INTERPRETED_DTYPES) -> KernelSpec:
+    """Whole specs in some dtypes, by default those that Triton's interpreter gets right."""
     weight = draw(weights())
-    compute = draw(st.sampled_from(("float16", "float32")))
+    compute = draw(st.sampled_from(dtypes))
     x = draw(st.sampled_from((compute, "float32")))
-    out = draw(st.sampled_from(("float16", "float32")))
-    epilogue = draw(epilogues(batched=weight.batch is not None))
+    out = draw(st.sampled_from(dtypes))
+    epilogue = draw(epilogues(batched=weight.batch is not None, dtypes=dtypes))
     return KernelSpec(weight, x, compute, out, epilogue, "drawn")
 
 
