@@ -168,10 +168,13 @@ def _bytes(plan: Plan, head: str) -> list[str]:
             head,
             "  vi out;",
             "  for (int i = 0; i < LANES; ++i) {",
+            "    uint8_t bytes[4];",
             f"    const uint32_t index = codes[i] >> ({bits} * step);",
-            f"    out[i] = OPERAND_LEVELS[index & {mask}u] | OPERAND_LEVELS[index >> 8 & {mask}u] << 8 |",
-            f"             OPERAND_LEVELS[index >> 16 & {mask}u] << 16 |",
-            f"             uint32_t(OPERAND_LEVELS[index >> 24 & {mask}u]) << 24;",
+            "    for (int byte = 0; byte < 4; ++byte)",
+            f"      bytes[byte] = OPERAND_LEVELS[index >> (8 * byte) & {mask}u];",
+            "    uint32_t word;",
+            "    std::memcpy(&word, bytes, 4);",
+            "    out[i] = word;",
             "  }",
             "  return out;",
             "}",
@@ -181,5 +184,7 @@ def _bytes(plan: Plan, head: str) -> list[str]:
     if isa == "avx512":
         found = f"_mm512_permutexvar_epi8({taken}, operands)"
     else:
-        found = f"_mm256_shuffle_epi8(operands, _mm256_and_si256({taken}, _mm256_set1_epi8({mask})))"
+        found = (
+            f"_mm256_shuffle_epi8(operands, _mm256_and_si256({taken}, _mm256_set1_epi8({mask})))"
+        )
     return [load, head + "  // four bytes at once", f"  return {found};", "}"]

@@ -50,7 +50,15 @@ AVX512 = Isa(
     dot_bf16=True,
     dot_int8=True,
 )
-AVX2 = Isa("avx2", 8, 10, (8, 4, 3, 2, 1), (6, 4, 2), ("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma", "f16c"))
+AVX2 = Isa(
+    "avx2",
+    8,
+    10,
+    (8, 4, 3, 2, 1),
+    (6, 4, 2),
+    ("-mavx2", "-mfma", "-mf16c"),
+    ("avx2", "fma", "f16c"),
+)
 PORTABLE = Isa("portable", 8, 8, (8, 4, 2, 1), (4, 2))
 
 ISAS = {isa.name: isa for isa in (AVX512, AVX2, PORTABLE)}

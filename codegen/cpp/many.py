@@ -26,28 +26,28 @@ def many(plan: Plan) -> str:
 def _decode(plan: Plan) -> str:
     if plan.path == "int8":
         return "" if plan.encoding.bits == 8 else _DECODE_BYTES
-    if plan.path == "bf16":
-        body = (
-            "store(out_at, pair(scaled(decoder.value(code, step), {low}),\n"
-            "                       scaled(decoder.value(code, step + STEPS), {high})));"
-        )
+    if plan.is_regular:
+        zeros = "load(scales.zeros_at(block) + v * LANES)" if plan.encoding.zero_point else "vf{}"
+        text = _DECODE_REGULAR.replace("@ZEROS@", zeros)
     else:
-        body = "store(reinterpret_cast<float*>(out_at), scaled(decoder.value(code, step), {low}));"
-    text = _DECODE_REGULAR if plan.is_regular else _DECODE_GATHERED
-    low, high = "s, z", "s, z"
+        text = _DECODE_GATHERED
+    if plan.path == "bf16":
+        body = f"store(out_at, pair({_scaled(plan, '')},\n{' ' * 27}{_scaled(plan, ' + STEPS')}));"
+    else:
+        body = f"store(reinterpret_cast<float*>(out_at), {_scaled(plan, '')});"
+    return text.replace("@BODY@", body)
+
+
+def _scaled(plan: Plan, half: str) -> str:
+    """The decoded weight of a step; the second one of a pair stands half a dword on."""
+    level = f"decoder.value(code, step{half})"
+    scale, zero = "s", "z"
     if not plan.is_regular:
-        low = "scales.at(v * LANES, k), @ZERO@"
-        high = low.replace(", k)", ", k + 1)")
-    zero = "scales.zeros_at(v * LANES, k)" if plan.encoding.zero_point else "vf{}"
-    body = body.format(low=low, high=high.replace("@ZERO@", zero.replace(", k)", ", k + 1)")))
-    body = body.replace("@ZERO@", zero)
-    at = "vf{}"
+        k = "k + 1" if half else "k"
+        scale, zero = f"scales.at(v * LANES, {k})", f"scales.zeros_at(v * LANES, {k})"
     if plan.encoding.zero_point:
-        at = "load(scales.zeros_at(block) + v * LANES)"
-    scaled = "mul(add(level, mul(z, spread(-1.0f))), s)" if plan.encoding.zero_point else "mul(level, s)"
-    unused = "" if plan.encoding.zero_point else "  (void)z;\n"
-    head = _SCALED.replace("@UNUSED@", unused).replace("@SCALED@", scaled)
-    return head + text.replace("@BODY@", body).replace("@ZEROS@", at)
+        level = f"sub({level}, {zero})"
+    return f"mul({level}, {scale})"
 
 
 def _chunk(plan: Plan) -> str:
@@ -58,12 +58,6 @@ def _chunk(plan: Plan) -> str:
         return _CHUNK_STORED.replace("@ZEROS@", zeros)
     return _CHUNK_BYTES.replace("@ZEROS@", zeros)
 
-
-_SCALED = """\
-INLINE vf scaled(vf level, vf s, vf z) {
-@UNUSED@  return @SCALED@;
-}
-"""
 
 _DECODE_REGULAR = """\
 
@@ -78,6 +72,7 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
     const float* scale = scales.at(block);
     for (int v = 0; v < ALL; ++v) {
       const vf s = load(scale + v * LANES), z = @ZEROS@;
+      (void)z;
       for (int64_t g = group; g < end; ++g) {
         const uint32_t* codes = w.codes() + (tile * GROUPS + g) * TILE;
         prefetch(codes + AHEAD + v * LANES);

@@ -32,8 +32,6 @@ class Plan:
     Attributes:
         spec: What is computed.
         isa: What it is printed for.
-        path: What is multiplied: ``"bf16"`` (pairs, summed in float32), ``"int8"`` (fours, summed
-            in int32) or ``"f32"``.
     """
 
     spec: KernelSpec
@@ -117,7 +115,7 @@ class Plan:
 
     @property
     def _keeps_both_levels(self) -> bool:
-        """Whether byte codes are needed apart from their integers: by outliers found in the call."""
+        """Whether byte codes are needed beside their integers, by outliers found in the call."""
         found_in_call = self.spec.outliers is not None and self.spec.outliers.columns is None
         return found_in_call and self.encoding.bits == 8 and not self.encoding.is_uniform
 

@@ -47,10 +47,8 @@ def _byte_planes(table: tuple[float, ...]) -> str:
     lines = ["alignas(64) constexpr uint8_t SCALE_LEVELS[4][256] = {"]
     for plane in range(4):
         values = [str(word >> (8 * plane) & 255) for word in words]
-        lines.append("    {")
-        for start in range(0, 256, 20):
-            lines.append(f"        {', '.join(values[start : start + 20])},")
-        lines.append("    },")
+        rows = [f"        {', '.join(values[start : start + 20])}," for start in range(0, 256, 20)]
+        lines += ["    {", *rows, "    },"]
     return "\n".join([*lines, "};"])
 
 

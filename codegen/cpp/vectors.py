@@ -21,6 +21,7 @@ INLINE vf spread(float x) { return _mm512_set1_ps(x); }
 INLINE vi spread(uint32_t x) { return _mm512_set1_epi32(int(x)); }
 INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
@@ -47,6 +48,7 @@ INLINE vf spread(float x) { return _mm256_set1_ps(x); }
 INLINE vi spread(uint32_t x) { return _mm256_set1_epi32(int(x)); }
 INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
 INLINE vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+INLINE vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
 INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE vf to_float(vi x) { return _mm256_cvtepi32_ps(x); }
@@ -73,6 +75,7 @@ INLINE vf spread(float x) { return vf{x, x, x, x, x, x, x, x}; }
 INLINE vi spread(uint32_t x) { return vi{x, x, x, x, x, x, x, x}; }
 INLINE vf add(vf a, vf b) { return a + b; }
 INLINE vi add(vi a, vi b) { return a + b; }
+INLINE vf sub(vf a, vf b) { return a - b; }
 INLINE vf mul(vf a, vf b) { return a * b; }
 INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(vs(x), vf); }
@@ -95,7 +98,10 @@ def vectors(isa: str, path: str) -> str:
         path: What is multiplied, which says what sums are made of.
     """
     kind = "vi" if path == "int8" else "vf"
-    return _VECTORS[isa].replace("@SUM@", f"using sum_t = {kind};  // what products are summed in\n")
+    return _VECTORS[isa].replace(
+        "@SUM@", f"using sum_t = {kind};  // what products are summed in\n"
+    )
+
 
 _DOT_BF16 = """\
 // GCC spills around its own intrinsic for this instruction: two to three times slower.
