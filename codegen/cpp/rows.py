@@ -15,7 +15,7 @@ def rows(plan: Plan) -> str:
     if plan.spec.outliers is not None:
         parts.append(_FLAG if plan.spec.outliers.columns is None else _LISTED)
     if plan.quantizes_x:
-        plain = "x_of(x[k * call.x_col])"
+        plain = "x_of(x[k * x_col])"
         taken = plain if plan.spec.outliers is None else f"flags[k] ? 0.0f : {plain}"
         parts.append(_QUANTIZE.replace("@TAKEN@", taken))
     parts.append(_line(plan))
@@ -39,12 +39,12 @@ def _line(plan: Plan) -> str:
     elif plan.path == "bf16":
         body, value = _PAIRS, "from_bf16(half[k])"
     else:
-        taken = "x_of(x[k * call.x_col])"
+        taken = "x_of(x[k * x_col])"
         if plan.spec.compute_dtype != plan.spec.x_dtype:
             taken = rounded(plan.spec.compute_dtype, taken)
         body, value = _FLOATS.replace("@VALUE@", taken), "line[k]"
     sums = _SUMS.replace("@VALUE@", value) if plan.keeps_sums else ""
-    return _HEAD + body.replace("@SUMS@", sums)
+    return _HEAD + body.replace("@SUMS@", sums) + _EITHER
 
 
 _CALL = """\
@@ -71,14 +71,21 @@ struct Call {
 
 _FLAG = """\
 // Marks the columns in which any row is large, and lists them.
-void find_outliers(const Call& call, int64_t e, int64_t first, int64_t last) {
+INLINE void find_outliers(const Call& call, int64_t e, int64_t x_col, int64_t first, int64_t last) {
   uint8_t* flags = call.flags + e * K;
   for (int64_t k = first; k < last; ++k) flags[k] = 0;
   for (int64_t row = 0; row < call.m; ++row) {
     const stored_t* x = call.x + e * call.x_e + row * call.x_row;
     for (int64_t k = first; k < last; ++k)
-      flags[k] |= std::fabs(x_of(x[k * call.x_col])) >= THRESHOLD;
+      flags[k] |= std::fabs(x_of(x[k * x_col])) >= THRESHOLD;
   }
+}
+
+void find_outliers(const Call& call, int64_t e, int64_t first, int64_t last) {
+  if (call.x_col == 1)
+    find_outliers(call, e, 1, first, last);
+  else
+    find_outliers(call, e, call.x_col, first, last);
 }
 
 void list_outliers(const Call& call, int64_t e) {
@@ -104,7 +111,7 @@ void list_outliers(const Call& call, int64_t e) {
 
 _QUANTIZE = """\
 // Rounds a row to integers from -127 to 127 and gives its scale; NaN if the row is not finite.
-float quantize_row(const Call& call, int64_t e, const stored_t* x, int8_t* q) {
+INLINE float quantize(const Call& call, int64_t e, const stored_t* x, int64_t x_col, int8_t* q) {
   const uint8_t* flags = call.flags + e * K;
   (void)flags;
   uint32_t largest = 0;  // magnitudes of floats are in the order of their bits
@@ -145,20 +152,29 @@ _SUMS = """\
 
 _HEAD = """\
 // A row as a line; its sums are a panel's height apart. Gives the row's scale.
-float line_of(const Call& call, int64_t e, const stored_t* x, x_t* line, xsum_t* sums, int height) {
+INLINE float line_of(const Call& call, int64_t e, const stored_t* x, int64_t x_col, x_t* line,
+                     xsum_t* sums, int height) {
   (void)call, (void)e, (void)sums, (void)height;
+"""
+
+_EITHER = """
+float line_of(const Call& call, int64_t e, const stored_t* x, x_t* line, xsum_t* sums, int height) {
+  // With the stride a constant the usual case becomes vector instructions.
+  return call.x_col == 1 ? line_of(call, e, x, 1, line, sums, height)
+                         : line_of(call, e, x, call.x_col, line, sums, height);
+}
 """
 
 _BYTES = """\
   int8_t* q = reinterpret_cast<int8_t*>(line);
-  const float scale = quantize_row(call, e, x, q);
+  const float scale = quantize(call, e, x, x_col, q);
 @SUMS@  return scale * LEVEL_UNIT;
 }
 """
 
 _INTEGERS = """\
   alignas(64) int8_t q[K_PADDED];
-  const float scale = quantize_row(call, e, x, q);
+  const float scale = quantize(call, e, x, x_col, q);
   for (int64_t k = 0; k < K_PADDED; ++k) line[k] = q[k];
   return scale * LEVEL_UNIT;
 }
@@ -173,7 +189,7 @@ _FLOATS = """\
 
 _PAIRS = """\
   uint16_t* half = reinterpret_cast<uint16_t*>(line);
-  for (int64_t k = 0; k < K; ++k) half[k] = half_of(x[k * call.x_col]);
+  for (int64_t k = 0; k < K; ++k) half[k] = half_of(x[k * x_col]);
   for (int64_t k = K; k < K_PADDED; ++k) half[k] = 0;
 @SUMS@  return 1;
 }
