@@ -188,7 +188,8 @@ _FLOATS = """\
 """
 
 _PAIRS = """\
-  uint16_t* half = reinterpret_cast<uint16_t*>(line);
+  typedef uint16_t half_t [[gnu::may_alias]];  // they are read as dwords
+  half_t* half = reinterpret_cast<half_t*>(line);
   for (int64_t k = 0; k < K; ++k) half[k] = half_of(x[k * x_col]);
   for (int64_t k = K; k < K_PADDED; ++k) half[k] = 0;
 @SUMS@  return 1;

@@ -1,0 +1,137 @@
+"""The cost model of C++ kernels: what it counts, and the thresholds that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fxquant.codegen.cpp.cost import (
+    ALL_ROWS,
+    DOTS,
+    THREADS,
+    M,
+    Rates,
+    few_cost,
+    many_cost,
+    threshold,
+    usual_rates,
+)
+from fxquant.codegen.cpp.isa import AVX2, AVX512, ISAS, PORTABLE, Isa
+from fxquant.codegen.cpp.layout import prepared_bytes
+from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.spec import KernelSpec, WeightOperand
+from fxquant.formats import Encoding
+from tests.codegen.specs import specs
+
+NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
+INT8 = Encoding(8, block=(1, -1))
+
+
+def plan(
+    n: int = 1024,
+    k: int = 1024,
+    compute: str = "bfloat16",
+    encoding: Encoding = NF4,
+    isa: Isa = AVX512,
+) -> Plan:
+    operand = WeightOperand.whole(encoding, (n, k), transposed=False)
+    x = "float32" if compute == "float32" else "bfloat16"
+    return Plan(KernelSpec(operand, x, compute, x), isa)
+
+
+def rates(**changes: float) -> Rates:
+    every = dict.fromkeys(("bf16", "int8", "f32"), 4e9)
+    return dataclasses.replace(Rates(20e9, every, every, 8e9), **changes)
+
+
+def test_traffic_is_the_packed_weight_once_and_the_rows() -> None:
+    one = plan(512, 1024)
+    for cost in (few_cost(one), many_cost(one)):
+        assert cost.bytes.subs(M, 3) == prepared_bytes(one) + 3 * (1024 + 512) * 2
+    # 4 bits of codes and 8 of a scale for 64 weights, and what nested scales take.
+    assert 4.125 < prepared_bytes(one) * 8 / (512 * 1024) < 4.4
+
+
+def test_products_are_counted_in_instructions() -> None:
+    # A row of 1024 outputs and 1024 inputs, 16 outputs and 1, 2 or 4 inputs at a time.
+    for compute, inputs in (("float32", 1), ("bfloat16", 2), ("int8", 4)):
+        one = plan(compute=compute)
+        assert few_cost(one).dots.subs(M, 1) == 1024 * 1024 // 16 // inputs
+        assert many_cost(one).dots.subs(M, 1) == 4 * few_cost(one).dots.subs(M, 1)
+        assert many_cost(one).dots.subs(M, 12) == few_cost(one).dots.subs(M, 12)
+
+
+def test_few_rows_decode_once_a_panel_and_many_once_for_480_rows() -> None:
+    few, many = few_cost(plan()).operations, many_cost(plan()).operations
+    steps = 1024 * 1024 // 32
+
+    def grown(cost: object, first: int, last: int) -> int:
+        return (cost.subs({M: last}) - cost.subs({M: first})).subs(THREADS, 2)
+
+    totals = grown(few, 15, 16)
+    assert grown(few, 16, 17) - totals >= 2 * steps
+    assert grown(few, 17, 32) == 15 * totals
+    per_panel = grown(many, 4, 8)
+    assert grown(many, 476, 480) == per_panel < 4 * totals
+    assert grown(many, 480, 484) - per_panel > 4 * 2 * steps
+
+
+@given(specs())
+def test_every_spec_has_a_threshold(spec: KernelSpec) -> None:
+    for isa in ISAS.values():
+        one = Plan(spec, isa)
+        found = threshold(one, usual_rates(isa), 2)
+        assert found in range(481) or found == ALL_ROWS
+        assert (found == 0) <= (not one.is_regular or isa.name != "avx512") or found == 0
+        if not one.is_regular:
+            assert found == 0
+
+
+def test_scales_that_change_inside_a_group_leave_many_rows_alone() -> None:
+    one = plan(encoding=Encoding(4, "nf4", (-1, 1)))
+    assert not one.is_regular
+    assert threshold(one, rates(), 2) == 0
+
+
+@pytest.mark.parametrize("isa", [AVX512, AVX2, PORTABLE])
+@pytest.mark.parametrize("compute", ["bfloat16", "float32", "int8"])
+def test_one_row_is_few_and_the_choice_is_the_cheaper(isa: Isa, compute: str) -> None:
+    one, found = plan(compute=compute, isa=isa), usual_rates(isa)
+    most = threshold(one, found, 2)
+    assert 1 <= most < 480
+    values = {"bandwidth": found.bandwidth, "vectors": found.vectors, "threads": 2}
+    path = one.path
+
+    def seconds(rows: int) -> tuple[float, float]:
+        few = few_cost(one).time.subs({**values, DOTS: found.few[path], M: rows})
+        many = many_cost(one).time.subs({**values, DOTS: found.many[path], M: rows})
+        return float(few), float(many)
+
+    few, many = seconds(most)
+    assert few <= many
+    height = isa.few_heights[0]
+    few, many = seconds(most + (1 if most < height else height))
+    assert few > many
+
+
+@given(st.floats(1.0, 3.0), st.floats(1.0, 3.0))
+def test_thresholds_fall_when_products_of_few_rows_are_slower(faster: float, more: float) -> None:
+    one = plan()
+    quick = rates(few={"bf16": 3e9 * faster}, many={"bf16": 4e9})
+    slow = rates(few={"bf16": 3e9 * faster / more}, many={"bf16": 4e9})
+    assert threshold(one, slow, 2) <= threshold(one, quick, 2)
+
+
+def test_what_needs_no_decoding_stays_with_few_rows_longer() -> None:
+    decoded = threshold(plan(compute="int8"), rates(), 2)
+    assert threshold(plan(compute="int8", encoding=INT8), rates(), 2) > decoded
+
+
+def test_one_tile_of_outputs_on_two_threads_takes_many_rows_sooner() -> None:
+    # Few rows leave a thread idle; many rows share out their panels.
+    assert threshold(plan(n=64), rates(), 2) < threshold(plan(n=64), rates(), 1)
+    share = many_cost(plan(n=64)).share.subs({M: 480, THREADS: 2})
+    assert float(few_cost(plan(n=64)).share.subs(THREADS, 2)) == 1 > float(share)

@@ -1,0 +1,181 @@
+"""Printed C++ kernels under the address and undefined-behaviour sanitizers.
+
+Every operand lies in memory of exactly its size, and each kernel is a program of its own: Python
+does not run under the sanitizers.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from fxquant.codegen import Header, KernelSpec, cpp, reference
+from fxquant.codegen.cpp.isa import ISAS, Isa
+from fxquant.runtime import toolchain
+from tests.bounds import assert_close_within
+from tests.codegen import cpp_harness, harness
+from tests.codegen.cpp_specs import SPECS
+
+DRIVER = Path(__file__).with_name("driver.cpp")
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+BEST, SECOND = [*cpp_harness.isas(), "portable"][:2]
+CASES = [
+    *((name, BEST) for name in ("nf4_bf16", "zero4_bf16_odd", "nf4_int8_outliers")),
+    *((name, "portable") for name in ("fp4_f32_odd", "zero8_int8", "nf4_f32_batched")),
+    *((name, SECOND) for name in ("int2_f16_value_of_qkv", "int8_int8_given_outliers")),
+]
+
+
+def isa_of(name: str) -> Isa:
+    """An instruction set with fewer heights of panels: with all, compilers take minutes."""
+    return replace(ISAS[name], few_heights=(6, 2, 1), many_heights=(4, 2))
+
+
+def command(isa: Isa, *arguments: str) -> list[str]:
+    found = toolchain.compiler()
+    assert found is not None
+    flags = [flag for flag in toolchain.FLAGS if flag not in ("-O3", "-fPIC", "-shared")]
+    own = ("-O1", "-g1", "-Wno-psabi", toolchain.OPENMP, *SANITIZERS)
+    return [found.path, *flags, *own, *isa.flags, *arguments]
+
+
+@functools.lru_cache(maxsize=1)
+def obstacle() -> str:
+    """Why there are no sanitizers, or ``""``."""
+    if toolchain.compiler() is None:
+        return toolchain.NOT_FOUND
+    done = subprocess.run(
+        command(ISAS["portable"], "-x", "c++", "-", "-o", os.devnull),
+        input="int main() {}",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return "" if done.returncode == 0 else f"no sanitizers: {done.stderr.strip()[:200]}"
+
+
+pytestmark = pytest.mark.skipif(bool(obstacle()) and not os.environ.get("CI"), reason=obstacle())
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Future[Path]]:
+    """The drivers of all cases, built side by side."""
+    with ThreadPoolExecutor(2) as pool:
+        return {key: pool.submit(build, *key, tmp_path_factory.mktemp(key[0])) for key in CASES}
+
+
+def build(name: str, isa_name: str, folder: Path) -> Path:
+    isa = isa_of(isa_name)
+    source, program = folder / "kernel.cpp", folder / "kernel"
+    source.write_text(cpp.render(SPECS[name], Header(), isa), encoding="utf-8")
+    line = command(isa, f'-DKERNEL="{source}"', str(DRIVER), "-o", str(program))
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+class Calls:
+    """What a driver reads and writes in a folder."""
+
+    def __init__(self, spec: KernelSpec, tensors: list[Tensor], folder: Path) -> None:
+        self.spec, self.folder = spec, folder
+        self.lines: list[str] = []
+        names = [self._write(f"part{i}", tensor) for i, tensor in enumerate(tensors)]
+        (folder / "parts").write_text("\n".join(names), encoding="utf-8")
+
+    def add(self, x: Tensor, extra: list[Tensor], variant: int, threads: int) -> str:
+        """One more call; gives the name of its result's file."""
+        number, rows, weight = len(self.lines), x.shape[-2], self.spec.weight
+        elements = x.untyped_storage().nbytes() // x.element_size()
+        storage = x.as_strided((elements,), (1,), 0)[x.storage_offset() :]
+        files = [self._write(f"x{number}", storage)]
+        files += [self._write(f"extra{number}_{i}", tensor) for i, tensor in enumerate(extra)]
+        size = getattr(torch, self.spec.out_dtype).itemsize * rows * weight.n * (weight.batch or 1)
+        x_e = x.stride(0) if weight.batch else 0
+        head = (rows, variant, threads, x_e, x.stride(-2), x.stride(-1), size, f"out{number}")
+        self.lines.append(" ".join(map(str, [*head, *files])))
+        return f"out{number}"
+
+    def run(self, program: Path) -> subprocess.CompletedProcess[str]:
+        """Has the driver do all calls."""
+        (self.folder / "calls").write_text("\n".join(self.lines), encoding="utf-8")
+        # Threads of OpenMP live as long as the program: they are no leak of ours.
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+        return subprocess.run(
+            [program, self.folder], env=environment, capture_output=True, text=True, check=False
+        )
+
+    def result(self, name: str, rows: int) -> Tensor:
+        weight = self.spec.weight
+        shape = (rows, weight.n) if weight.batch is None else (weight.batch, rows, weight.n)
+        raw = bytearray((self.folder / name).read_bytes())
+        return torch.frombuffer(raw, dtype=getattr(torch, self.spec.out_dtype)).view(shape)
+
+    def _write(self, name: str, tensor: Tensor) -> str:
+        raw = tensor.detach().clone().reshape(-1).view(torch.uint8)
+        (self.folder / name).write_bytes(raw.numpy().tobytes())
+        return name
+
+
+def activations(spec: KernelSpec, rows: int) -> list[Tensor]:
+    """Activations that end where the last row does, and one that starts at an odd place."""
+    x = harness.activation(spec, rows)
+    x[..., 0, 1] = 40
+    spread = torch.zeros(x.numel() * 2 + 1, dtype=x.dtype)[1:-1]
+    spread = spread.as_strided(x.shape, [2 * stride for stride in x.stride()], 1)
+    return [x, spread.copy_(x)]
+
+
+@pytest.mark.parametrize(("name", "isa"), CASES)
+def test_nothing_is_touched_that_is_not_ours(
+    name: str, isa: str, programs: dict[tuple[str, str], Future[Path]], tmp_path: Path
+) -> None:
+    spec = SPECS[name]
+    tensors = harness.stored(spec.weight.encoding, spec.weight.shape)
+    calls, checks = Calls(spec, tensors, tmp_path), []
+    for rows in (1, 2, 7, 21, 490):
+        extra = harness.operands(spec, rows)
+        for threads, x in zip((1, 2), activations(spec, rows), strict=True):
+            checks += [
+                (calls.add(x, extra, variant, threads), x, extra)
+                for variant in (cpp_harness.FEW, cpp_harness.MANY)
+            ]
+    done = calls.run(programs[name, isa].result())
+    assert done.returncode == 0, done.stderr
+    for out, x, extra in checks[:-4]:
+        want = reference.run(spec, x, tensors, extra)
+        bound = cpp_harness.allowed(spec, isa, x, tensors, extra)
+        assert_close_within(calls.result(out, x.shape[-2]), want, bound)
+
+
+@pytest.mark.parametrize("short", ["x", "operand", "codes", "result"])
+def test_what_is_too_short_is_noticed(
+    short: str, programs: dict[tuple[str, str], Future[Path]], tmp_path: Path
+) -> None:
+    """Without this the test above could not fail."""
+    name, isa = CASES[0]
+    spec, rows = SPECS[name], 21
+    tensors = harness.stored(spec.weight.encoding, spec.weight.shape)
+    x, extra = harness.activation(spec, rows), harness.operands(spec, rows)
+    if short == "codes":
+        tensors[0] = tensors[0].flatten()[:-1]
+    if short == "operand":
+        extra[0] = extra[0][:-1]
+    calls = Calls(spec, tensors, tmp_path)
+    calls.add(x, extra, cpp_harness.MANY, 2)
+    if short == "x":
+        calls._write("x0", x[:-1])
+    if short == "result":
+        size = rows * spec.weight.n * x.element_size()
+        calls.lines[0] = calls.lines[0].replace(f" {size} ", f" {size - 1} ")
+    done = calls.run(programs[name, isa].result())
+    assert done.returncode not in (0, 3, 4)
+    assert "heap-buffer-overflow" in done.stderr
