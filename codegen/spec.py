@@ -250,8 +250,10 @@ class KernelSpec:
     """One product: ``out[e, m, n] = epilogue(sum_k x[e, m, k] * weight[e, n, k])``.
 
     The decoded weight and x are rounded to `compute_dtype`, products are summed in float32, the
-    epilogue works in float32, and the result is rounded to `out_dtype`. The number of rows m is
-    not part of a spec: one kernel serves them all.
+    epilogue works in float32, and the result is rounded to `out_dtype`. A kernel may instead round
+    the weight's levels and scale their sums in float32, or multiply in float32 what it would have
+    to round: either way each weight is off by half a unit in the last place of `compute_dtype` at
+    most. The number of rows m is not part of a spec: one kernel serves them all.
 
     With `compute_dtype` ``"int8"`` both operands are integers. Those of x are found at run time,
     in float32, from the largest magnitude of each row::

@@ -16,13 +16,13 @@ from fxquant.codegen.cpp.plan import Plan
 def decode(plan: Plan) -> str:
     """The text of ``struct Decoder``, and of its tables."""
     factors = plan.integers if plan.quantizes_x and plan.path == "f32" else plan.levels
-    parts = [float_table("LEVELS", _widened([float(factor) for factor in factors]))]
+    parts = [floattable("LEVELS", _widened([float(factor) for factor in factors]))]
     if plan.path == "bf16" and plan.encoding.bits < 8:
         words = _widened([_bfloat16(level) for level in plan.levels], 32)
-        parts.append(_table("uint16_t", "OPERAND_LEVELS", [f"0x{word:04x}" for word in words]))
+        parts.append(table("uint16_t", "OPERAND_LEVELS", [f"0x{word:04x}" for word in words]))
     if plan.path == "int8" and plan.encoding.bits < 8:
         values = _widened([integer + plan.byte_bias for integer in plan.integers], 64)
-        parts.append(_table("uint8_t", "OPERAND_LEVELS", [str(value) for value in values]))
+        parts.append(table("uint8_t", "OPERAND_LEVELS", [str(value) for value in values]))
     if plan.path == "int8" or (plan.encoding.is_uniform and plan.encoding.bits == 8):
         parts = parts[1:]
     return "\n".join([*parts, *_struct(plan)])
@@ -33,7 +33,8 @@ def _widened(values: list | tuple, entries: int = 16) -> list:
     return list(values) * max(1, entries // len(values))
 
 
-def _table(ctype: str, name: str, values: list[str]) -> str:
+def table(ctype: str, name: str, values: list[str]) -> str:
+    """A table of constants."""
     lines, line = [], "   "
     for value in values:
         if len(line) + len(value) + 2 > 100:
@@ -46,7 +47,7 @@ def _table(ctype: str, name: str, values: list[str]) -> str:
 
 def float_table(name: str, values: Sequence[float]) -> str:
     """A table of float32 constants."""
-    return _table("float", name, [constant(value) for value in values])
+    return table("float", name, [constant(value) for value in values])
 
 
 def _bfloat16(value: float) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fxquant.codegen.cpp.decode import float_table
+from fxquant.codegen.cpp.decode import float_table, table
 from fxquant.codegen.cpp.plan import TILE, Plan
 from fxquant.codegen.cpp.scales import NAMES
 from fxquant.codegen.indexing import index_text
@@ -78,8 +78,8 @@ def _lookup_table(plan: Plan) -> str:
     """What replaces the codes of an 8-bit weight that is multiplied as it is stored."""
     if plan.path != "int8" or plan.encoding.bits != 8:
         return ""
-    values = ", ".join(str(value + plan.byte_bias) for value in plan.integers)
-    return f"constexpr uint8_t STORED_AS[256] = {{{values}}};\n"
+    values = [str(value + plan.byte_bias) for value in plan.integers]
+    return table("uint8_t", "STORED_AS", values) + "\n"
 
 
 def _stored_code(plan: Plan) -> str:
@@ -100,15 +100,15 @@ def _stored_scale(plan: Plan) -> str:
     if inner is None:
         body = "static_cast<const float*>(parts[1])[block]"
         return _STORED_SCALE.replace("@TABLE@", "").replace("@BODY@", f"return {body};")
-    table = levels(inner)
-    assert table is not None, "scales are encoded by a codebook"
+    book = levels(inner)
+    assert book is not None, "scales are encoded by a codebook"
     where = "0" if inner.block[0] == -1 else f"block / {inner.block[0]}"
     add = " + *static_cast<const float*>(parts[3])" if inner.offset else ""
     body = (
         "const uint8_t code = static_cast<const uint8_t*>(parts[1])[block];\n"
         f"  return SCALE_LEVELS[code] * static_cast<const float*>(parts[2])[{where}]{add};"
     )
-    text = _STORED_SCALE.replace("@TABLE@", float_table("SCALE_LEVELS", table) + "\n")
+    text = _STORED_SCALE.replace("@TABLE@", float_table("SCALE_LEVELS", book) + "\n")
     return text.replace("@BODY@", body)
 
 
