@@ -16,7 +16,7 @@ from fxquant.codegen.cpp.plan import Plan
 def decode(plan: Plan) -> str:
     """The text of ``struct Decoder``, and of its tables."""
     factors = plan.integers if plan.quantizes_x and plan.path == "f32" else plan.levels
-    parts = [floattable("LEVELS", _widened([float(factor) for factor in factors]))]
+    parts = [float_table("LEVELS", _widened([float(factor) for factor in factors]))]
     if plan.path == "bf16" and plan.encoding.bits < 8:
         words = _widened([_bfloat16(level) for level in plan.levels], 32)
         parts.append(table("uint16_t", "OPERAND_LEVELS", [f"0x{word:04x}" for word in words]))
