@@ -47,7 +47,7 @@ def _byte_planes(table: tuple[float, ...]) -> str:
     lines = ["alignas(64) constexpr uint8_t SCALE_LEVELS[4][256] = {"]
     for plane in range(4):
         values = [str(word >> (8 * plane) & 255) for word in words]
-        rows = [f"        {', '.join(values[start : start + 20])}," for start in range(0, 256, 20)]
+        rows = [f"        {', '.join(values[start : start + 16])}," for start in range(0, 256, 16)]
         lines += ["    {", *rows, "    },"]
     return "\n".join([*lines, "};"])
 
