@@ -153,5 +153,5 @@ SPECS = {
     )
 }
 
-EVERYWHERE = ("nf4_bf16", "int8_int8", "nf4_int8_outliers", "fp4_f32_odd")
+EVERYWHERE = ("nf4_bf16", "int8_int8", "nf4_int8_outliers", "fp4_f32_odd", "int8_int8_long")
 """Built for every instruction set; the others for one or two."""
