@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fxquant
 from fxquant.formats import pack
+from fxquant.runtime import toolchain
 from fxquant.schemes import get_scheme
 
 UNIT = 2.0**-24
@@ -160,3 +161,27 @@ def test_compiled_equals_the_decoded_model(
     report = fxquant.report(model)
     assert len(report.rows) == len(steps)
     assert all("too small" in row.reason for row in report.left_alone)
+
+
+@pytest.mark.skipif(toolchain.compiler() is None, reason=toolchain.NOT_FOUND)
+@settings(max_examples=3, deadline=None)
+@given(
+    width=SIZES,
+    rows=st.integers(1, 40),
+    steps=st.lists(STEPS, min_size=1, max_size=2),
+    seed=st.integers(0, 2**31),
+)
+def test_targets_agree(width: int, rows: int, steps: list[Step], seed: int) -> None:
+    """What C++ kernels compute and what torch does are each within the bound of the model."""
+    torch.manual_seed(seed)
+    model = RandomModel(width, steps)
+    x = torch.randn(rows, width)
+    _, bound = expected_and_bound(model, x, "nf4")
+    results = []
+    for target in ("cpp", "torch"):
+        torch._dynamo.reset()
+        options = {"scheme": "nf4", "target": target}
+        results.append(torch.compile(model, backend="fxquant", options=options)(x))
+        kernels = [row.kernel for row in fxquant.report(model).quantized]
+        assert all(kernel.startswith(f"{target}:") for kernel in kernels)
+    assert bool(((results[0] - results[1]).abs() <= 2 * bound + 1e-30).all())
