@@ -21,7 +21,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fxquant import __version__, errors
-from fxquant.runtime import cache, dump, launch, toolchain
+from fxquant.runtime import cache, dump, launch, rates, toolchain, tuning
+from fxquant.runtime.cpp import usable_threads
 
 OK, NOTE, BAD = "ok", "note", "bad"
 STYLES = {OK: "green", NOTE: "yellow", BAD: "red"}
@@ -168,6 +169,29 @@ def check_compiler() -> Finding:
     return Finding(name, OK if chain.openmp else NOTE, detail)
 
 
+def check_rates() -> Finding:
+    """What was measured of this processor, for the choice between a kernel's skeletons."""
+    name = "CPU rates"
+    try:
+        chain = toolchain.toolchain()
+    except errors.OptionError:
+        chain = None
+    if chain is None:
+        return Finding(name, NOTE, "none: there are no C++ kernels")
+    threads = usable_threads(openmp=chain.openmp)
+    found = rates.rates(chain, threads)
+    lanes = chain.isa.lanes
+    each = {"bf16": 2 * lanes, "int8": 4 * lanes, "f32": lanes}
+    speeds = [
+        f"{path} {rate * threads * each[path] / 1e9:.0f}" for path, rate in found.many.items()
+    ]
+    detail = (
+        f"{threads} threads read {found.bandwidth / 1e9:.0f} GB/s; 10^9 multiply-adds a second: "
+        f"{', '.join(speeds)}; kernels tuned: {tuning.tuned_kernels()}"
+    )
+    return Finding(name, OK, detail)
+
+
 def check_cache() -> Finding:
     """The kernel cache's folder."""
     return _check_folder("kernel cache", cache.root(), cache.ENVIRONMENT)
@@ -258,6 +282,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_triton,
     check_gpu,
     check_compiler,
+    check_rates,
     check_cache,
     check_dump,
     check_extras,

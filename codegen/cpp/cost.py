@@ -2,7 +2,7 @@
 
 Costs are sympy expressions in `M` (rows of the activation), `THREADS` and the rates of a machine.
 Instructions are those on vectors of `Isa.lanes` dwords. What both skeletons do alike (rows to lines
-and panels, the epilogue) is left out.
+and panels, the epilogue) is left out, and so is what caches do to panels that are read again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fxquant.codegen.cpp.printer import CHUNK, SUPER_ROWS
 
 M, THREADS = sympy.symbols("m threads", integer=True, positive=True)
 BANDWIDTH, DOTS, VECTORS = sympy.symbols("bandwidth dots vectors", positive=True)
-"""Bytes, dot products and other vector instructions a second, of all threads together."""
+"""Bytes a second of all threads, dot products and other vector instructions a second of each."""
 
 ALL_ROWS = sys.maxsize
 """The threshold of a kernel for which few rows are never slower."""
@@ -31,32 +31,36 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second, with all of some threads.
+    """What a machine does in a second.
 
     Attributes:
-        bandwidth: Bytes read from memory.
-        dots: Dot products of a vector with a dword that all lanes take, by `Plan.path`.
-        vectors: Other instructions on vectors.
+        bandwidth: Bytes that all threads read from memory.
+        few: Dot products that one thread makes in panels of few rows, by `Plan.path`.
+        many: The same in panels of many rows, which use each activation for two vectors.
+        vectors: Other instructions on vectors that one thread does.
     """
 
     bandwidth: float
-    dots: Mapping[str, float]
+    few: Mapping[str, float]
+    many: Mapping[str, float]
     vectors: float
 
 
-# Of one thread at about 3 GHz; only the ratio of the last two matters for the choice.
 _USUAL = {
-    "avx512": Rates(15e9, {"bf16": 3e9, "int8": 3e9, "f32": 3e9}, 5e9),
-    "avx2": Rates(15e9, {"int8": 0.8e9, "f32": 5e9}, 7e9),
-    "portable": Rates(10e9, {"int8": 0.1e9, "f32": 1.5e9}, 2e9),
+    "avx512": Rates(
+        20e9,
+        {"bf16": 3.6e9, "int8": 3.6e9, "f32": 3.6e9},
+        {"bf16": 3.6e9, "int8": 3.6e9, "f32": 3.6e9},
+        11e9,
+    ),
+    "avx2": Rates(20e9, {"int8": 1e9, "f32": 5e9}, {"int8": 1.3e9, "f32": 7e9}, 18e9),
+    "portable": Rates(20e9, {"int8": 0.1e9, "f32": 1.3e9}, {"int8": 0.1e9, "f32": 1.3e9}, 5e9),
 }
 
 
-def usual_rates(isa: Isa, threads: int) -> Rates:
-    """Rates to reckon with where they cannot be measured."""
-    one = _USUAL[isa.name]
-    dots = {path: rate * threads for path, rate in one.dots.items()}
-    return Rates(one.bandwidth * threads, dots, one.vectors * threads)
+def usual_rates(isa: Isa) -> Rates:
+    """Rates to reckon with where they cannot be measured: those of a Zen 4 at 3.6 GHz."""
+    return _USUAL[isa.name]
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,23 @@ class Cost:
         bytes: Read from or written to memory once: codes and scales, activation, result.
         dots: Dot-product instructions.
         operations: Other vector instructions: decoding, scales, totals out of and into the cache.
-        unevenness: The longest thread's share of the work over the mean; 1 when it divides evenly.
+        share: Of the work, what the busiest thread does.
+        is_ahead: Whether codes are asked for before they are needed: reading overlaps with work.
     """
 
     bytes: sympy.Expr
     dots: sympy.Expr
     operations: sympy.Expr
-    unevenness: sympy.Expr
+    share: sympy.Expr
+    is_ahead: bool = True
 
     @property
     def time(self) -> sympy.Expr:
         """Seconds, in `M`, `THREADS`, `BANDWIDTH`, `DOTS` and `VECTORS`."""
-        work = self.unevenness * (self.dots / DOTS + self.operations / VECTORS)
-        return sympy.Max(self.bytes / BANDWIDTH, work)
+        work = self.share * (self.dots / DOTS + self.operations / VECTORS)
+        read = self.bytes / BANDWIDTH
+        # Unevaluated: sympy would take a tenth of a second to find out which is larger.
+        return sympy.Max(read, work, evaluate=False) if self.is_ahead else read + work
 
 
 def few_cost(plan: Plan) -> Cost:
@@ -90,22 +98,25 @@ def few_cost(plan: Plan) -> Cost:
     decoded = panels * steps * _operand(plan)
     totals = M * tiles * _vectors(plan) * math.ceil(plan.k_padded / at_once) * _round_trip(plan)
     scales = panels * tiles * plan.blocks * _scales(plan)
-    return Cost(_traffic(plan), M * steps, decoded + totals + scales, _unevenness(tiles))
+    return Cost(_traffic(plan), M * steps, decoded + totals + scales, _share(tiles))
 
 
 def many_cost(plan: Plan) -> Cost:
     """Of `many`: a tile is decoded once for `SUPER_ROWS` rows, to memory, with its scales."""
     least, most = plan.isa.many_heights[-1], plan.isa.many_heights[0]
     rows, supers = least * sympy.ceiling(M / least), sympy.ceiling(M / SUPER_ROWS)
-    panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS) / most)
+    panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS, evaluate=False) / most)
     tiles, steps = _tiles(plan), _steps(plan)
-    parts = sympy.Max(1, sympy.Min(sympy.ceiling(4 * THREADS / tiles), panels))
+    wanted = sympy.Min(sympy.ceiling(4 * THREADS / tiles), panels, evaluate=False)
+    parts = sympy.Max(1, wanted, evaluate=False)
     chunk = plan.block if plan.path == "int8" else CHUNK
     decoded = supers * parts * steps * _stored_operand(plan)
     totals = rows * tiles * _vectors(plan) * math.ceil(plan.k_padded / chunk) * _round_trip(plan)
     scales = supers * parts * tiles * plan.blocks * _scales(plan)
     work = decoded + totals + scales
-    return Cost(_traffic(plan), rows * steps, work, _unevenness(tiles * parts))
+    # Codes that are multiplied as they are stored are loaded by the products themselves.
+    is_ahead = _stored_operand(plan) > 0
+    return Cost(_traffic(plan), rows * steps, work, _share(tiles * parts), is_ahead)
 
 
 def threshold(plan: Plan, rates: Rates, threads: int) -> int:
@@ -121,10 +132,9 @@ def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     """
     if not plan.is_regular:
         return 0
-    few, many = (
-        _compiled(cost.time, rates, plan.path, threads)
-        for cost in (few_cost(plan), many_cost(plan))
-    )
+    path = plan.path
+    few = _seconds(few_cost(plan), rates, rates.few[path], threads)
+    many = _seconds(many_cost(plan), rates, rates.many[path], threads)
     height, found = plan.isa.few_heights[0], 0
     # Only whole panels are worth a look: a started one is decoded as a whole.
     for rows in (*range(1, height), *range(height, SUPER_ROWS + 1, height)):
@@ -134,17 +144,10 @@ def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     return ALL_ROWS
 
 
-def _compiled(
-    time: sympy.Expr, rates: Rates, path: str, threads: int
-) -> Callable[[int], float]:
-    known = {
-        BANDWIDTH: rates.bandwidth,
-        DOTS: rates.dots[path],
-        VECTORS: rates.vectors,
-        THREADS: threads,
-    }
-    found: Callable[[int], float] = sympy.lambdify(M, time.subs(known), modules="math")
-    return found
+def _seconds(cost: Cost, rates: Rates, dots: float, threads: int) -> Callable[[int], float]:
+    """A cost's time on a machine, of the number of rows."""
+    compiled = sympy.lambdify([M, THREADS, BANDWIDTH, DOTS, VECTORS], cost.time, modules="math")
+    return lambda rows: float(compiled(rows, threads, rates.bandwidth, dots, rates.vectors))
 
 
 def _tiles(plan: Plan) -> int:
@@ -166,11 +169,15 @@ def _traffic(plan: Plan) -> sympy.Expr:
     return prepared_bytes(plan) + e * M * (k * _BYTES[spec.x_dtype] + n * _BYTES[spec.out_dtype])
 
 
-def _unevenness(items: sympy.Expr | int) -> sympy.Expr:
-    return sympy.ceiling(sympy.sympify(items) / THREADS) * THREADS / items
+def _share(items: sympy.Expr | int) -> sympy.Expr:
+    return sympy.ceiling(sympy.sympify(items) / THREADS) / items
 
 
 # --- instructions, counted in what `decode`, `scales`, `few` and `many` print -----------------
+
+
+_STORE = 4
+"""A store of decoded operands: a chunk of them does not fit the first-level cache."""
 
 
 def _value(plan: Plan) -> int:
@@ -200,16 +207,16 @@ def _operand(plan: Plan) -> int:
 def _stored_operand(plan: Plan) -> int:
     """For the same, in memory and with its scale unless that comes later."""
     if plan.path == "int8":
-        return 0 if plan.encoding.bits == 8 else _operand(plan) + 1
+        return 0 if plan.encoding.bits == 8 else _operand(plan) + _STORE
     scaled = _value(plan) + (3 if plan.encoding.zero_point else 1)
-    # Rounding to pairs takes two permutes and the conversion; a store of 64 bytes counts twice.
-    return 2 * scaled + 5 if plan.path == "bf16" else scaled + 2
+    # Pairs take a conversion, which counts twice, and a permute.
+    return (2 * scaled + 3 if plan.path == "bf16" else scaled) + _STORE
 
 
 def _round_trip(plan: Plan) -> int:
     """For sums that are begun, scaled, and added to totals in memory."""
     converted = 1 if plan.path == "int8" else 0
-    return 4 + converted + (1 if plan.encoding.zero_point else 0)
+    return 3 + converted + (1 if plan.encoding.zero_point else 0)
 
 
 def _scales(plan: Plan) -> int:

@@ -27,13 +27,13 @@ def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
     comment = header.comment(spec).strip('"').rstrip('"\n')
     parts = [
         "\n".join(f"// {line}".rstrip() for line in comment.splitlines()),
-        _includes(plan),
+        preamble(isa),
         "namespace {",
         _sizes(plan),
         vectors.vectors(isa.name, plan.path),
         vectors.pair(isa.name, plan.path),
         vectors.dot(isa.name, plan.path),
-        _SUMS,
+        SUMS,
         prelude_text(finish.prelude(plan)).strip("\n"),
         _conversions(plan),
         decode.decode(plan),
@@ -51,10 +51,11 @@ def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
     return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
 
 
-def _includes(plan: Plan) -> str:
+def preamble(isa: Isa) -> str:
+    """What every file starts with."""
     lines = [f"#include <{name}>" for name in ("algorithm", "cmath", "cstdint", "cstring")]
     lines += ["#include <type_traits>", "#include <utility>"]
-    lines += [] if plan.isa.name == "portable" else ["", "#include <immintrin.h>"]
+    lines += [] if isa.name == "portable" else ["", "#include <immintrin.h>"]
     omp = (
         "#ifdef _OPENMP\n#include <omp.h>\n#else\n"
         "inline int omp_get_thread_num() { return 0; }\n"
@@ -149,7 +150,7 @@ def _conversions(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-_SUMS = """\
+SUMS = """\
 // Codes on their way to the second-level cache; what lies behind the weight does no harm.
 INLINE void prefetch(const uint32_t* codes) { __builtin_prefetch(codes, 0, 2); }
 

@@ -25,7 +25,9 @@ from fxquant.runtime.memory import Block, Scratch
 
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SCRATCH = Scratch()
-_PICK_VARIANT = -1
+_FEW, _MANY = 0, 1
+FEW_ROWS = 48
+"""The threshold of kernels for which nobody has worked one out."""
 _MOST_SIZES = 256
 
 
@@ -87,11 +89,17 @@ class CppKernel:
         spec: What it computes.
         openmp: Whether it was built with OpenMP.
 
+    Attributes:
+        library: The shared object.
+        few_rows: Up to how many rows the skeleton for few rows runs.
+
     Raises:
         CompilerError: The library cannot be loaded.
     """
 
     def __init__(self, library: Path, spec: KernelSpec, *, openmp: bool) -> None:
+        self.library = library
+        self.few_rows = FEW_ROWS
         # After torch, whose OpenMP library then serves both: one pool of threads.
         try:
             loaded = ctypes.CDLL(str(library))
@@ -169,9 +177,16 @@ class CppKernel:
             pointers,
             _SCRATCH.at_least(size),
             threads,
-            _PICK_VARIANT,
+            _FEW if rows <= self.few_rows else _MANY,
         )
         return out
+
+    def operands(self, rows: int) -> list[Tensor]:
+        """Further operands, all zero, as a call with this many rows takes them."""
+        return [
+            torch.zeros(size * rows if per_row else size, dtype=dtype)
+            for dtype, size, per_row in self._extra
+        ]
 
     def _prepare_once(self, weight: Sequence[Tensor]) -> Prepared:
         """Repacks a weight for this kernel; it is dropped when its codes are."""
@@ -204,7 +219,7 @@ class CppKernel:
     def _scratch_size(self, rows: int, threads: int) -> int:
         if len(self._scratch_sizes) >= _MOST_SIZES:
             self._scratch_sizes.clear()
-        size: int = self._size_of_scratch(rows, _PICK_VARIANT, threads)
+        size: int = self._size_of_scratch(rows, _MANY, threads)
         self._scratch_sizes[rows, threads] = size
         return size
 

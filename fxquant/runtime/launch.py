@@ -21,7 +21,7 @@ from fxquant import errors
 from fxquant._version import __version__
 from fxquant.codegen import RENDERERS, Header, cpp, reference
 from fxquant.codegen.spec import KernelSpec
-from fxquant.runtime import cache, toolchain
+from fxquant.runtime import cache, toolchain, tuning
 from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.toolchain import Toolchain
 
@@ -161,6 +161,14 @@ def prepare(spec: str, target: str, header: Header, device: torch.device) -> Non
             tables(device)
 
 
+def tune(spec: str) -> None:
+    """Tunes a C++ kernel that was built, unless that was done."""
+    chain = toolchain.toolchain()
+    found = _build_once(spec, chain) if chain is not None else None
+    if chain is not None and isinstance(found, CppKernel):
+        tuning.tune(chain, found)
+
+
 def _usual_runner(spec: str, device: torch.device) -> Runner:
     target = usual_target(device)
     if obstacle(target, device):
@@ -212,10 +220,12 @@ def _build_once(spec: str, chain: Toolchain) -> CppKernel | errors.KernelError:
     try:
         source = make_kernel(parsed, "cpp", _headers.get(spec, Header())).source
         library = toolchain.build(chain, parsed.name, source)
-        return CppKernel(library, parsed, openmp=chain.openmp)
+        kernel = CppKernel(library, parsed, openmp=chain.openmp)
     except errors.KernelError as error:
         LOG.warning("target 'torch' runs instead of 'cpp': %s", error)
         return error
+    kernel.few_rows = tuning.few_rows(chain, parsed, library)
+    return kernel
 
 
 _LOADING = threading.Lock()

@@ -16,7 +16,8 @@ import torch
 
 from fxquant import errors
 from fxquant.codegen import Header
-from fxquant.runtime import launch, toolchain
+from fxquant.runtime import launch, rates, toolchain, tuning
+from fxquant.runtime.cpp import usable_threads
 
 LOG = logging.getLogger("fxquant.targets")
 
@@ -86,8 +87,20 @@ def build(choice: Choice, specs: Mapping[str, Header], device: torch.device) -> 
 
     if choice.runs != "cpp":
         return {text: build_one(text) for text in specs}
+    _measure_machine()
     with ThreadPoolExecutor(_cores()) as pool:
-        return dict(zip(specs, pool.map(build_one, specs), strict=True))
+        found = dict(zip(specs, pool.map(build_one, specs), strict=True))
+    if tuning.is_on():
+        for text in specs:
+            launch.tune(text)
+    return found
+
+
+def _measure_machine() -> None:
+    """Measures the machine's rates, if need be, while nothing compiles beside it."""
+    chain = toolchain.toolchain()
+    if chain is not None:
+        rates.rates(chain, usable_threads(openmp=chain.openmp))
 
 
 def _cores() -> int:

@@ -129,6 +129,17 @@ def cpu_features() -> frozenset[str]:
     return frozenset(next(flags, "").split())
 
 
+@functools.lru_cache(maxsize=1)
+def cpu_name() -> str:
+    """The processor's name: what tells measurements on it from those on another."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
 def toolchain() -> Toolchain | None:
     """What kernels are built with on this machine; `obstacle` says why where there is nothing.
 

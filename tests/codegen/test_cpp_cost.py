@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from fxquant.codegen.cpp.cost import (
     ALL_ROWS,
+    BANDWIDTH,
     DOTS,
     THREADS,
+    VECTORS,
     M,
     Rates,
     few_cost,
@@ -85,7 +87,6 @@ def test_every_spec_has_a_threshold(spec: KernelSpec) -> None:
         one = Plan(spec, isa)
         found = threshold(one, usual_rates(isa), 2)
         assert found in range(481) or found == ALL_ROWS
-        assert (found == 0) <= (not one.is_regular or isa.name != "avx512") or found == 0
         if not one.is_regular:
             assert found == 0
 
@@ -102,7 +103,7 @@ def test_one_row_is_few_and_the_choice_is_the_cheaper(isa: Isa, compute: str) ->
     one, found = plan(compute=compute, isa=isa), usual_rates(isa)
     most = threshold(one, found, 2)
     assert 1 <= most < 480
-    values = {"bandwidth": found.bandwidth, "vectors": found.vectors, "threads": 2}
+    values = {BANDWIDTH: found.bandwidth, VECTORS: found.vectors, THREADS: 2}
     path = one.path
 
     def seconds(rows: int) -> tuple[float, float]:

@@ -1,0 +1,111 @@
+"""Prints a program that measures a machine with the instructions that kernels are made of."""
+
+from __future__ import annotations
+
+from fxquant.codegen.cpp import vectors
+from fxquant.codegen.cpp.isa import Isa
+from fxquant.codegen.cpp.printer import SUMS, preamble
+
+COUNTED = 6
+"""Instructions of one turn of ``vector_instructions``, for each vector."""
+
+
+def paths(isa: Isa) -> tuple[str, ...]:
+    """What is multiplied on an instruction set."""
+    return ("bf16", "int8", "f32") if isa.dot_bf16 else ("int8", "f32")
+
+
+def render_rates(isa: Isa) -> str:
+    """The C++ source of the measuring functions.
+
+    It exports ``fxquant_read(data, bytes, threads)``, which reads memory once, and
+    ``fxquant_few_<path>(turns)``, ``fxquant_many_<path>(turns)`` (dot products in panels of either
+    skeleton) and ``fxquant_vectors(turns)``, which give the number of instructions that they did.
+    """
+    parts = ["// Rates of a machine.", preamble(isa)]
+    for path in paths(isa):
+        operand = "float" if path == "f32" else "uint32_t"
+        sums = "uint32_t" if path == "int8" else "float"
+        body = _DOTS.replace("@OPERAND@", operand).replace("@SUM@", sums)
+        texts = [vectors.vectors(isa.name, path), SUMS, vectors.dot(isa.name, path), body]
+        inner = "\n".join(text.strip("\n") for text in texts)
+        parts.append(f"namespace {path} {{\n{inner}\n}}  // namespace {path}")
+        few = isa.few_heights[0]
+        for name, rows, wide in (("few", few, 1), ("many", isa.many_heights[0], 2)):
+            call = f"{path}::dots<{rows}, {wide}>"
+            parts.append(_EXPORTED.replace("@NAME@", f"{name}_{path}").replace("@CALL@", call))
+    parts.append(_VECTORS.replace("@COUNTED@", str(COUNTED)))
+    parts.append(_EXPORTED.replace("@NAME@", "vectors").replace("@CALL@", "f32::instructions"))
+    return "\n\n".join(part.strip("\n") for part in [*parts, _READ]) + "\n"
+
+
+_DOTS = """\
+// A panel of rows against one or two vectors of operands.
+template <int ROWS, int WIDE> ALONE int64_t dots(int64_t turns) {
+  alignas(64) @OPERAND@ x[ROWS] = {}, w[WIDE * LANES] = {};
+  asm volatile("" : : "r"(x), "r"(w) : "memory");
+  Sums<ROWS * WIDE> sums;
+  each<ROWS * WIDE>([&](auto i) INLINE_LAMBDA { at<i>(sums) = sum_t{}; });
+#pragma GCC unroll 1
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    asm volatile("" : : : "memory");  // what is multiplied may have changed
+    const auto w0 = load(w), w1 = load(w + (WIDE - 1) * LANES);
+    (void)w1;
+    each<ROWS>([&](auto row) INLINE_LAMBDA {
+      dot(at<WIDE * row>(sums), w0, x + row);
+      if constexpr (WIDE == 2) dot(at<WIDE * row + 1>(sums), w1, x + row);
+    });
+  }
+  sum_t all{};
+  each<ROWS * WIDE>([&](auto i) INLINE_LAMBDA { all = add(all, at<i>(sums)); });
+  alignas(64) @SUM@ out[LANES];
+  store(out, all);
+  asm volatile("" : : "r"(out) : "memory");
+  return turns * ROWS * WIDE;
+}
+"""
+
+_VECTORS = """\
+namespace f32 {
+// Vectors are loaded, shifted, converted, multiplied, added and stored.
+ALONE int64_t instructions(int64_t turns) {
+  constexpr int COUNT = 16;
+  alignas(64) uint32_t in[COUNT * LANES] = {};
+  alignas(64) float out[COUNT * LANES];
+  const vf factor = spread(0.5f), offset = spread(1.0f);
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    asm volatile("" : : "r"(in), "r"(out) : "memory");
+#pragma GCC unroll 16
+    for (int i = 0; i < COUNT; ++i) {
+      const vf x = mul(to_float(shift_right(load(in + i * LANES), 4)), factor);
+      store(out + i * LANES, add(x, offset));
+    }
+  }
+  asm volatile("" : : "r"(out) : "memory");
+  return turns * COUNT * @COUNTED@;
+}
+}  // namespace f32
+"""
+
+_EXPORTED = """\
+extern "C" int64_t fxquant_@NAME@(int64_t turns) { return @CALL@(turns); }
+"""
+
+_READ = """\
+extern "C" int64_t fxquant_read(const char* data, int64_t bytes, int threads) {
+  using Line = int64_t __attribute__((vector_size(64)));
+  constexpr int64_t STREAMS = 4, LINE = sizeof(Line);  // more lines in flight than one keeps
+  const int64_t share = bytes / threads / (STREAMS * LINE) * LINE;
+  int64_t seen = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : seen)
+  for (int part = 0; part < threads; ++part) {
+    const char* first = data + part * share * STREAMS;
+    Line sum = {};
+    for (int64_t at = 0; at < share; at += LINE)
+      for (int64_t stream = 0; stream < STREAMS; ++stream)
+        sum ^= *reinterpret_cast<const Line*>(first + stream * share + at);
+    for (int lane = 0; lane < 8; ++lane) seen += sum[lane];
+  }
+  return seen;
+}
+"""
