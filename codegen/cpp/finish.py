@@ -87,7 +87,11 @@ def _outliers(plan: Plan) -> str:
     if plan.encoding.is_uniform and plan.encoding.bits == 8 and plan.path == "int8":
         level = "float(int32_t(code & 255u) - BYTE_BIAS)"
     elif plan.encoding.is_uniform and plan.encoding.bits == 8:
-        level = "float(int8_t(code))" if not plan.encoding.zero_point else "float(code & 255u)"
+        level = (
+            "static_cast<float>(int8_t(code))"
+            if not plan.encoding.zero_point
+            else "float(code & 255u)"
+        )
     else:
         level = f"TRUE_LEVELS[code & {2**plan.encoding.bits - 1}u]"
         table = float_table("TRUE_LEVELS", plan.levels) + "\n\n"
