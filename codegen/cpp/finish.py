@@ -87,16 +87,15 @@ def _outliers(plan: Plan) -> str:
     if plan.encoding.is_uniform and plan.encoding.bits == 8 and plan.path == "int8":
         level = "float(int32_t(code & 255u) - BYTE_BIAS)"
     elif plan.encoding.is_uniform and plan.encoding.bits == 8:
-        level = (
-            "static_cast<float>(int8_t(code))"
-            if not plan.encoding.zero_point
-            else "float(code & 255u)"
-        )
+        signed = not plan.encoding.zero_point
+        level = "static_cast<float>(int8_t(code))" if signed else "float(code & 255u)"
     else:
         level = f"TRUE_LEVELS[code & {2**plan.encoding.bits - 1}u]"
         table = float_table("TRUE_LEVELS", plan.levels) + "\n\n"
     value = rounded(outliers.dtype, f"({level}{zero}) * scale[i]")
-    text = table + _DECODED.replace("@GATHER@", gather).replace("@SCALE@", scale)
+    first, enter = ("  int64_t block = 0;\n", _ENTER) if plan.keeps_scale_codes else ("", "")
+    text = table + _DECODED.replace("@FIRST@", first).replace("@ENTER@", enter)
+    text = text.replace("@GATHER@", gather).replace("@SCALE@", scale)
     return text.replace("@VALUE@", value) + _APART
 
 
@@ -109,13 +108,17 @@ _GATHER_ZEROS = """\
     for (int v = 0; v < TILE; v += LANES) store(zeros + v, scales.zeros_at(v, k));
 """
 
+_ENTER = """\
+    for (; block < k / BLOCK; ++block) scales.enter(block);
+"""
+
 _DECODED = """\
 // The weight in some outlier columns of a tile, decoded: out[column][64].
 void outlier_weights(const Call& call, int64_t tile, int64_t first, int64_t last, float* out) {
   Scales scales(call.weight, tile);
-  for (int64_t column = first; column < last; ++column, out += TILE) {
+@FIRST@  for (int64_t column = first; column < last; ++column, out += TILE) {
     const int64_t k = call.columns[tile / N_TILES * K + column];
-    const uint32_t* words = call.weight.codes() + (tile * GROUPS + k / PER_DWORD) * TILE;
+@ENTER@    const uint32_t* words = call.weight.codes() + (tile * GROUPS + k / PER_DWORD) * TILE;
     int place = 0;
     while (PLACES[place] != k % PER_DWORD) ++place;
 @GATHER@    const float* scale = @SCALE@;

@@ -82,13 +82,17 @@ struct Scales {
     return @NESTED@;
   }
 
-  // Blocks are asked for in order, from the first.
-  ALONE const float* at(int64_t block) {
+  // Blocks are entered in order, from the first.
+  INLINE void enter(int64_t block) {
     const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
     for (uint64_t left = w.changes()[tile * BLOCKS + block]; left; left &= left - 1) {
       const int64_t row = __builtin_ctzll(left);
       nested[row] = w.nested()[nested_of(e, n0 + row, block)];
     }
+  }
+
+  ALONE const float* at(int64_t block) {
+    enter(block);
     const uint8_t* codes = w.scale_codes() + (tile * BLOCKS + block) * TILE;
 @LOOKUP@
     return scale;

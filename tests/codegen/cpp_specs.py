@@ -70,7 +70,7 @@ SPECS = {
         spec(
             "nf4_int8_outliers",
             NF4,
-            (2, 70, 320),
+            (2, 70, 704),
             compute="int8",
             x="bfloat16",
             outliers=Outliers("bfloat16", threshold=6.0),
@@ -148,6 +148,14 @@ SPECS = {
         ),
         spec("nf2_f32_operands", Encoding(2, "nf2", (16,)), (2, 65, 48), epilogue=_every_operand()),
         spec("int8_f32_one", Encoding(8, block=(1, -1)), (1, 1)),
+        spec(
+            "int8_int8_odd",
+            Encoding(8, block=(64,)),
+            (33, 77),
+            compute="int8",
+            x="float16",
+            outliers=Outliers("float16", threshold=6.0),
+        ),
         # More products of bytes than a 32-bit sum holds.
         spec("int8_int8_long", CHANNELS, (2, 33000), compute="int8", x="float32"),
     )
