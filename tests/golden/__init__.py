@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fxquant.codegen import RENDERERS, Header
+from fxquant.codegen import RENDERERS, Header, cpp
+from fxquant.codegen.cpp.isa import AVX512, PORTABLE
 from fxquant.codegen.spec import (
     Epilogue,
     EpilogueNode,
@@ -65,6 +66,28 @@ SPECS = (
 )
 
 
-def render(spec: KernelSpec) -> str:
-    """The text of a golden file."""
-    return RENDERERS["triton"](spec, Header(("golden",), spec.name.split("_")[0]))
+CPP_SPECS = (
+    (_spec("nf4_linear_384x1536_bias", _whole(NF4, 384, 1536), epilogue=BIAS), AVX512),
+    (
+        KernelSpec(
+            _whole(Encoding(8, block=(1, -1)), 384, 384),
+            *("float32", "int8", "float32"),
+            name="int8_linear_384x384_channel",
+        ),
+        PORTABLE,
+    ),
+)
+
+
+def texts() -> dict[str, str]:
+    """The text of every golden file, by its name."""
+    found = {}
+    for spec in SPECS:
+        found[f"kernel_{spec.name}.py"] = RENDERERS["triton"](spec, _header(spec))
+    for spec, isa in CPP_SPECS:
+        found[f"kernel_{spec.name}_{isa.name}.cpp"] = cpp.render(spec, _header(spec), isa)
+    return found
+
+
+def _header(spec: KernelSpec) -> Header:
+    return Header(("golden",), spec.name.split("_")[0])

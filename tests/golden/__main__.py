@@ -1,10 +1,10 @@
 """``python -m tests.golden``: prints all golden kernels again."""
 
-from tests.golden import FOLDER, SPECS, render
+from tests.golden import FOLDER, texts
 
-for stale in FOLDER.glob("kernel_*.py"):
+for stale in FOLDER.glob("kernel_*"):
     stale.unlink()
-for spec in SPECS:
-    path = FOLDER / f"kernel_{spec.name}.py"
-    path.write_text(render(spec), encoding="utf-8")
+for name, text in texts().items():
+    path = FOLDER / name
+    path.write_text(text, encoding="utf-8")
     print(path.relative_to(FOLDER.parent.parent))
