@@ -223,9 +223,7 @@ def _flat_block(number: sympy.Expr, block: int, ranges: Ranges) -> sympy.Expr:
     return sympy.Integer(0) if block == -1 else divide(number, block, ranges)
 
 
-def index_text(
-    expr: sympy.Expr, names: Mapping[sympy.Symbol, str], division: str = "//"
-) -> str:
+def index_text(expr: sympy.Expr, names: Mapping[sympy.Symbol, str], division: str = "//") -> str:
     """An index expression as source text.
 
     Args:

@@ -13,7 +13,7 @@ from fxquant.codegen.spec import KernelSpec
 CHUNK = 256
 """Inputs of a tile that are decoded at a time for many rows: 32 KiB of bfloat16."""
 
-SUPER_ROWS = 480
+SUPER_ROWS = 768
 """Rows that are worked off at a time: what is decoded serves so many."""
 
 

@@ -24,6 +24,7 @@ from fxquant.codegen.cpp.cost import (
 from fxquant.codegen.cpp.isa import AVX2, AVX512, ISAS, PORTABLE, Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
 from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.printer import SUPER_ROWS
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import Encoding
 from tests.codegen.specs import specs
@@ -66,7 +67,7 @@ def test_products_are_counted_in_instructions() -> None:
         assert many_cost(one).dots.subs(M, 12) == few_cost(one).dots.subs(M, 12)
 
 
-def test_few_rows_decode_once_a_panel_and_many_once_for_480_rows() -> None:
+def test_few_rows_decode_once_a_panel_and_many_once_for_many_panels() -> None:
     few, many = few_cost(plan()).operations, many_cost(plan()).operations
     steps = 1024 * 1024 // 32
 
@@ -77,8 +78,8 @@ def test_few_rows_decode_once_a_panel_and_many_once_for_480_rows() -> None:
     assert grown(few, 16, 17) - totals >= 2 * steps
     assert grown(few, 17, 32) == 15 * totals
     per_panel = grown(many, 4, 8)
-    assert grown(many, 476, 480) == per_panel < 4 * totals
-    assert grown(many, 480, 484) - per_panel > 4 * 2 * steps
+    assert grown(many, SUPER_ROWS - 4, SUPER_ROWS) == per_panel < 4 * totals
+    assert grown(many, SUPER_ROWS, SUPER_ROWS + 4) - per_panel > 4 * 2 * steps
 
 
 @given(specs())
@@ -86,7 +87,7 @@ def test_every_spec_has_a_threshold(spec: KernelSpec) -> None:
     for isa in ISAS.values():
         one = Plan(spec, isa)
         found = threshold(one, usual_rates(isa), 2)
-        assert found in range(481) or found == ALL_ROWS
+        assert found in range(SUPER_ROWS + 1) or found == ALL_ROWS
         if not one.is_regular:
             assert found == 0
 
@@ -102,7 +103,7 @@ def test_scales_that_change_inside_a_group_leave_many_rows_alone() -> None:
 def test_one_row_is_few_and_the_choice_is_the_cheaper(isa: Isa, compute: str) -> None:
     one, found = plan(compute=compute, isa=isa), usual_rates(isa)
     most = threshold(one, found, 2)
-    assert 1 <= most < 480
+    assert 1 <= most < SUPER_ROWS
     values = {BANDWIDTH: found.bandwidth, VECTORS: found.vectors, THREADS: 2}
     path = one.path
 
@@ -134,5 +135,5 @@ def test_what_needs_no_decoding_stays_with_few_rows_longer() -> None:
 def test_one_tile_of_outputs_on_two_threads_takes_many_rows_sooner() -> None:
     # Few rows leave a thread idle; many rows share out their panels.
     assert threshold(plan(n=64), rates(), 2) < threshold(plan(n=64), rates(), 1)
-    share = many_cost(plan(n=64)).share.subs({M: 480, THREADS: 2})
+    share = many_cost(plan(n=64)).share.subs({M: SUPER_ROWS, THREADS: 2})
     assert float(few_cost(plan(n=64)).share.subs(THREADS, 2)) == 1 > float(share)

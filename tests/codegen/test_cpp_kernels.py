@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
     toolchain.compiler() is None and not os.environ.get("CI"), reason=toolchain.NOT_FOUND
 )
 ISA_NAMES = cpp_harness.isas()
-ROWS = (1, 2, 3, 5, 16, 17, 40, 130, 700)
+ROWS = (1, 2, 3, 5, 16, 17, 40, 130, 800)
 """The last is more than a kernel takes at a time."""
 SEEN = 300
 """Rows that pick an input each show one wrong code of these."""

@@ -141,7 +141,7 @@ def test_nothing_is_touched_that_is_not_ours(
     spec = SPECS[name]
     tensors = harness.stored(spec.weight.encoding, spec.weight.shape)
     calls, checks = Calls(spec, tensors, tmp_path), []
-    for rows in (1, 2, 7, 21, 490):
+    for rows in (1, 2, 7, 21, 780):
         extra = harness.operands(spec, rows)
         for threads, x in zip((1, 2), activations(spec, rows), strict=True):
             checks += [
