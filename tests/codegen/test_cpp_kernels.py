@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fxquant.codegen import KernelSpec, reference
-from fxquant.codegen.cpp.printer import SUPER_ROWS
 from fxquant.codegen.spec import FLOAT_DTYPES
 from fxquant.formats import pack
 from fxquant.runtime import toolchain

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fxquant.codegen import Header, KernelSpec, cpp, reference
 from fxquant.codegen.cpp.isa import ISAS, Isa
-from fxquant.codegen.cpp.printer import SUPER_ROWS
 from fxquant.runtime import toolchain
 from tests.bounds import assert_close_within
 from tests.codegen import cpp_harness, harness
