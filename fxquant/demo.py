@@ -8,13 +8,14 @@ generates text, and its tokens are compared with those of the same rounded weigh
 from __future__ import annotations
 
 import copy
+import contextlib
 import importlib.util
 import logging
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -96,13 +97,24 @@ def run(
         raise errors.missing_packages("the demo", [n.replace("_", "-") for n in missing], "demo")
     dump = dump or Path(tempfile.mkdtemp(prefix="fxquant-demo-"))
     kernel_dump.check(dump, "--dump")
+    with _without_warnings_of_targets():
+        _encode_sentences(console, sentences()[:limit], batch_size, dump)
+        if llama:
+            _generate_tokens(console, dump)
+    _list_kernels(console, dump)
+
+
+@contextlib.contextmanager
+def _without_warnings_of_targets() -> Iterator[None]:
     # Without a GPU every compile logs that its Triton kernels are printed and not run; the list
     # of kernels says so once.
-    logging.getLogger("fxquant.targets").setLevel(logging.ERROR)
-    _encode_sentences(console, sentences()[:limit], batch_size, dump)
-    if llama:
-        _generate_tokens(console, dump)
-    _list_kernels(console, dump)
+    logger = logging.getLogger("fxquant.targets")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 # --- first part: sentences -------------------------------------------------------------------
