@@ -7,8 +7,8 @@ generates text, and its tokens are compared with those of the same rounded weigh
 
 from __future__ import annotations
 
-import copy
 import contextlib
+import copy
 import importlib.util
 import logging
 import os
