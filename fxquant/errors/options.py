@@ -1,0 +1,30 @@
+"""Options and recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fxquant.errors.kinds import OptionError
+from fxquant.errors.words import listed
+
+
+def unknown_option(name: str, known: Iterable[str]) -> OptionError:
+    """An option that `Config` does not have."""
+    return OptionError(f"unknown fxquant option {name!r}: the options are {listed(known)}.")
+
+
+def ill_typed_option(name: str, value: object, expected: str) -> OptionError:
+    """An option whose value has the wrong type."""
+    return OptionError(
+        f"fxquant option {name!r} must be {expected}, got {value!r} of type {type(value).__name__}."
+    )
+
+
+def bad_option_value(name: str, value: object, expected: str) -> OptionError:
+    """An option whose value has the right type and cannot be used."""
+    return OptionError(f"fxquant option {name!r} must be {expected}, got {value!r}.")
+
+
+def unknown_scheme(name: str, known: Iterable[str]) -> OptionError:
+    """A scheme that is not registered."""
+    return OptionError(f"unknown quantization scheme {name!r}: the schemes are {listed(known)}.")
