@@ -133,10 +133,12 @@ def _schemes(_: argparse.Namespace, console: Console) -> int:
     from fxquant.schemes import schemes
 
     table = Table(title="Schemes", title_justify="left")
-    for column in ("name", "for", "paper", "recipe (weight)"):
+    for column in ("name", "for", "paper", "weight", "activation"):
         table.add_column(column, overflow="fold")
     for name, scheme in schemes().items():
-        table.add_row(name, scheme.summary, scheme.paper, escape(str(scheme.recipe.weight)))
+        weight, activation = scheme.recipe.weight, scheme.recipe.activation
+        how = "-" if activation is None else str(activation)
+        table.add_row(name, scheme.summary, scheme.paper, escape(str(weight)), how)
     console.print(table)
     return 0
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from fxquant import errors
 from fxquant.schemes import Recipe, get_scheme
+from fxquant.schemes.recipe import AUTO, is_alpha, is_threshold
 
 DEFAULT_SKIP = ("lm_head", "*.lm_head", "router", "*.router", "gate", "*.gate")
 TARGETS = ("auto", "triton", "cpp", "torch")
@@ -32,9 +33,12 @@ class Config:
         min_coverage: Share (0 to 1) of the products' weight elements, skipped ones not counted,
             that has to be quantized; less is an error.
         compute_dtype: Dtype of the dot products' operands; None takes the activation's. With
-            ``"int8"``, which nothing chooses by itself, activations are rounded to int8 too, with
-            a scale for every token: faster, and wrong where few channels are far larger than the
-            rest.
+            ``"int8"`` activations of weight-only schemes are rounded to int8 too, with a scale for
+            every token: faster, and wrong where few channels are far larger than the rest.
+        alpha: SmoothQuant's migration strength in place of the scheme's: a number from 0 to 1,
+            ``"auto"`` (the best on a grid, for each product), or a dict of patterns to either; the
+            first that matches wins.
+        threshold: LLM.int8()'s in place of the scheme's: magnitudes from here on are outliers.
         dump: Folder to write every kernel to; None takes `FXQUANT_DUMP`, or writes none.
         inductor: Options handed on to Inductor.
 
@@ -49,6 +53,8 @@ class Config:
     strict: bool = False
     min_coverage: float = 0.0
     compute_dtype: str | None = None
+    alpha: float | str | Mapping[str, float | str] | None = None
+    threshold: float | None = None
     dump: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -69,6 +75,7 @@ class Config:
         self._check_scheme()
         self._check_patterns()
         self._check_target()
+        self._check_recipe_options()
         if not isinstance(self.strict, bool):
             raise errors.ill_typed_option("strict", self.strict, "a bool")
         if isinstance(self.min_coverage, bool) or not isinstance(self.min_coverage, (int, float)):
@@ -102,6 +109,17 @@ class Config:
                 )
             if isinstance(choice, str):
                 get_scheme(choice)
+
+    def _check_recipe_options(self) -> None:
+        alphas = self.alpha if isinstance(self.alpha, Mapping) else {"*": self.alpha}
+        for pattern, alpha in alphas.items():
+            if not isinstance(pattern, str):
+                raise errors.ill_typed_option("alpha", self.alpha, "a dict of patterns to numbers")
+            if alpha is not None and not is_alpha(alpha):
+                expected = f"a number from 0 to 1, {AUTO!r}, or a dict of patterns to these"
+                raise errors.bad_option_value("alpha", alpha, expected)
+        if self.threshold is not None and not is_threshold(self.threshold):
+            raise errors.bad_option_value("threshold", self.threshold, "a number above 0")
 
     def _check_target(self) -> None:
         if not isinstance(self.target, str):

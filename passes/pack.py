@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from typing import Any
 
@@ -12,12 +11,12 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
 
-from fxquant.codegen.spec import Epilogue, KernelSpec
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes import adapt, regions, values, views
 from fxquant.passes.context import BoundParameter, Context, LinearSite, PassReport
 from fxquant.passes.regions import Region
 from fxquant.passes.sources import PackedPart
+from fxquant.passes.specs import spec_of
 
 _fxquant = torch.ops.fxquant
 
@@ -91,51 +90,13 @@ def _rewrite(site: LinearSite, packed: list[fx.Node], compute: str | None) -> No
         x = adapt.cast(site.x, out_dtype, node)
         x = x if site.to_x is None else site.to_x(x)
         bias = [] if site.bias is None else [adapt.cast(site.bias, out_dtype, node)]
-        spec = _spec(site, x.meta["val"].dtype, out_dtype, bool(bias), compute)
-        spec = dataclasses.replace(spec, name=_kernel_name(spec))
+        x_dtype = x.meta["val"].dtype
+        spec = spec_of(site, x_dtype, out_dtype, biased=bool(bias), compute=compute)
         site.spec_json = spec.to_json()
         out = values.emit(graph, node, _fxquant.linear.default, x, weight, bias, site.spec_json)
         out = out if site.from_out is None else site.from_out(out)
         out = adapt.laid_out_as(out, node.meta["val"])
     values.replace(node, out)
-
-
-def _spec(
-    site: LinearSite,
-    x_dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    biased: bool,
-    compute: str | None,
-) -> KernelSpec:
-    out = _name(out_dtype)
-    return KernelSpec(
-        weight=site.operand,
-        x_dtype=_name(x_dtype),
-        compute_dtype=compute or _name(x_dtype),
-        out_dtype=out,
-        epilogue=Epilogue.bias(out) if biased else Epilogue(),
-    )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _kernel_name(spec: KernelSpec) -> str:
-    """A name that says what a kernel does, as in ``nf4_linear_1536x384_bias``.
-
-    With activations in int8: ``nf4xint8_linear_1536x384_bias``.
-    """
-    weight = spec.weight
-    encoding = weight.encoding
-    if encoding.is_uniform:
-        kind = f"int{encoding.bits}"
-    else:
-        kind = encoding.levels if isinstance(encoding.levels, str) else f"codebook{encoding.bits}"
-    kind += "xint8" if spec.compute_dtype == "int8" else ""
-    batch = "" if weight.batch is None else f"{weight.batch}x"
-    words = [kind, "linear" if weight.batch is None else "bmm", f"{batch}{weight.n}x{weight.k}"]
-    return "_".join([*words, *(["bias"] if spec.epilogue.operands else [])])
 
 
 def _drop_dead(ctx: Context, region: Region) -> None:

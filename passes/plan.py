@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -95,17 +96,36 @@ def decide(
         skip = _first(DEFAULT_SKIP, names)
     if skip is not None:
         return Declined(f"the skip pattern {skip!r} matches", SKIPPED)
-    if isinstance(value, PackedWeight):
-        return Decision("packed", Recipe(value.encoding), value.encoding)
     choice = config.scheme if override is None else config.overrides[override]
     scheme = "custom" if isinstance(choice, Recipe) else choice
     recipe = choice if isinstance(choice, Recipe) else get_scheme(choice).recipe
+    recipe = _adjusted(recipe, config, names)
+    if isinstance(value, PackedWeight):
+        # What was packed stays as it is; the activations are still the recipe's to say.
+        kept = dataclasses.replace(recipe, weight=value.encoding, smoothing=None)
+        return Decision("packed", kept, value.encoding)
     encoding = recipe.weight.oriented(value.ndim, n_dims, k_dims)
     dense = value.numel() * value.element_size()
     small = packed_bytes(encoding, tuple(value.shape))
     if small >= dense:
         return Declined(f"it is too small: {dense} bytes dense would be {small} packed")
     return Decision(scheme, recipe, encoding)
+
+
+def _adjusted(recipe: Recipe, config: Config, names: Sequence[str]) -> Recipe:
+    """A recipe with what the options say in place of its own numbers."""
+    alpha: Any = config.alpha
+    if isinstance(alpha, Mapping):
+        pattern = _first(alpha, names)
+        alpha = None if pattern is None else alpha[pattern]
+    if alpha is not None and recipe.smoothing is not None:
+        recipe = dataclasses.replace(
+            recipe, smoothing=dataclasses.replace(recipe.smoothing, alpha=alpha)
+        )
+    if config.threshold is not None and recipe.outliers is not None:
+        outliers = dataclasses.replace(recipe.outliers, threshold=config.threshold)
+        recipe = dataclasses.replace(recipe, outliers=outliers)
+    return recipe
 
 
 def _names(site: LinearSite) -> tuple[str, ...]:

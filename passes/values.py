@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -76,6 +77,11 @@ def emit(graph: fx.Graph, like: fx.Node, target: Any, *args: Any, **kwargs: Any)
     with mode or contextlib.nullcontext(), torch.no_grad():
         node.meta["val"] = target(*real_args, **real_kwargs)
     return node
+
+
+def pieces(node: fx.Node, count: int) -> list[fx.Node]:
+    """The results of a call that gives several, at the graph's insertion point."""
+    return [emit(node.graph, node, operator.getitem, node, i) for i in range(count)]
 
 
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")

@@ -107,7 +107,8 @@ def test_module_and_version() -> None:
 def test_schemes_lists_every_name_and_paper(capsys: pytest.CaptureFixture) -> None:
     assert run("schemes") == 0
     out = capsys.readouterr().out
-    assert {"nf4", "fp4", "int8"} <= set(schemes())
+    assert {"nf4", "fp4", "int8", "w8a8"} <= set(schemes())
+    assert "int8 per token" in " ".join(out.split())
     for name in schemes():
         assert re.search(rf"\b{name}\b", out)
     assert '"bits":4' in out.replace(" ", "").replace("\n", "")
@@ -191,7 +192,7 @@ def test_wrong_scheme_in_a_script_is_one_sentence(
     assert run("report", script, "nf5") == 1
     message = one_sentence(capsys.readouterr().err)
     assert "unknown quantization scheme 'nf5': the schemes are" in message
-    assert "int8): make it run" in message, "a sentence inside a sentence keeps no full stop"
+    assert f"{list(schemes())[-1]}): make it run" in message, "a sentence inside a sentence keeps no full stop"
 
 
 def test_dump_into_an_unwritable_folder_is_one_sentence(

@@ -3,12 +3,34 @@
 from fxquant import errors
 from fxquant.schemes.fp4 import FP4
 from fxquant.schemes.int8 import INT8
+from fxquant.schemes.llm_int8 import LLM_INT8
 from fxquant.schemes.nf4 import NF4
-from fxquant.schemes.recipe import Recipe, Scheme
+from fxquant.schemes.recipe import Activation, OutlierColumns, Recipe, Scheme, Smoothing
+from fxquant.schemes.w8a8 import W8A8
+from fxquant.schemes.zeroquant import ZEROQUANT, ZEROQUANT_W4A8
 
-__all__ = ["Recipe", "Scheme", "get_scheme", "schemes"]
+__all__ = [
+    "Activation",
+    "OutlierColumns",
+    "Recipe",
+    "Scheme",
+    "Smoothing",
+    "get_scheme",
+    "schemes",
+]
 
-_SCHEMES = {scheme.name: scheme for scheme in (NF4, FP4, INT8)}
+_SCHEMES = {
+    scheme.name: scheme
+    for scheme in (
+        NF4,
+        FP4,
+        INT8,
+        W8A8,
+        LLM_INT8,
+        ZEROQUANT,
+        ZEROQUANT_W4A8,
+    )
+}
 
 
 def schemes() -> dict[str, Scheme]:

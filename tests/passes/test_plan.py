@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxquant.codegen.spec import KernelSpec, Outliers
+from fxquant.config import Config
 from fxquant.errors import CoverageError, WeightError
 from fxquant.formats import Encoding, pack
-from fxquant.passes.plan import packed_bytes
-from fxquant.schemes import Recipe, get_scheme
+from fxquant.passes.plan import decide, packed_bytes
+from fxquant.schemes import Activation, Recipe, Smoothing, get_scheme
 from tests.passes.harness import Captured, run
 
 D = 64
@@ -162,6 +164,42 @@ def test_int8_activations_are_in_the_spec_and_in_the_name():
     for site in captured.sites:
         assert '"compute_dtype":"int8"' in site.spec_json
         assert '"name":"int8xint8_linear_64x64_bias"' in site.spec_json
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "zeroquant"])
+def test_schemes_with_activations_in_int8(scheme):
+    captured = run(Model(), X, scheme=scheme, tol=3 * 0.042)
+    for site in captured.sites:
+        assert site.recipe.activation == Activation("token")
+        assert '"compute_dtype":"int8"' in site.spec_json
+
+
+@pytest.mark.parametrize(("options", "threshold"), [({}, 6.0), ({"threshold": 2.5}, 2.5)])
+def test_outliers_are_in_the_spec_with_the_threshold_of_the_options(options, threshold):
+    captured = run(Model(), X, scheme="llm_int8", tol=3 * 0.042, **options)
+    for site in captured.sites:
+        spec = KernelSpec.from_json(site.spec_json)
+        assert spec.outliers == Outliers("float16", threshold=threshold)
+        assert spec.name == "int8xint8_linear_64x64_outliers_bias"
+
+
+def test_alpha_of_the_options_by_pattern():
+    recipe = Recipe(Encoding(bits=8, block=(1, -1)), smoothing=Smoothing(0.5))
+    config = Config(overrides={"*": recipe}, alpha={"layers.0": 0.25, "layers.*": "auto"})
+    weight = nn.Parameter(torch.randn(D, D), requires_grad=False)
+    found = [
+        decide(config, weight, (name,), (0,), (1,)).recipe.smoothing.alpha
+        for name in ("layers.0", "layers.1", "other")
+    ]
+    assert found == [0.25, "auto", 0.5]
+
+
+def test_a_packed_weight_gets_the_activation_of_the_scheme():
+    packed = pack(torch.randn(D, D), get_scheme("w8a8").recipe.weight)
+    for scheme, activation in (("w8a8", Activation("token")), ("nf4", None)):
+        decision = decide(Config(scheme=scheme), packed, ("a",), (0,), (1,))
+        assert decision.encoding == packed.encoding
+        assert decision.recipe.activation == activation
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (48, 64), (2, 33, 65), (7, 300)])
