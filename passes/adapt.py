@@ -6,8 +6,9 @@ graph. Sizes may be symbolic: they are read from the activation in the graph, ne
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,6 +90,28 @@ def channels_last(spatial: int) -> tuple[Adapter, Adapter]:
         return emit(node.graph, node, _aten.movedim.int, node, -1, -1 - spatial)
 
     return to_x, from_out
+
+
+def patches(kernel: Sequence[int]) -> Adapter:
+    """Takes a convolution's input to one row a patch: ``[.., patches.., channels * kernel]``.
+
+    Args:
+        kernel: Extents of a patch; patches lie side by side, and what is left over is not read.
+    """
+    spatial = len(kernel)
+
+    def to_x(node: fx.Node) -> fx.Node:
+        first = rank(node) - spatial
+        for number, extent in enumerate(kernel):
+            dim = first + number
+            node = emit(node.graph, node, _aten.unfold.default, node, dim, extent, extent)
+        # [.., channels, patches.., kernel..] with the channels behind the patches.
+        node = emit(node.graph, node, _aten.movedim.int, node, first - 1, first - 1 + spatial)
+        shape = _sizes(node, *range(first - 1 + spatial))
+        inner = math.prod(node.meta["val"].shape[first - 1 + spatial :])
+        return emit(node.graph, node, _aten.reshape.default, node, [*shape, inner])
+
+    return to_x
 
 
 def batched(batch: int, dims: int) -> tuple[Adapter, Adapter | None]:

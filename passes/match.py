@@ -133,7 +133,7 @@ def _objection(
 
 
 def _operand(view: View, form: Form) -> WeightOperand | str:
-    layout = view.layout
+    layout = view.layout if form.layout is None else form.layout
     batch_dim, n_dim, k_dim = form.dims
     sizes, strides = layout.shape, layout.stride()
     batch = sizes[batch_dim] if batch_dim is not None else None

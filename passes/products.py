@@ -31,6 +31,7 @@ class Form:
         to_x: Takes the activation to ``[.., K]``, or ``[E, M, K]`` with a batch.
         from_out: Takes ``[.., N]`` to the product's result.
         bias: Added to the result's last dimension in the kernel.
+        layout: The weight operand in the dimensions that `dims` counts, where they are not its own.
     """
 
     x: fx.Node
@@ -38,6 +39,7 @@ class Form:
     to_x: Adapter | None = None
     from_out: Adapter | None = None
     bias: fx.Node | None = None
+    layout: Tensor | None = None
 
 
 # (node, position of the weight among the factors, weight's layout) -> Form, or why there is none.
@@ -164,28 +166,44 @@ def _addmm(node: fx.Node, side: int, layout: Tensor) -> Form | str:
 
 
 def _conv(node: fx.Node, side: int, layout: Tensor) -> Form | str:
-    """A 1x1 convolution is a product over the channels."""
+    """A 1x1 convolution is a product over the channels; one of patches, side by side, over both."""
     if side == 0:
         return "the parameter is the input of a convolution"
-    spatial = layout.ndim - 2
-    kernel = tuple(layout.shape[2:])
-    if any(size != 1 for size in kernel):
-        return f"a convolution with a kernel of {'x'.join(map(str, kernel))} is not a product"
-    stride = _argument(node, 3, "stride", 1)
-    padding = _argument(node, 4, "padding", 0)
     convolution = _packet(node) is _aten.convolution
-    groups = _argument(node, 8 if convolution else 6, "groups", 1)
     if convolution and node.args[6]:
         return "a transposed convolution is not supported"
+    groups = _argument(node, 8 if convolution else 6, "groups", 1)
     if groups != 1:
         return f"a convolution in {groups} groups is not one product"
-    if not _all_equal(stride, 1):
-        return f"a 1x1 convolution with stride {stride} is not supported"
-    if not (padding in ("same", "valid") or _all_equal(padding, 0)):
-        return f"a 1x1 convolution with padding {padding} is not supported"
+    kernel = tuple(layout.shape[2:])
+    stride = _each(_argument(node, 3, "stride", 1), kernel)
+    padding = _argument(node, 4, "padding", 0)
+    dilation = _argument(node, 5, "dilation", 1)
+    size = "x".join(map(str, kernel))
+    if stride != kernel:
+        step = "x".join(map(str, stride))
+        return f"a convolution with a kernel of {size} and stride {step} is not a product"
+    is_point = all(extent == 1 for extent in kernel)
+    if not (padding in (("same", "valid") if is_point else ("valid",)) or _all_equal(padding, 0)):
+        return f"a {size} convolution with padding {padding} is not supported"
+    if not is_point and not _all_equal(dilation, 1):
+        return f"a {size} convolution with dilation {dilation} is not supported"
     bias = _argument(node, 2, "bias")
-    to_x, from_out = adapt.channels_last(spatial)
-    return Form(node.args[0], (None, 0, 1), to_x, from_out, bias)  # type: ignore[arg-type]
+    to_x, from_out = adapt.channels_last(len(kernel))
+    seen = None
+    if not is_point:
+        to_x = adapt.patches(kernel)
+        try:
+            seen = layout.view(layout.shape[0], -1)
+        except RuntimeError:
+            return f"its {size} kernels do not lie one after the other in the parameter"
+    return Form(node.args[0], (None, 0, 1), to_x, from_out, bias, seen)  # type: ignore[arg-type]
+
+
+def _each(value: Any, like: tuple[int, ...]) -> tuple[Any, ...]:
+    """A number, or one for each dimension, as one for each."""
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return values * len(like) if len(values) == 1 else values
 
 
 def _all_equal(value: Any, wanted: int) -> bool:

@@ -70,6 +70,14 @@ TWO_D = {
     "conv1d same": ((2, K, 9), (N, K, 1), lambda x, w, b: F.conv1d(x, w, b, padding="same")),
     "conv2d": ((2, K, 3, 5), (N, K, 1, 1), F.conv2d),
     "conv2d no bias": ((2, K, 3, 5), (N, K, 1, 1), lambda x, w, b: F.conv2d(x, w)),
+    "patches": ((2, 4, 8, 12), (N, 4, 4, 4), lambda x, w, b: F.conv2d(x, w, b, stride=4)),
+    "patches with a rest": ((2, 4, 9, 7), (N, 4, 4, 2), lambda x, w, b: F.conv2d(x, w, b, (4, 2))),
+    "patches in 1-D": ((4, 50), (N, 4, 16), lambda x, w, b: F.conv1d(x, w, b, stride=16)),
+    "patches in 3-D": (
+        (1, 2, 4, 4, 8),
+        (N, 2, 2, 2, 4),
+        lambda x, w, b: F.conv3d(x, w, b, stride=(2, 2, 4), padding="valid"),
+    ),
     "conv2d of linear": ((2, K, 3, 5), (N, K), lambda x, w, b: F.conv2d(x, w[..., None, None])),
     "both ways": ((5, K), (N, K), lambda x, w, b: F.linear(x, w) @ w),
 }
@@ -124,6 +132,20 @@ def test_dtypes_and_schemes(scheme: str, dtype: torch.dtype) -> None:
 
 REFUSED = {
     "conv 3": ((2, K, 9), (N, K, 3), F.conv1d, "kernel of 3"),
+    "patches apart": ((2, K, 9), (N, K, 2), lambda x, w, b: F.conv1d(x, w, b, 3), "stride 3"),
+    "patches padded": ((2, K, 9), (N, K, 3), lambda x, w, b: F.conv1d(x, w, b, 3, 1), "padding"),
+    "patches dilated": (
+        (2, K, 9),
+        (N, K, 2),
+        lambda x, w, b: F.conv1d(x, w, b, 2, dilation=2),
+        "dilation",
+    ),
+    "patches of strides": (
+        (2, K, 9),
+        (N, 3, K),
+        lambda x, w, b: F.conv1d(x, w.transpose(1, 2), b, 3),
+        "do not lie",
+    ),
     "stride": ((2, K, 9), (N, K, 1), lambda x, w, b: F.conv1d(x, w, b, stride=2), "stride"),
     "padding": ((2, K, 9), (N, K, 1), lambda x, w, b: F.conv1d(x, w, b, padding=1), "padding"),
     "groups": ((2, K, 9), (N, K // 2, 1), lambda x, w, b: F.conv1d(x, w, b, groups=2), "groups"),
