@@ -6,9 +6,24 @@ import functools
 import json
 import textwrap
 from dataclasses import dataclass
+from typing import Protocol
 
 from fxquant.codegen.spec import KernelSpec
 from fxquant.formats import Encoding
+
+
+class Describable(Protocol):
+    """A spec of either kind."""
+
+    @property
+    def name(self) -> str:
+        """What the kernel does, as an identifier."""
+
+    def describe(self) -> str:
+        """One line for people."""
+
+    def to_json(self) -> str:
+        """Canonical text."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +38,8 @@ class Header:
     modules: tuple[str, ...] = ()
     scheme: str = ""
 
-    def comment(self, spec: KernelSpec) -> str:
+    def comment(self, spec: Describable) -> str:
         """The docstring that a printed Python module starts with."""
-        weight = spec.weight
         # With spaces, so that lines break between values and every name can be searched for.
         text = json.dumps(json.loads(spec.to_json()))
         wrap = functools.partial(textwrap.wrap, width=96, break_on_hyphens=False)
@@ -37,16 +51,25 @@ class Header:
             "Printed by fxquant. The spec, which fxquant.codegen.reference defines:",
             *wrap(text, initial_indent="  ", subsequent_indent="  "),
             "",
-            f"Weight: {list(weight.shape)}, {_in_words(weight.encoding)}",
+            *(_operands_of(spec) if isinstance(spec, KernelSpec) else ()),
         ]
-        if spec.compute_dtype == "int8":
-            lines.append("Activation: rounded to int8, with a scale for every row")
-        if spec.outliers is not None:
-            lines.append(f"Outliers: {spec.outliers.describe()}")
         for title, values in (("Scheme", (self.scheme,)), ("Modules", self.modules)):
             if any(values):
                 lines += wrap(f"{title}: {', '.join(values)}", subsequent_indent="  ")
-        return "\n".join([*lines, '"""'])
+        return "\n".join([*lines, '"""']).replace('\n\n"""', '\n"""')
+
+
+def _operands_of(spec: KernelSpec) -> list[str]:
+    """What a product's operands are, a line each."""
+    weight = spec.weight
+    lines = [f"Weight: {list(weight.shape)}, {_in_words(weight.encoding)}"]
+    if spec.is_quantized:
+        lines.append("Activation: int8, quantized before, with amax of every row")
+    elif spec.compute_dtype == "int8":
+        lines.append("Activation: rounded to int8, with a scale for every row")
+    if spec.outliers is not None:
+        lines.append(f"Outliers: {spec.outliers.describe()}")
+    return lines
 
 
 def _in_words(encoding: Encoding) -> str:

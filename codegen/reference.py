@@ -36,7 +36,7 @@ def run(spec: KernelSpec, x: Tensor, weight: Sequence[Tensor], extra: Sequence[T
         spec: The product.
         x: Activation ``[.., k]``, or ``[batch, m, k]`` with a batch; `spec.x_dtype`.
         weight: The stored tensors, in the order of ``spec.weight.encoding.parts``.
-        extra: The epilogue's operands, then those of static outliers.
+        extra: The epilogue's operands, then those of static outliers or of a quantized x.
 
     Returns:
         ``[.., n]``, or ``[batch, m, n]``, in `spec.out_dtype`.
@@ -190,6 +190,12 @@ def _int8_lines(spec: KernelSpec) -> list[str]:
     """
     weight, outliers = spec.weight, spec.outliers
     operands = len(spec.epilogue.operands)
+    if spec.is_quantized:
+        return [
+            f"amax = extra[{operands}].reshape(*rows.shape[:-1], 1)",
+            _viewed("w", "decode_int8(weight, ENCODING, SHAPE)", weight),
+            f"acc = ((rows.double() @ w.{_turned(spec)}) * (amax / 127.0)).float()",
+        ]
     lines, inner = ["rows = rows.float()"], "rows"
     if outliers is not None:
         inner = "inner"

@@ -268,9 +268,13 @@ class KernelSpec:
     rounds scales and partial sums in float32 is its own affair. A row with NaN, or with Inf
     outside of the outliers, gives NaN. The least amax keeps both quotients normal numbers.
 
+    With `x_dtype` ``"int8"`` x is q itself, from a `QuantizeSpec`, and the tensor that follows the
+    epilogue's operands is amax: float32, one for every row, NaN for a row of NaN.
+
     Attributes:
         weight: The encoded operand.
-        x_dtype: Dtype of the activation, ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+        x_dtype: Dtype of the activation, ``"float16"``, ``"bfloat16"`` or ``"float32"``; or
+            ``"int8"`` when it was quantized before.
         compute_dtype: Dtype of both operands of the dot product, ``"int8"`` or as `x_dtype`.
         out_dtype: Dtype of the result.
         epilogue: What is done to the sums. Operands have the sizes of their axes, m being the
@@ -289,12 +293,14 @@ class KernelSpec:
 
     def __post_init__(self) -> None:
         for field in ("x_dtype", "compute_dtype", "out_dtype"):
-            known = COMPUTE_DTYPES if field == "compute_dtype" else FLOAT_DTYPES
+            known = FLOAT_DTYPES if field == "out_dtype" else COMPUTE_DTYPES
             if getattr(self, field) not in known:
                 raise errors.bad_spec(field, getattr(self, field), f"one of {', '.join(known)}")
+        if self.is_quantized and self.compute_dtype != "int8":
+            raise errors.bad_spec("compute_dtype", self.compute_dtype, "int8, as x_dtype is")
         if self.outliers is not None:
-            if self.compute_dtype != "int8":
-                expected = "None unless compute_dtype is int8"
+            if self.compute_dtype != "int8" or self.is_quantized:
+                expected = "None unless compute_dtype is int8 and x_dtype is not"
                 raise errors.bad_spec("outliers", self.outliers, expected)
             if (self.outliers.columns or 0) > self.weight.k:
                 expected = f"no more than the {self.weight.k} inputs"
@@ -303,6 +309,11 @@ class KernelSpec:
             raise errors.bad_spec("name", self.name, "an identifier")
         if self.weight.batch is None and any("e" in o.dims for o in self.epilogue.operands):
             raise errors.bad_spec("epilogue operand's dims", "e", "absent without a batch")
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether x arrives as integers, with amax beside it."""
+        return self.x_dtype == "int8"
 
     def describe(self) -> str:
         """One line for people: ``out[m, 384] = x[m, 1536] @ weight.T, then add``."""

@@ -118,7 +118,8 @@ def int8(outliers=None, compute="int8"):
     ("make", "field"),
     [
         (lambda: int8(compute="uint8"), "compute_dtype"),
-        (lambda: dataclasses.replace(int8(), x_dtype="int8"), "x_dtype"),
+        (lambda: dataclasses.replace(int8(), x_dtype="int4"), "x_dtype"),
+        (lambda: dataclasses.replace(int8(compute="float32"), x_dtype="int8"), "compute_dtype"),
         (lambda: dataclasses.replace(int8(), out_dtype="int8"), "out_dtype"),
         (lambda: int8(Outliers("float16", 6.0), compute="float32"), "outliers"),
         (lambda: int8(Outliers("float16", columns=17)), "outliers.columns"),
