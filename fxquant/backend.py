@@ -22,8 +22,9 @@ from fxquant.ledger import Ledger
 from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.fuse import Fuse, launch_as
+from fxquant.passes.sources import DerivedPart, PackedPart, Tools, evaluate
 from fxquant.runtime import cache, dump, launch, ops, targets
-from fxquant.runtime.graph import CompiledGraph, Slot, Source
+from fxquant.runtime.graph import CompiledGraph, Derived, Slot, Source
 from fxquant.runtime.store import STORE
 
 LOG = logging.getLogger("fxquant.backend")
@@ -56,7 +57,7 @@ def fxquant(
         FolderError: The dump folder or the kernel cache cannot be written.
     """
     config = Config.from_options(options)
-    ctx = Context(gm, list(example_inputs), config, STORE.pack)
+    ctx = Context(gm, list(example_inputs), config, STORE.pack, remember=STORE.remember)
     run_pipeline(ctx)
     device = _device_of(ctx)
     headers = _headers(ctx)
@@ -103,17 +104,29 @@ def _print_kernels(
     return kernels
 
 
-def _sources(ctx: Context) -> tuple[list[Source], list[Slot]]:
-    """The rewritten graph's inputs, as positions among Dynamo's and as parts of packed slots."""
-    slots: dict[Slot, int] = {}
+def _sources(ctx: Context) -> tuple[list[Source], list[Slot | Derived]]:
+    """The rewritten graph's inputs, as positions among Dynamo's and as parts of slots."""
+    slots: dict[object, int] = {}
+    made: list[Slot | Derived] = []
     sources: list[Source] = []
     for source in ctx.sources:
         if isinstance(source, int):
             sources.append(source)
-        else:
-            slot = Slot(source.index, source.encoding, source.name)
-            sources.append((slots.setdefault(slot, len(slots)), source.part))
-    return sources, list(slots)
+            continue
+        key = source.rule if isinstance(source, DerivedPart) else (source.index, source.encoding)
+        if key not in slots:
+            slots[key] = len(made)
+            made.append(_slot(source, ctx.tools))
+        sources.append((slots[key], source.part))
+    return sources, made
+
+
+def _slot(source: PackedPart | DerivedPart, tools: Tools) -> Slot | Derived:
+    if isinstance(source, PackedPart):
+        return Slot(source.index, source.encoding, source.name)
+    rule = source.rule
+    weight = None if source.packs is None else Slot(*source.packs)
+    return Derived(rule.indices, lambda inputs: evaluate(rule, inputs, tools), weight)
 
 
 def _lower(

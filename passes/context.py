@@ -12,7 +12,7 @@ from fxquant.codegen.spec import WeightOperand
 from fxquant.config import Config
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes.regions import Region
-from fxquant.passes.sources import PackedPart
+from fxquant.passes.sources import DerivedPart, PackedPart, Remember, Rule, Tools
 from fxquant.schemes import Recipe
 
 # Kinds of refusals that `strict` and `min_coverage` do not count.
@@ -83,6 +83,11 @@ class LinearSite:
         region: The graph it stands in: the outermost one, or the body of a higher-order op.
         scheme: Set by `plan`.
         recipe: Set by `plan`.
+        in_scale: By what `smooth` divides the activation's channels, a rule that gives float32
+            ``[k]``, or None. The weight's columns are multiplied by it, and `x` is divided already.
+        scaled: How the weight is packed with its scales, or None where it has none. Set by
+            `smooth`.
+        notes: What was done to the site, for the report.
         packed: Set by `pack`.
         spec_json: Set by `pack`.
     """
@@ -101,6 +106,9 @@ class LinearSite:
     from_out: Callable[[fx.Node], fx.Node] | None = None
     scheme: str = ""
     recipe: Recipe | None = None
+    in_scale: Rule | None = None
+    scaled: Rule | None = None
+    notes: list[str] = field(default_factory=list)
     packed: PackedWeight | None = None
     spec_json: str = ""
 
@@ -123,7 +131,9 @@ class Context:
         config: The options.
         pack_weight: ``(tensor, encoding, name) -> PackedWeight``: packs, or finds what was packed.
         sources: For each of the final inputs: the position among Dynamo's inputs that it comes
-            from, or the part of a packed parameter.
+            from, the part of a packed parameter, or of what a rule makes of parameters.
+        remember: Keeps what is made of parameters for as long as they live unchanged.
+        derived: Inputs that are made of parameters, by their placeholder in the outermost graph.
         regions: The graph and the bodies of its higher-order ops, the outermost first.
         parameters: Bound parameters by their placeholder in the outermost graph.
         sites: Products to quantize.
@@ -134,8 +144,15 @@ class Context:
     inputs: list[Any]
     config: Config
     pack_weight: Callable[[Tensor, Encoding, str], PackedWeight]
-    sources: list[int | PackedPart] = field(default_factory=list)
+    sources: list[int | PackedPart | DerivedPart] = field(default_factory=list)
+    remember: Remember = lambda key, parameters, make: make()  # noqa: ARG005
+    derived: dict[fx.Node, DerivedPart] = field(default_factory=dict)
     regions: list[Region] = field(default_factory=list)
     parameters: dict[fx.Node, BoundParameter] = field(default_factory=dict)
     sites: list[LinearSite] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+
+    @property
+    def tools(self) -> Tools:
+        """What rules may use."""
+        return Tools(self.pack_weight, self.remember)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext
-from torch.fx.experimental.symbolic_shapes import DimDynamic, StatefulSymbolicContext
+from torch import fx
 
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes import adapt, regions, values, views
 from fxquant.passes.context import BoundParameter, Context, LinearSite, PassReport
+from fxquant.passes.inputs import add as add_input
 from fxquant.passes.regions import Region
-from fxquant.passes.sources import PackedPart
+from fxquant.passes.sources import DerivedPart, PackedPart, Rule, evaluate
 from fxquant.passes.specs import spec_of
 
 _fxquant = torch.ops.fxquant
@@ -25,10 +22,13 @@ def pack(ctx: Context) -> PassReport:
     """Packs the sites' parameters, rewrites the sites, and settles the graph's inputs."""
     inputs = _PackedInputs(ctx)
     for site in ctx.sites:
-        site.packed = ctx.pack_weight(
-            site.parameter.value, site.operand.encoding, site.parameter.name
-        )
-        _rewrite(site, inputs.of(site.packed, site.parameter), ctx.config.compute_dtype)
+        weight, name = site.parameter.value, site.parameter.name
+        if site.scaled is None:
+            site.packed = ctx.pack_weight(weight, site.operand.encoding, name)
+        else:
+            site.packed = evaluate(site.scaled, ctx.inputs, ctx.tools)
+        packed = inputs.of(site.packed, site.parameter, site.scaled)
+        _rewrite(site, packed, ctx.config.compute_dtype)
     for region in reversed(ctx.regions):
         _drop_dead(ctx, region)
     _dequantize_other_uses(ctx, inputs)
@@ -44,42 +44,39 @@ class _PackedInputs:
     """Placeholders for packed tensors: one set for each packed parameter, whoever uses it."""
 
     def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
         self.root = ctx.regions[0]
-        self.placeholders: dict[tuple[int, Encoding], list[fx.Node]] = {}
-        self.tensors: dict[fx.Node, PackedPart] = {}
-        self.mode = values.fake_mode_of(self.root.placeholders)
+        self.placeholders: dict[tuple[int, Encoding, Rule | None], list[fx.Node]] = {}
+        self.tensors: dict[fx.Node, PackedPart | DerivedPart] = dict(ctx.derived)
 
-    def of(self, packed: PackedWeight, bound: BoundParameter) -> list[fx.Node]:
-        """The placeholders in the outermost graph, in the order of ``Encoding.parts``."""
-        key = (bound.index, packed.encoding)
+    def of(
+        self, packed: PackedWeight, bound: BoundParameter, scaled: Rule | None = None
+    ) -> list[fx.Node]:
+        """The placeholders in the outermost graph, in the order of ``Encoding.parts``.
+
+        Args:
+            packed: What the parameter is packed into.
+            bound: The parameter.
+            scaled: The rule that packs it with scales, or None.
+        """
+        encoding = packed.encoding
+        key = (bound.index, encoding, scaled)
         if key not in self.placeholders:
             nodes = []
-            parts = zip(packed.encoding.parts, packed.tensors(), strict=True)
+            parts = zip(encoding.parts, packed.tensors(), strict=True)
             for position, (part, tensor) in enumerate(parts):
-                node = self._add(f"{bound.name}_{part}", tensor)
-                self.tensors[node] = PackedPart(
-                    bound.index, position, tensor, packed.encoding, bound.name
-                )
+                node = add_input(self.ctx, f"{bound.name}_{part}", tensor)
+                if scaled is None:
+                    source: PackedPart | DerivedPart = PackedPart(
+                        bound.index, position, tensor, encoding, bound.name
+                    )
+                else:
+                    packs = (bound.index, encoding, bound.name)
+                    source = DerivedPart(scaled, position, tensor, packs)
+                self.tensors[node] = source
                 nodes.append(node)
             self.placeholders[key] = nodes
         return self.placeholders[key]
-
-    def _add(self, name: str, tensor: Tensor) -> fx.Node:
-        assert self.mode is not None
-        fake = self.mode.from_tensor(tensor, static_shapes=True)
-        node = self.root.append_placeholder(re.sub(r"\W", "_", name), fake)
-        # AOTAutograd reads both of an input that Dynamo did not make: no source, and static.
-        node._dynamo_source = None
-        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        node.meta["example_value"] = fake
-        context = TracingContext.try_get()
-        if context is not None:
-            # With dynamic=True AOTAutograd would make the sizes of an unknown input symbolic.
-            dims: Any = [DimDynamic.STATIC] * tensor.ndim
-            context.tensor_to_context[tensor] = StatefulSymbolicContext(
-                dynamic_sizes=dims, tensor_source=ConstantSource(node.name)
-            )
-        return node
 
 
 def _rewrite(site: LinearSite, packed: list[fx.Node], compute: str | None) -> None:

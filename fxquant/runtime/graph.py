@@ -3,7 +3,7 @@
 Dynamo does not guard on which parameter it passes: one graph serves every block of a model that is
 compiled block by block, and a second model of the same class. So packed tensors are not constants
 of a graph: they are looked up for the parameter that arrives, which is packed when it is new or was
-written to since.
+written to since. The same holds for what is made of several parameters (`Derived`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.runtime import launch
-from fxquant.runtime.store import STORE, Snapshot
+from fxquant.runtime.store import STORE, Snapshot, Watched
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,21 @@ class Slot:
     name: str
 
 
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """The place of what is made of several parameters.
+
+    Attributes:
+        indices: The positions of all that it depends on, among Dynamo's inputs.
+        compute: Takes Dynamo's inputs and gives a tensor or a `PackedWeight`.
+        slot: The parameter whose values are packed, or None.
+    """
+
+    indices: tuple[int, ...]
+    compute: Callable[[Sequence[Any]], Tensor | PackedWeight]
+    slot: Slot | None = None
+
+
 Source = int | tuple[int, int]
 """Where an input of the rewritten graph comes from: a position among Dynamo's inputs, or the number
 of a slot and of a part of it."""
@@ -47,7 +62,7 @@ class CompiledGraph:
     Args:
         compiled: Takes the rewritten graph's inputs.
         sources: Where each of them comes from.
-        slots: The packed parameters.
+        slots: The packed parameters, and what is made of several.
         kernels: What it runs.
         on_new: Told of each parameter that a slot meets for the first time.
     """
@@ -56,13 +71,19 @@ class CompiledGraph:
         self,
         compiled: Callable[..., Any],
         sources: Sequence[Source],
-        slots: Sequence[Slot],
+        slots: Sequence[Slot | Derived],
         kernels: Sequence[launch.Kernel],
         on_new: Callable[[Slot, Tensor, PackedWeight], None],
     ) -> None:
         self.compiled = compiled
-        self.sources = [s if isinstance(s, tuple) else (-1, s) for s in sources]
-        self.lookups = [_Lookup(slot, on_new) for slot in slots]
+        plain = [slot for slot in slots if isinstance(slot, Slot)]
+        derived = [slot for slot in slots if isinstance(slot, Derived)]
+        place = {slot: number for number, slot in enumerate([*plain, *derived])}
+        self.sources = [
+            (place[slots[s[0]]], s[1]) if isinstance(s, tuple) else (-1, s) for s in sources
+        ]
+        self.lookups = [_Lookup(slot, on_new) for slot in plain]
+        self.derived = _Derivations(derived, on_new) if derived else None
         self.kernels = tuple(kernels)
 
     def __call__(self, *args: Any) -> Any:
@@ -70,10 +91,13 @@ class CompiledGraph:
 
         Raises:
             WeightError: Another parameter than at compile time was passed and cannot be encoded.
+            CalibrationError: It has no statistics.
         """
         if launch.is_recording():
             launch.record(self.kernels)
         parts = [lookup(args[lookup.index]) for lookup in self.lookups]
+        if self.derived is not None:
+            parts += self.derived(args)
         parts.append(args)
         return self.compiled(*[parts[slot][part] for slot, part in self.sources])
 
@@ -103,4 +127,35 @@ class _Lookup:
         ref = weakref.ref(parameter, lambda _: self.known.pop(key, None))
         self.known[key] = (ref, Snapshot(parameter), parts)
         self.on_new(self.slot, parameter, packed)
+        return parts
+
+
+class _Derivations:
+    """All that a graph has made of several parameters, looked up at once: on the path of a call."""
+
+    def __init__(
+        self,
+        slots: Sequence[Derived],
+        on_new: Callable[[Slot, Tensor, PackedWeight], None],
+    ) -> None:
+        self.slots = slots
+        self.indices = sorted({index for slot in slots for index in slot.indices})
+        self.on_new = on_new
+        self.known: dict[tuple[int, ...], tuple[Watched, list[Sequence[Any]]]] = {}
+
+    def __call__(self, args: Sequence[Any]) -> list[Sequence[Any]]:
+        parameters = [args[index] for index in self.indices]
+        key = tuple(map(id, parameters))
+        found = self.known.get(key)
+        if found is not None and found[0].is_current(parameters):
+            return found[1]
+        parts: list[Sequence[Any]] = []
+        for slot in self.slots:
+            made = slot.compute(args)
+            packed = made if isinstance(made, PackedWeight) else None
+            parts.append([made] if packed is None else packed.tensors())
+            if packed is not None and slot.slot is not None:
+                self.on_new(slot.slot, args[slot.slot.index], packed)
+        watched = Watched(parameters, lambda _: self.known.pop(key, None))
+        self.known[key] = (watched, parts)
         return parts

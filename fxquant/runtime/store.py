@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import Encoding, PackedWeight, anchor_of, pack, sqnr_db
+
+_T = TypeVar("_T")
 
 
 class Snapshot:
@@ -53,6 +56,34 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
     )
 
 
+class Watched:
+    """Several tensors as they are now: the very same ones, and unchanged.
+
+    Args:
+        tensors: They are held weakly.
+        on_death: Called when one of them dies.
+    """
+
+    __slots__ = ("_refs", "_snapshots")
+
+    def __init__(
+        self, tensors: Sequence[Tensor], on_death: Callable[[Any], object] | None = None
+    ) -> None:
+        self._refs = [weakref.ref(tensor, on_death) for tensor in tensors]
+        self._snapshots = [Snapshot(tensor) for tensor in tensors]
+
+    def is_current(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the same tensors and nothing was seen to change."""
+        for ref, snapshot, tensor in zip(self._refs, self._snapshots, tensors, strict=True):
+            if ref() is not tensor or not snapshot.is_current(tensor):
+                return False
+        return True
+
+    def is_dead(self) -> bool:
+        """Whether one of them is gone."""
+        return any(ref() is None for ref in self._refs)
+
+
 @dataclass(frozen=True)
 class _Entry:
     packed: PackedWeight
@@ -74,6 +105,7 @@ class WeightStore:
         self._lock = threading.RLock()
         self._errors: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.packed_count = 0
 
     def get(self, tensor: Tensor, encoding: Encoding) -> PackedWeight | None:
@@ -111,6 +143,26 @@ class WeightStore:
             self._aliases = {k: ref for k, ref in self._aliases.items() if ref() is not None}
             self._aliases[identity] = weakref.ref(tensor)
             return packed
+
+    def remember(self, key: Hashable, parameters: Sequence[Tensor], make: Callable[[], _T]) -> _T:
+        """What a function of parameters gives, called once for them as they are.
+
+        Args:
+            key: Tells functions apart.
+            parameters: All that the result depends on, one or more. It is dropped with the first.
+            make: The function.
+        """
+        with self._lock:
+            known = self._made.setdefault(parameters[0], {})
+            full = (key, tuple(map(id, parameters)))
+            found = known.get(full)
+            if found is not None and found[0].is_current(parameters):
+                return cast("_T", found[1])
+            result = make()
+            for dead in [old for old, (watched, _) in known.items() if watched.is_dead()]:
+                del known[dead]
+            known[full] = (Watched(parameters), result)
+            return result
 
     def error_db(self, packed: PackedWeight) -> float | None:
         """Signal to quantization noise in dB, None when the original was never here."""

@@ -17,6 +17,7 @@ from fxquant.config import Config
 from fxquant.formats import PackedWeight, pack
 from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context
+from fxquant.passes.sources import DerivedPart, evaluate
 from fxquant.runtime import launch, ops
 
 assert ops  # imported for its registrations
@@ -55,12 +56,15 @@ class Captured:
         return lambda *a: _by_reference(ctx.gm, self.gather(ctx, a))
 
     def gather(self, ctx: Context, args: tuple[Any, ...]) -> list[Any]:
-        return [
-            args[s]
-            if isinstance(s, int)
-            else self.pack(args[s.index], s.encoding, s.name).tensors()[s.part]
-            for s in ctx.sources
-        ]
+        return [self._input(ctx, source, args) for source in ctx.sources]
+
+    def _input(self, ctx: Context, source: Any, args: tuple[Any, ...]) -> Any:
+        if isinstance(source, int):
+            return args[source]
+        if isinstance(source, DerivedPart):
+            made = evaluate(source.rule, args, ctx.tools)
+            return made.tensors()[source.part] if isinstance(made, PackedWeight) else made
+        return self.pack(args[source.index], source.encoding, source.name).tensors()[source.part]
 
     @property
     def sites(self) -> list[Any]:
