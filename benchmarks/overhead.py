@@ -29,7 +29,7 @@ SOURCE = """
 extern "C" {
 int64_t fxquant_prepared_bytes(void) { return 64; }
 void fxquant_prepare(const void* const*, void*, int) {}
-int64_t fxquant_scratch_bytes(int64_t, int, int) { return 64; }
+int64_t fxquant_scratch_bytes(int64_t, int) { return 64; }
 int64_t entered;
 void fxquant_run(const void*, const void*, int64_t, int64_t, int64_t, int64_t, void*,
                  const void* const*, void*, int, int) {
@@ -52,7 +52,7 @@ def main() -> None:
     operand = WeightOperand.whole(encoding, (SIZE, SIZE), transposed=False)
     spec = KernelSpec(operand, *["float32"] * 3, Epilogue.bias("float32"), "nothing")
     text, x, bias = spec.to_json(), torch.randn(1, SIZE), torch.randn(SIZE)
-    kernel = CppKernel(library, spec, openmp=chain.openmp)
+    kernel = CppKernel(library, spec, openmp=chain.openmp, few_rows=48)
     for target in ("auto", "cpp"):
         launch._runners[text, target, True] = kernel.run
 

@@ -3,35 +3,67 @@
 from __future__ import annotations
 
 from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.rows import members
 
 
 def helpers(plan: Plan) -> str:
     """The text of ``pack`` and of what it needs, to be printed before the skeletons."""
-    prepare = ""
-    outliers = plan.spec.outliers
+    spec, direct, parts = plan.spec, plan.reads_directly, {}
+    outliers = spec.outliers
     if outliers is not None:
-        prepare = _STATIC if outliers.columns is not None else _RUN_TIME
-    row = _PACK_OUTLIER_ROW if outliers is not None else ""
-    return _HELPERS + _PACK.replace("@OUTLIERS@", prepare).replace("@APART@", row)
+        parts["@OUTLIERS@"] = _STATIC if outliers.columns is not None else _RUN_TIME
+        parts["@FLAGS@"] = "    const uint8_t* flags = call.flags + e * K;\n"
+        parts["@APART@"] = "    pack_outliers(call, e, x, call.apart + (e * rows + row) * K);\n"
+    # Codes have scales, and mostly sums, even where they are lines as they are.
+    if direct and not plan.is_int8:
+        parts["@NOTHING@"] = "  if (call.is_line && is_single) return;\n"
+        parts["@UNLESS@"] = "!call.is_line && "
+    if direct:
+        parts["@IN_PLACE@"] = _IN_PLACE
+    given = ["call", "x", "line"]
+    if outliers is not None:
+        given.insert(1, "flags")
+    if plan.keeps_sums:
+        parts["@SUMS@"] = _ROW_SUMS
+        given += ["sums", "height"]
+    made = f"line_of({', '.join(given)});\n"
+    if plan.quantizes_x:
+        made = f"call.row_scales[item] = {made}"
+    if plan.reads_codes:
+        unit = " * LEVEL_UNIT" if plan.level_unit != 1 else ""
+        parts["@SCALE@"] = _GIVEN_SCALE.replace("@UNIT@", unit)
+    if direct and plan.is_int8:
+        made = f"if (call.is_line)\n      sum_blocks(x, sums, height);\n    else\n      {made}"
+    parts["@MAKE@"] = f"    {made}"
+    text = _PACK
+    for name in _HOLES:
+        text = text.replace(name, parts.get(name, ""))
+    return _HELPERS + text
+
+
+_HOLES = (
+    *("@OUTLIERS@", "@NOTHING@", "@UNLESS@", "@FLAGS@", "@SUMS@", "@SCALE@"),
+    *("@MAKE@", "@APART@", "@IN_PLACE@"),
+)
 
 
 def entry(plan: Plan) -> str:
     """The text of the exported functions, to be printed last."""
+    e, _, k = plan.spec.weight.sizes
+    direct = ""
+    if plan.reads_directly:
+        direct = _DIRECT.replace("@BATCH@", "" if e == 1 else f" && (m > 1 || x_e == {k})")
     few = plan.is_regular
-    choice = "variant == 0 || (variant < 0 && m <= FEW_ROWS)" if few else "false"
-    run = "run_few(call, first, rows, threads)" if few else "(void)0"
-    return (
-        _ENTRY.replace("@FEW@", choice)
-        .replace("@RUN_FEW@", run)
-        .replace("@DIRECT@", _DIRECT if _reads_directly(plan) else "")
+    taken = "\n".join(
+        f"  call.{one.name} = memory.take<{one.ctype}>({one.count});" for one in members(plan)
     )
-
-
-def _reads_directly(plan: Plan) -> bool:
-    """Whether rows can be lines as they are."""
-    spec = plan.spec
-    same = spec.x_dtype == {"bf16": "bfloat16", "f32": "float32"}.get(plan.path, "")
-    return same and spec.compute_dtype == spec.x_dtype and not plan.encoding.zero_point
+    return (
+        _ENTRY.replace("@TAKEN@", taken)
+        .replace("@DIRECT@", direct)
+        .replace("@VARIANT@", "int variant" if few else "int")
+        .replace("@CHOICE@", _CHOICE if few else "")
+        .replace("@RUN@", _RUN_EITHER if few else "    run_many(call, first, rows, threads);\n")
+    )
 
 
 _HELPERS = """\
@@ -82,8 +114,21 @@ _STATIC = """\
   }
 """
 
-_PACK_OUTLIER_ROW = """
-    pack_outliers(call, e, x, call.apart + (e * rows + row) * K);"""
+_ROW_SUMS = """\
+    xsum_t* sums = call.sums + (e * all + panel_row) * BLOCKS + (row - panel_row);
+    const int height = height_of(rows - panel_row, heights);
+"""
+
+_GIVEN_SCALE = """\
+    const float* amax = static_cast<const float*>(call.extra[OPERANDS]);
+    call.row_scales[item] = amax[e * call.m + super_first + row] / 127.0f@UNIT@;
+"""
+
+_IN_PLACE = """\
+      if (call.is_line)
+        lines[row] = reinterpret_cast<const x_t*>(call.x + e * call.x_e +
+                                                  (super_first + line) * call.x_row);
+"""
 
 _PACK = """\
 // Panels of the rows that are under work; every thread makes some.
@@ -91,15 +136,12 @@ template <int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
   const bool is_single = rows == 1 && height_of(1, heights) == 1;
-  if (call.is_line && is_single) return;
-@OUTLIERS@  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
-  for (int64_t item = of.thread; !call.is_line && item < E * rows; item += of.threads) {
+@NOTHING@@OUTLIERS@  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
+  for (int64_t item = of.thread; @UNLESS@item < E * rows; item += of.threads) {
     const int64_t e = item / rows, row = item % rows, panel_row = row / heights[0] * heights[0];
     const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
-    xsum_t* sums = call.sums + (e * all + panel_row) * BLOCKS + (row - panel_row);
-    const int height = height_of(rows - panel_row, heights);
-    call.row_scales[item] = line_of(call, e, x, call.lines + item * ALL_STEPS, sums, height);@APART@
-  }
+    x_t* line = call.lines + item * ALL_STEPS;
+@FLAGS@@SUMS@@SCALE@@MAKE@@APART@  }
 #pragma omp barrier
   if (is_single) return;
   const int64_t parts = panels < of.threads ? of.threads : 1;
@@ -110,10 +152,8 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
     const x_t* lines[MOST_ROWS];
     for (int row = 0; row < height; ++row) {
       const int64_t line = std::min<int64_t>(panel_row + row, rows - 1);
-      lines[row] = call.is_line ? reinterpret_cast<const x_t*>(call.x + e * call.x_e +
-                                                               (super_first + line) * call.x_row)
-                                : call.lines + (e * rows + line) * ALL_STEPS;
-    }
+      lines[row] = call.lines + (e * rows + line) * ALL_STEPS;
+@IN_PLACE@    }
     x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
     // A cache line of a row at a time: rows are often apart by what evicts each other.
     for (int64_t first = steps.first; first < steps.last; first += 16) {
@@ -129,11 +169,22 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
 """
 
 _DIRECT = """\
-  const bool in_order = x_col == 1 && K == K_PADDED && (m > 1 || E == 1 || x_e == K);
   const uint64_t places = reinterpret_cast<uint64_t>(x) | x_e * sizeof(stored_t) |
                           x_row * sizeof(stored_t);
-  call.is_line = in_order && places % sizeof(x_t) == 0;
+  call.is_line = x_col == 1 && places % sizeof(x_t) == 0@BATCH@;
   if (call.is_line) call.lines = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
+"""
+
+_CHOICE = """\
+  const bool is_few = variant == 0;
+  if (is_few && m == 1) call.panels = call.lines;  // a panel of one row is a line
+"""
+
+_RUN_EITHER = """\
+    if (is_few)
+      run_few(call, first, rows, threads);
+    else
+      run_many(call, first, rows, threads);
 """
 
 _ENTRY = """\
@@ -153,26 +204,18 @@ int64_t set_up(Call& call, unsigned char* base, int64_t m, int threads) {
   Memory memory{base};
   const int64_t rows = std::min(m, SUPER_ROWS);
   const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
-  call.lines = memory.take<x_t>(E * rows * ALL_STEPS);
-  call.panels = memory.take<x_t>(E * all * ALL_STEPS);
-  call.sums = memory.take<xsum_t>(KEEPS_SUMS ? E * all * BLOCKS : 0);
-  call.row_scales = memory.take<float>(E * all);
-  call.flags = memory.take<uint8_t>(OUTLIERS ? E * K : 0);
-  call.columns = memory.take<int32_t>(OUTLIERS ? E * K : 0);
-  call.outliers = memory.take<int64_t>(OUTLIERS ? E : 0);
-  call.apart = memory.take<float>(OUTLIERS ? E * rows * K : 0);
-  call.own = memory.take<unsigned char>(threads * OWN_BYTES);
+@TAKEN@
   return memory.used;
 }
 
-extern "C" int64_t fxquant_scratch_bytes(int64_t m, int, int threads) {
+extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
   Call call{};
   return set_up(call, nullptr, m, threads);
 }
 
 extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, int64_t x_row,
                             int64_t x_col, int64_t m, void* out, const void* const* extra,
-                            void* scratch, int threads, int variant) {
+                            void* scratch, int threads, @VARIANT@) {
   Call call{};
   call.weight.base = static_cast<unsigned char*>(const_cast<void*>(prepared));
   call.x = static_cast<const stored_t*>(x);
@@ -180,14 +223,8 @@ extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, in
   call.out = static_cast<out_t*>(out);
   call.extra = extra;
   set_up(call, static_cast<unsigned char*>(scratch), m, threads);
-  const bool is_few = @FEW@;
-@DIRECT@  if (is_few && m == 1) call.panels = call.lines;  // a panel of one row is a line
-  for (int64_t first = 0; first < m; first += SUPER_ROWS) {
+@DIRECT@@CHOICE@  for (int64_t first = 0; first < m; first += SUPER_ROWS) {
     const int64_t rows = std::min(SUPER_ROWS, m - first);
-    if (is_few)
-      @RUN_FEW@;
-    else
-      run_many(call, first, rows, threads);
-  }
+@RUN@  }
 }
 """

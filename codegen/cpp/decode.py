@@ -15,7 +15,7 @@ from fxquant.codegen.cpp.plan import Plan
 
 def decode(plan: Plan) -> str:
     """The text of ``struct Decoder``, and of its tables."""
-    factors = plan.integers if plan.quantizes_x and plan.path == "f32" else plan.levels
+    factors = plan.integers if plan.is_int8 and plan.path == "f32" else plan.levels
     parts = [float_table("LEVELS", _widened([float(factor) for factor in factors]))]
     if plan.path == "bf16" and plan.encoding.bits < 8:
         words = _widened([_bfloat16(level) for level in plan.levels], 32)

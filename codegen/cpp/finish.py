@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxquant.codegen.cpp.decode import float_table
 from fxquant.codegen.cpp.ops import epilogue_lines
 from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.quantize import ROW_HELPERS
 from fxquant.codegen.cpp.rows import rounded
 from fxquant.codegen.spec import EpilogueOperand
 
@@ -15,7 +16,7 @@ _FROM = {"float16": "from_fp16", "bfloat16": "from_bf16"}
 def finish(plan: Plan) -> str:
     """The text of ``finish``."""
     outliers = _outliers(plan) if plan.spec.outliers is not None else ""
-    scaled = _ROW_SCALES if plan.quantizes_x else ""
+    scaled = _ROW_SCALES if plan.is_int8 else ""
     added = _ADD_OUTLIERS if plan.spec.outliers is not None else ""
     text = _FINISH.replace("@SCALED@", scaled).replace("@OUTLIERS@", added)
     return "\n".join(part for part in (outliers, _row(plan), text) if part)
@@ -32,7 +33,7 @@ def prelude(plan: Plan) -> set[str]:
     for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16")):
         if dtype in dtypes:
             used |= {f"from_{short}", f"to_{short}"}
-    return used
+    return used | (ROW_HELPERS if plan.quantizes_x else set())
 
 
 def _row(plan: Plan) -> str:
@@ -201,7 +202,6 @@ _FINISH = """\
 void finish(const Call& call, int64_t tile, int64_t super_first, int64_t panel_row, int64_t rows,
             int64_t all_rows, float* totals) {
   const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
-  (void)all_rows;
 @SCALED@@OUTLIERS@  for (int64_t row = 0; row < rows; ++row) {
     const int64_t at = super_first + panel_row + row;
     if (N - n0 >= TILE)

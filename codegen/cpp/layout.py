@@ -15,7 +15,11 @@ from fxquant.formats.blocks import block_grid
 def segments(plan: Plan) -> list[tuple[str, str, int]]:
     """Name, C++ type and number of elements of each array in a repacked weight."""
     tiles = plan.spec.weight.sizes[0] * plan.n_tiles
-    out = [("codes", "uint32_t", tiles * plan.k_padded // plan.per_dword * TILE)]
+    outliers = plan.spec.outliers
+    counted = outliers is not None and outliers.threshold is not None
+    # Calls, and the outliers found in all of them.
+    out = [("counts", "int64_t", 2)] if counted else []
+    out += [("codes", "uint32_t", tiles * plan.k_padded // plan.per_dword * TILE)]
     encoding, shape = plan.encoding, plan.spec.weight.shape
     every = block_grid(encoding, shape).count
     in_tiles = tiles * plan.blocks * TILE
@@ -36,7 +40,7 @@ def segments(plan: Plan) -> list[tuple[str, str, int]]:
     return [*out, *([("zeros", "float", in_tiles)] if zeros else [])]
 
 
-_BYTES = {"uint8_t": 1, "uint32_t": 4, "float": 4, "uint64_t": 8}
+_BYTES = {"uint8_t": 1, "uint32_t": 4, "float": 4, "uint64_t": 8, "int64_t": 8}
 
 
 def _size(ctype: str, count: int) -> int:
@@ -53,9 +57,8 @@ def weight(plan: Plan) -> str:
     """The text of ``struct Weight``: where each array of the repacked weight starts."""
     lines, start = ["struct Weight {", "  unsigned char* base;", ""], 0
     for name, ctype, count in segments(plan):
-        lines.append(
-            f"  {ctype}* {name}() const {{ return reinterpret_cast<{ctype}*>(base + {start}); }}"
-        )
+        place = f"base + {start}" if start else "base"
+        lines.append(f"  {ctype}* {name}() const {{ return reinterpret_cast<{ctype}*>({place}); }}")
         start += _size(ctype, count)
     lines += ["};", f"constexpr int64_t PREPARED_BYTES = {start};", ""]
     return "\n".join(lines)
@@ -69,6 +72,7 @@ def prepare(plan: Plan) -> str:
         "@LUT@": _lookup_table(plan),
         "@SCALE@": _stored_scale(plan),
         "@SCALES@": _fill_scales(plan),
+        "@COUNTS@": _NO_COUNTS if segments(plan)[0][0] == "counts" else "",
     }.items():
         text = text.replace(name, value)
     return text
@@ -117,7 +121,7 @@ def _fill_scales(plan: Plan) -> str:
     zeros = f"static_cast<const uint8_t*>(parts[{len(encoding.parts) - 1}])"
     every = block_grid(encoding, plan.spec.weight.shape).count
     if not plan.is_regular:
-        lines = [f"for (int64_t block = 0; block < {every}; ++block) {{"]
+        lines = [f"  for (int64_t block = 0; block < {every}; ++block) {{"]
         lines.append("  w.scales()[block] = stored_scale(parts, block);")
         if encoding.zero_point:
             lines.append(f"  w.zeros()[block] = {zeros}[block];")
@@ -161,7 +165,6 @@ _FILL = """\
 #pragma omp parallel for num_threads(threads)
   for (int64_t tile = 0; tile < E * N_TILES; ++tile) {
     const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
-    (void)e;
     for (int64_t k = 0; k < BLOCKS; ++k) {  // counts blocks
       const int64_t at = (tile * BLOCKS + k) * TILE;
       for (int64_t row = 0; row < TILE; ++row) {
@@ -192,6 +195,8 @@ _NESTED = """
     }
   }"""
 
+_NO_COUNTS = "  w.counts()[0] = w.counts()[1] = 0;\n"
+
 _PREPARE = """\
 @LUT@@SCALE@
 extern "C" int64_t fxquant_prepared_bytes(void) { return PREPARED_BYTES; }
@@ -216,6 +221,6 @@ extern "C" void fxquant_prepare(const void* const* parts, void* prepared, int th
       }
     }
   }
-  @SCALES@
+@COUNTS@@SCALES@
 }
 """

@@ -43,14 +43,33 @@ class Plan:
         return self.spec.weight.encoding
 
     @property
+    def is_int8(self) -> bool:
+        """Whether integers are multiplied, and rows of the activation have scales."""
+        return self.spec.compute_dtype == "int8"
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether the activation comes as int8 codes."""
+        return self.spec.x_dtype == "int8"
+
+    @property
     def quantizes_x(self) -> bool:
         """Whether rows of the activation are rounded to int8 inside the call."""
-        return self.spec.compute_dtype == "int8"
+        return self.is_int8 and not self.reads_codes
+
+    @property
+    def reads_directly(self) -> bool:
+        """Whether rows of the activation can be lines as they are."""
+        line = {"bf16": "bfloat16", "f32": "float32", "int8": "int8"}[self.path]
+        same = self.spec.x_dtype == line and self.spec.weight.k == self.k_padded
+        if self.reads_codes:
+            return same
+        return same and self.spec.compute_dtype == line and not self.encoding.zero_point
 
     @property
     def path(self) -> str:
         """What is multiplied: ``"bf16"`` pairs, ``"int8"`` fours, or ``"f32"``."""
-        if self.quantizes_x:
+        if self.is_int8:
             return "int8" if self.is_regular and not self._keeps_both_levels else "f32"
         return "bf16" if self.spec.compute_dtype == "bfloat16" and self.isa.dot_bf16 else "f32"
 
@@ -157,7 +176,7 @@ class Plan:
         block = self.run or self.k_padded
         if not self.is_regular:
             block = TILE
-        return min(block, self.k_padded, LONGEST_SUM if self.quantizes_x else block)
+        return min(block, self.k_padded, LONGEST_SUM if self.is_int8 else block)
 
     @property
     def blocks(self) -> int:

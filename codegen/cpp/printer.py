@@ -7,6 +7,7 @@ from fxquant.codegen.cpp.isa import PORTABLE, Isa
 from fxquant.codegen.cpp.math import prelude_text
 from fxquant.codegen.cpp.ops import constant
 from fxquant.codegen.cpp.plan import TILE, Plan
+from fxquant.codegen.cpp.unused import without_unused
 from fxquant.codegen.header import Header
 from fxquant.codegen.spec import KernelSpec
 
@@ -48,7 +49,8 @@ def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
         layout.prepare(plan),
         call.entry(plan),
     ]
-    return "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
+    text = "\n\n".join(part.strip("\n") for part in parts if part.strip()) + "\n"
+    return without_unused(text)
 
 
 def preamble(isa: Isa) -> str:
@@ -74,65 +76,70 @@ def _sizes(plan: Plan) -> str:
     e, n, k = weight.sizes
     chunk = plan.block if plan.path == "int8" else min(CHUNK, plan.k_padded)
     per_step = {"f32": "float", "bf16": "uint32_t", "int8": "uint32_t"}[plan.path]
-    types = {
-        "stored_t": "float" if spec.x_dtype == "float32" else "uint16_t",
-        "out_t": "float" if spec.out_dtype == "float32" else "uint16_t",
-        "x_t": per_step,
-        "operand_t": per_step,
-        "xsum_t": "int32_t" if plan.path == "int8" else "float",
-    }
     stored = plan.path == "int8" and plan.encoding.bits == 8
     decoded = 0 if stored else chunk // plan.per_step * TILE
-    counts = {
-        "E": e,
-        "N": n,
-        "K": k,
-        "OFFSET": weight.offset,
-        "STRIDE_E": weight.strides[0],
-        "STRIDE_N": weight.strides[1],
-        "STRIDE_K": weight.strides[2],
-        "TILE": TILE,
-        "N_TILES": plan.n_tiles,
-        "K_PADDED": plan.k_padded,
-        "BITS": plan.encoding.bits,
-        "PER_DWORD": plan.per_dword,
-        "PER_STEP": plan.per_step,
-        "GROUPS": plan.k_padded // plan.per_dword,
-        "ALL_STEPS": plan.k_padded // plan.per_step,
-        "BLOCK": plan.block,
-        "BLOCKS": plan.blocks,
-        "GROUPS_OF_BLOCK": plan.block // plan.per_dword,
-        "GROUPS_AT_ONCE": CHUNK // plan.per_dword,
-        "GROUPS_OF_CHUNK": chunk // plan.per_dword,
-        "CHUNKS": -(-plan.k_padded // chunk),
-        "DECODED": decoded,
-        "SUPER_ROWS": SUPER_ROWS,
-        "OWN_BYTES": 4 * (decoded + (SUPER_ROWS + plan.isa.many_heights[0]) * TILE),
-        "FEW_ROWS": plan.isa.few_heights[0] * 3,
-        "OPERANDS": len(spec.epilogue.operands),
-        "OUTLIERS": 0 if spec.outliers is None else (spec.outliers.columns or k),
-        "AHEAD": 2048,
-    }
-    lines = [f"using {name} = {value};" for name, value in types.items()]
-    lines += [f"constexpr int64_t {name} = {value};" for name, value in counts.items()]
+    heights = (*plan.isa.few_heights, *plan.isa.many_heights)
+    lines = [
+        f"using stored_t = {_STORED[spec.x_dtype]};  // the activation, in {spec.x_dtype}",
+        f"using out_t = {_STORED[spec.out_dtype]};  // the result, in {spec.out_dtype}",
+        f"using x_t = {per_step};  // the activation, as products take it",
+        f"using operand_t = {per_step};  // the weight, as products take it",
+        f"using xsum_t = {'int32_t' if plan.path == 'int8' else 'float'};",
+        "typedef uint16_t half_t __attribute__((may_alias));  // bfloat16, read in pairs",
+    ]
+    counts = (
+        ("E", e, "matrices"),
+        ("N", n, "outputs"),
+        ("K", k, "inputs"),
+        ("OFFSET", weight.offset, "of the first weight in the stored tensor, in elements"),
+        ("STRIDE_E", weight.strides[0], ""),
+        ("STRIDE_N", weight.strides[1], ""),
+        ("STRIDE_K", weight.strides[2], ""),
+        ("TILE", TILE, "outputs that are worked on together"),
+        ("N_TILES", plan.n_tiles, ""),
+        ("K_PADDED", plan.k_padded, "inputs, up to whole tiles"),
+        ("BITS", plan.encoding.bits, "of a code"),
+        ("PER_DWORD", plan.per_dword, "codes in a dword: the inputs of a group"),
+        ("PER_STEP", plan.per_step, "inputs that one instruction multiplies"),
+        ("GROUPS", plan.k_padded // plan.per_dword, "in a row"),
+        ("ALL_STEPS", plan.k_padded // plan.per_step, "instructions for a row"),
+        ("BLOCK", plan.block, "inputs that are summed before a scale is applied"),
+        ("BLOCKS", plan.blocks, "in a row"),
+        ("GROUPS_OF_BLOCK", plan.block // plan.per_dword, ""),
+        ("GROUPS_AT_ONCE", CHUNK // plan.per_dword, "that few rows go through before the next"),
+        ("GROUPS_OF_CHUNK", chunk // plan.per_dword, "that are decoded at a time for many rows"),
+        ("CHUNKS", -(-plan.k_padded // chunk), "in a row"),
+        ("DECODED", decoded, "dwords of a decoded chunk"),
+        ("SUPER_ROWS", SUPER_ROWS, "rows that are worked off at a time"),
+        ("OWN_BYTES", 4 * (decoded + (SUPER_ROWS + plan.isa.many_heights[0]) * TILE), "a thread"),
+        ("OPERANDS", len(spec.epilogue.operands), "of the epilogue"),
+        ("OUTLIERS", spec.outliers.columns or 0 if spec.outliers else 0, "given columns"),
+        ("AHEAD", 2048, "dwords of codes that are asked for in advance"),
+    )
+    lines += [_constant("int64_t", name, str(value), comment) for name, value, comment in counts]
     lines += [
-        f"constexpr int STEPS = {plan.steps};",
-        f"constexpr int MOST_SUMS = {plan.isa.sums};",
-        f"constexpr int PLACES[{plan.per_dword}] = {{{', '.join(map(str, plan.places))}}};",
-        f"constexpr int MOST_ROWS = {max(*plan.isa.few_heights, *plan.isa.many_heights)};",
-        _heights("FEW", plan.isa.few_heights),
-        _heights("MANY", plan.isa.many_heights),
-        f"constexpr int BYTE_BIAS = {plan.byte_bias};",
-        f"constexpr bool KEEPS_SUMS = {str(plan.keeps_sums).lower()};",
-        f"constexpr float LEVEL_UNIT = {constant(plan.level_unit)};",
+        _constant("int", "STEPS", str(plan.steps), "instructions that use up a group"),
+        _constant("int", "MOST_SUMS", str(plan.isa.sums), "registers of sums"),
+        _constant("int", "PLACES", plan.places, "of a dword: whose codes stand there"),
+        _constant("int", "MOST_ROWS", str(max(heights)), "of a panel"),
+        _constant("int", "FEW_HEIGHTS", plan.isa.few_heights, "of panels, in rows"),
+        _constant("int", "MANY_HEIGHTS", plan.isa.many_heights, "of panels, in rows"),
+        _constant("int", "BYTE_BIAS", str(plan.byte_bias), "makes bytes of the weight unsigned"),
+        _constant("float", "LEVEL_UNIT", constant(plan.level_unit), "what one of a byte is"),
     ]
     if spec.outliers is not None and spec.outliers.threshold is not None:
-        lines.append(f"constexpr float THRESHOLD = {constant(spec.outliers.threshold)};")
+        lines.append(_constant("float", "THRESHOLD", constant(spec.outliers.threshold), ""))
     return "\n".join(lines)
 
 
-def _heights(name: str, heights: tuple[int, ...]) -> str:
-    return f"constexpr int {name}_HEIGHTS[{len(heights)}] = {{{', '.join(map(str, heights))}}};"
+_STORED = {"float32": "float", "float16": "uint16_t", "bfloat16": "uint16_t", "int8": "int8_t"}
+
+
+def _constant(ctype: str, name: str, value: str | tuple[int, ...], comment: str) -> str:
+    if isinstance(value, tuple):
+        name, value = f"{name}[{len(value)}]", f"{{{', '.join(map(str, value))}}}"
+    text = f"constexpr {ctype} {name} = {value};"
+    return f"{text}  // {comment}" if comment else text
 
 
 def _conversions(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""The activation of a call, as products take it: rounded, or quantized row by row.
+"""The activation of a call, as products take it: rounded, quantized row by row, or its codes.
 
 A row becomes a line of dwords, one a step. A panel holds ``height`` lines side by side,
 ``x[step][row]``, so that every product reads the next dword; lines that are not there are zeros.
@@ -6,22 +6,71 @@ A row becomes a line of dwords, one a step. A panel holds ``height`` lines side 
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import dataclass
+
 from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.quantize import row_text
+
+
+@dataclass(frozen=True)
+class Member:
+    """A part of a call's scratch memory.
+
+    Attributes:
+        ctype: Of its elements.
+        name: Its name in ``struct Call``.
+        count: How many elements there are, as C++.
+        comment: What they are.
+    """
+
+    ctype: str
+    name: str
+    count: str
+    comment: str
+
+
+def members(plan: Plan) -> list[Member]:
+    """What a call keeps in scratch memory."""
+    sums = "E * all * BLOCKS" if plan.keeps_sums else "0"
+    found = [
+        Member("x_t", "lines", "E * rows * ALL_STEPS", "[e][row][step]"),
+        Member("x_t", "panels", "E * all * ALL_STEPS", "[e][panel][step][row of it]"),
+        Member(
+            *("xsum_t", "sums", sums),
+            "[e][panel][block][row of it]: sums of the activation"
+            if plan.keeps_sums
+            else "none are needed",
+        ),
+    ]
+    if plan.is_int8:
+        found.append(Member("float", "row_scales", "E * all", "[e][row]"))
+    if plan.spec.outliers is not None:
+        found += [
+            Member("uint8_t", "flags", "E * K", "[e][k], whether a column is an outlier"),
+            Member("int32_t", "columns", "E * K", "[e][..], the outliers"),
+            Member("int64_t", "outliers", "E", "[e], how many there are"),
+            Member(
+                *("float", "apart", "E * rows * K"),
+                "[e][row][k]: the activation in them, the first ones of a row in use",
+            ),
+        ]
+    return [*found, Member("unsigned char", "own", "threads * OWN_BYTES", "of each thread")]
 
 
 def rows(plan: Plan) -> str:
     """The text of ``struct Call`` and of the functions that make lines of its rows."""
-    parts = [_CALL]
-    if plan.spec.outliers is not None:
-        parts.append(_FLAG if plan.spec.outliers.columns is None else _LISTED)
+    parts, outliers = [_call(plan)], plan.spec.outliers
+    if outliers is not None and outliers.columns is not None:
+        parts.append(_LISTED)
+    elif outliers is not None:
+        parts.append(_FLAG)
     if plan.quantizes_x:
-        plain = "x_of(x[k * x_col])"
-        taken = plain if plan.spec.outliers is None else f"flags[k] ? 0.0f : {plain}"
-        parts.append(_QUANTIZE.replace("@TAKEN@", taken))
-    parts.append(_line(plan))
-    if plan.spec.outliers is not None:
-        dtype = plan.spec.outliers.dtype
-        parts.append(_PACK_OUTLIERS.replace("@ROUND@", rounded(dtype, "x_of(x[k * call.x_col])")))
+        parts.append(row_text(flagged=outliers is not None))
+    parts.append(_lines(plan))
+    if outliers is not None:
+        taken = rounded(outliers.dtype, "x_of(x[k * call.x_col])")
+        parts.append(_PACK_OUTLIERS.replace("@ROUND@", taken))
     return "\n".join(parts)
 
 
@@ -31,20 +80,85 @@ def rounded(dtype: str, value: str) -> str:
     return value if short is None else f"from_{short}(to_{short}({value}))"
 
 
-def _line(plan: Plan) -> str:
-    if plan.path == "int8":
-        body, value = _BYTES, "q[k]"
-    elif plan.quantizes_x:
-        body, value = _INTEGERS, ""
+def _call(plan: Plan) -> str:
+    lines = [f"  {one.ctype}* {one.name};  // {one.comment}" for one in members(plan)]
+    if plan.reads_directly:
+        lines.append("  bool is_line;  // rows are lines as they are")
+    return _CALL.replace("@MEMBERS@", "\n".join(lines))
+
+
+def _lines(plan: Plan) -> str:
+    """``line_of`` for a stride that is known, and for the stride of the call."""
+    result, scale = ("float", "return ") if plan.quantizes_x else ("void", "")
+    taken = ["const stored_t* x", "int64_t x_col", "x_t* line"]
+    given = ["x", "@COL@", "line"]
+    title = "A row as a line."
+    if plan.quantizes_x and plan.spec.outliers is not None:
+        taken.insert(0, "const uint8_t* flags")
+        given.insert(0, "flags")
+    if plan.keeps_sums:
+        taken += ["xsum_t* sums", "int height"]
+        given += ["sums", "height"]
+        title = "A row as a line; its sums are a panel's height apart."
+    title += " Gives the row's scale." if plan.quantizes_x else ""
+    others = ["const Call& call", *(one for one in taken if one != "int64_t x_col")]
+    call = f"line_of({', '.join(given)})"
+    return "\n".join(
+        [
+            *([_sums(plan)] if plan.keeps_sums else []),
+            f"// {title}",
+            _signature(f"INLINE {result} line_of", taken),
+            _body(plan) + "}",
+            "",
+            _signature(f"{result} line_of", others),
+            "  // With the stride a constant the usual case becomes vector instructions.",
+            f"  if (call.x_col == 1) return {call.replace('@COL@', '1')};",
+            f"  {scale}{call.replace('@COL@', 'call.x_col')};",
+            "}",
+            "",
+        ]
+    )
+
+
+def _signature(head: str, parameters: list[str]) -> str:
+    return "\n".join(
+        textwrap.wrap(
+            f"{head}({', '.join(parameters)}) {{",
+            100,
+            subsequent_indent=" " * (len(head) + 1),
+            break_long_words=False,
+        )
+    )
+
+
+def _sums(plan: Plan) -> str:
+    ctype, value = {
+        "int8": ("int8_t", "line[k]"),
+        "bf16": ("half_t", "from_bf16(line[k])"),
+        "f32": ("float", "line[k]"),
+    }[plan.path]
+    return _SUMS.replace("@TYPE@", ctype).replace("@VALUE@", value)
+
+
+def _body(plan: Plan) -> str:
+    unit = " * LEVEL_UNIT" if plan.level_unit != 1 else ""
+    flags = "flags, " if plan.spec.outliers is not None else ""
+    if plan.is_int8 and plan.path == "int8":
+        text, made = (_COPIED if plan.reads_codes else _BYTES), "q"
+    elif plan.reads_codes:
+        text, made = _FLOATS.replace("@VALUE@", "x[k * x_col]"), "line"
+    elif plan.is_int8:
+        text, made = _INTEGERS, "line"
     elif plan.path == "bf16":
-        body, value = _PAIRS, "from_bf16(half[k])"
+        text, made = _PAIRS, "half"
     else:
         taken = "x_of(x[k * x_col])"
         if plan.spec.compute_dtype != plan.spec.x_dtype:
             taken = rounded(plan.spec.compute_dtype, taken)
-        body, value = _FLOATS.replace("@VALUE@", taken), "line[k]"
-    sums = _SUMS.replace("@VALUE@", value) if plan.keeps_sums else ""
-    return _HEAD + body.replace("@SUMS@", sums) + _EITHER
+        text, made = _FLOATS.replace("@VALUE@", taken), "line"
+    summed = f"  sum_blocks({made}, sums, height);\n" if plan.keeps_sums else ""
+    text = text.replace("@FLAGS@", flags).replace("@SUMS@", summed)
+    return text.replace("@UNIT@", unit)
 
 
 _CALL = """\
@@ -56,16 +170,7 @@ struct Call {
   out_t* out;  // [e, m, n]
   const void* const* extra;
 
-  x_t* lines;         // [e][row][step]
-  x_t* panels;        // [e][panel][step][row of it]
-  xsum_t* sums;       // [e][panel][block][row of it]: sums of the activation
-  float* row_scales;  // [e][row]
-  uint8_t* flags;     // [e][k], whether a column is an outlier
-  int32_t* columns;   // [e][..], the outliers
-  int64_t* outliers;  // [e], how many there are
-  float* apart;       // [e][row][k]: the activation in them, the first ones of a row in use
-  unsigned char* own;  // memory of each thread
-  bool is_line;        // rows are lines as they are
+@MEMBERS@
 };
 """
 
@@ -93,6 +198,9 @@ void list_outliers(const Call& call, int64_t e) {
   for (int64_t k = 0; k < K; ++k)
     if (call.flags[e * K + k]) call.columns[e * K + count++] = int32_t(k);
   call.outliers[e] = count;
+  // How many calls there were, and outliers in all of them, are told to whoever asks.
+  if (e == 0) __atomic_fetch_add(call.weight.counts(), 1, __ATOMIC_RELAXED);
+  __atomic_fetch_add(call.weight.counts() + 1, count, __ATOMIC_RELAXED);
 }
 """
 
@@ -109,92 +217,49 @@ void list_outliers(const Call& call, int64_t e) {
 }
 """
 
-_QUANTIZE = """\
-// Rounds a row to integers from -127 to 127 and gives its scale; NaN if the row is not finite.
-INLINE float quantize(const Call& call, int64_t e, const stored_t* x, int64_t x_col, int8_t* q) {
-  const uint8_t* flags = call.flags + e * K;
-  (void)flags;
-  uint32_t largest = 0;  // magnitudes of floats are in the order of their bits
-#pragma omp simd reduction(max : largest)
-  for (int64_t k = 0; k < K; ++k) {
-    const float value = @TAKEN@;
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    bits &= 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  std::memset(q + K, 0, K_PADDED - K);
-  if (largest >= 0x7f800000u) {
-    std::memset(q, 0, K);
-    return NAN;
-  }
-  float amax;
-  std::memcpy(&amax, &largest, 4);
-  amax = amax < 0x1p-100f ? 0x1p-100f : amax;
-  const float inverse = 127.0f / amax;
-#pragma omp simd
-  for (int64_t k = 0; k < K; ++k) {
-    const float value = @TAKEN@;
-    q[k] = int8_t(int32_t(std::rint(value * inverse)));
-  }
-  return amax / 127.0f;
-}
-"""
-
 _SUMS = """\
+// The sums of a line's blocks.
+INLINE void sum_blocks(const @TYPE@* line, xsum_t* sums, int height) {
   for (int64_t block = 0; block < BLOCKS; ++block) {
     const int64_t last = std::min((block + 1) * BLOCK, K_PADDED);
     xsum_t sum = 0;
     for (int64_t k = block * BLOCK; k < last; ++k) sum += @VALUE@;
     sums[block * height] = sum;
   }
-"""
-
-_HEAD = """\
-// A row as a line; its sums are a panel's height apart. Gives the row's scale.
-INLINE float line_of(const Call& call, int64_t e, const stored_t* x, int64_t x_col, x_t* line,
-                     xsum_t* sums, int height) {
-  (void)call, (void)e, (void)sums, (void)height;
-"""
-
-_EITHER = """
-float line_of(const Call& call, int64_t e, const stored_t* x, x_t* line, xsum_t* sums, int height) {
-  // With the stride a constant the usual case becomes vector instructions.
-  return call.x_col == 1 ? line_of(call, e, x, 1, line, sums, height)
-                         : line_of(call, e, x, call.x_col, line, sums, height);
 }
 """
 
 _BYTES = """\
   int8_t* q = reinterpret_cast<int8_t*>(line);
-  const float scale = quantize(call, e, x, x_col, q);
-@SUMS@  return scale * LEVEL_UNIT;
-}
+  const float amax = quantize_row(@FLAGS@x, x_col, q);
+  std::memset(q + K, 0, K_PADDED - K);
+@SUMS@  return amax / 127.0f@UNIT@;
 """
 
+_COPIED = """\
+  int8_t* q = reinterpret_cast<int8_t*>(line);
+  for (int64_t k = 0; k < K; ++k) q[k] = x[k * x_col];
+  std::memset(q + K, 0, K_PADDED - K);
+@SUMS@"""
+
 _INTEGERS = """\
-  alignas(64) int8_t q[K_PADDED];
-  const float scale = quantize(call, e, x, x_col, q);
-  for (int64_t k = 0; k < K_PADDED; ++k) line[k] = q[k];
-  return scale * LEVEL_UNIT;
-}
+  alignas(64) int8_t q[K];
+  const float amax = quantize_row(@FLAGS@x, x_col, q);
+  for (int64_t k = 0; k < K; ++k) line[k] = q[k];
+  for (int64_t k = K; k < K_PADDED; ++k) line[k] = 0;
+  return amax / 127.0f@UNIT@;
 """
 
 _FLOATS = """\
   for (int64_t k = 0; k < K; ++k) line[k] = @VALUE@;
   for (int64_t k = K; k < K_PADDED; ++k) line[k] = 0;
-@SUMS@  return 1;
-}
-"""
+@SUMS@"""
 
 _PAIRS = """\
-  typedef uint16_t half_t [[gnu::may_alias]];  // they are read as dwords
   half_t* half = reinterpret_cast<half_t*>(line);
   for (int64_t k = 0; k < K; ++k) half[k] = half_of(x[k * x_col]);
   for (int64_t k = K; k < K_PADDED; ++k) half[k] = 0;
-@SUMS@  return 1;
-}
-"""
+@SUMS@"""
 
 _PACK_OUTLIERS = """\
 void pack_outliers(const Call& call, int64_t e, const stored_t* x, float* apart) {

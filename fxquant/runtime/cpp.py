@@ -26,8 +26,6 @@ from fxquant.runtime.memory import Block, Scratch
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SCRATCH = Scratch()
 _FEW, _MANY = 0, 1
-FEW_ROWS = 48
-"""The threshold of kernels for which nobody has worked one out."""
 _MOST_SIZES = 256
 
 
@@ -88,18 +86,19 @@ class CppKernel:
         library: The shared object.
         spec: What it computes.
         openmp: Whether it was built with OpenMP.
+        few_rows: Up to how many rows the skeleton for few rows runs.
 
     Attributes:
         library: The shared object.
-        few_rows: Up to how many rows the skeleton for few rows runs.
+        few_rows: As given, until it is set.
 
     Raises:
         CompilerError: The library cannot be loaded.
     """
 
-    def __init__(self, library: Path, spec: KernelSpec, *, openmp: bool) -> None:
+    def __init__(self, library: Path, spec: KernelSpec, *, openmp: bool, few_rows: int) -> None:
         self.library = library
-        self.few_rows = FEW_ROWS
+        self.few_rows = few_rows
         # After torch, whose OpenMP library then serves both: one pool of threads.
         try:
             loaded = ctypes.CDLL(str(library))
@@ -107,7 +106,7 @@ class CppKernel:
             raise errors.unloadable_kernel(spec.name, library, error) from error
         self._size_of_prepared = _function(loaded, "prepared_bytes", [], _INT64)
         self._prepare = _function(loaded, "prepare", [_POINTER, _POINTER, _INT])
-        self._size_of_scratch = _function(loaded, "scratch_bytes", [_INT64, _INT, _INT], _INT64)
+        self._size_of_scratch = _function(loaded, "scratch_bytes", [_INT64, _INT], _INT64)
         strides, result = [_INT64] * 3, [_INT64, _POINTER]
         rest = [_POINTER, _POINTER, _INT, _INT]
         self._run = _function(loaded, "run", [_POINTER, _POINTER, *strides, *result, *rest])
@@ -219,7 +218,7 @@ class CppKernel:
     def _scratch_size(self, rows: int, threads: int) -> int:
         if len(self._scratch_sizes) >= _MOST_SIZES:
             self._scratch_sizes.clear()
-        size: int = self._size_of_scratch(rows, _MANY, threads)
+        size: int = self._size_of_scratch(rows, threads)
         self._scratch_sizes[rows, threads] = size
         return size
 

@@ -19,18 +19,22 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant._version import __version__
-from fxquant.codegen import RENDERERS, Header, cpp, reference
+from fxquant.codegen import RENDERERS, Header, Spec, cpp, quantize, reference
+from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
 from fxquant.runtime import cache, toolchain, tuning
 from fxquant.runtime.cpp import CppKernel
+from fxquant.runtime.cpp_quantize import CppQuantizer
 from fxquant.runtime.toolchain import Toolchain
 
 LOG = logging.getLogger("fxquant.launch")
 SUFFIXES = {"triton": ".py", "cpp": ".cpp", "torch": ".py"}
 """How files with the kernels of each target end."""
 
-Runner = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]
-"""Takes the activation, the stored tensors and the further operands."""
+Runner = Callable[..., Any]
+"""What computes a spec. Of a product: takes the activation, the stored tensors and the further
+operands, and gives the result. Of rows to quantize: takes the activation and the further operands,
+and gives codes and amax."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +52,25 @@ class Kernel:
     target: str
     name: str
     source: str
-    spec: KernelSpec
+    spec: Spec
     note: str = ""
 
 
 @functools.lru_cache(maxsize=4096)
 def parse_spec(text: str) -> KernelSpec:
-    """The spec behind an op's argument."""
+    """The product behind an op's argument."""
     return KernelSpec.from_json(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_quantize(text: str) -> QuantizeSpec:
+    """The rows to quantize behind an op's argument."""
+    return QuantizeSpec.from_json(text)
+
+
+def parse(text: str) -> Spec:
+    """A spec of either kind."""
+    return parse_quantize(text) if '"kind":"quantize"' in text else parse_spec(text)
 
 
 def has_triton() -> bool:
@@ -91,7 +106,7 @@ def usual_target(device: torch.device) -> str:
     return {"cuda": "triton", "cpu": "cpp"}.get(device.type, "torch")
 
 
-def make_kernel(spec: KernelSpec, target: str, header: Header, note: str = "") -> Kernel:
+def make_kernel(spec: Spec, target: str, header: Header, note: str = "") -> Kernel:
     """Prints the kernel of a spec for a target.
 
     Raises:
@@ -139,6 +154,31 @@ def run(
     return runner(x, weight, extra)
 
 
+def run_quantize(
+    x: Tensor, extra: Sequence[Tensor], spec: str, target: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Quantizes an activation with the kernel of a target.
+
+    Args:
+        x: ``[.., k]``, in the spec's `x_dtype`.
+        extra: The limit, where the spec has one.
+        spec: A `QuantizeSpec` as JSON.
+        target: ``"auto"``: the device's own target, ``"torch"`` where that cannot run.
+
+    Returns:
+        int8 codes ``[.., k]``, contiguous, and float32 amax ``[..]``.
+
+    Raises:
+        KernelError: The target cannot compute the spec, or an operand does not fit it.
+    """
+    runner = _runners.get((spec, target, x.is_cpu))
+    if runner is None:
+        device = x.device
+        runner = _usual_runner(spec, device) if target == "auto" else _runner(spec, target, device)
+    codes, amax = runner(x, extra)
+    return codes, amax
+
+
 def prepare(spec: str, target: str, header: Header, device: torch.device) -> None:
     """Builds a spec's kernel ahead of its first call.
 
@@ -175,8 +215,8 @@ def _usual_runner(spec: str, device: torch.device) -> Runner:
         return _runner(spec, "torch", device)
     try:
         found = _runner(spec, target, device)
-    except errors.KernelError:
-        if target != "cpp":
+    except errors.KernelError as error:
+        if target != "cpp" and not isinstance(error, errors.NotPrintedError):
             raise
         found = _runner(spec, "torch", device)
     _runners[spec, "auto", device.type == "cpu"] = found
@@ -191,19 +231,21 @@ def _runner(spec: str, target: str, device: torch.device) -> Runner:
     elif target == "cpp":
         found = _cpp_kernel(spec).run
     else:
-        found = functools.partial(reference.run, parse_spec(spec))
+        parsed = parse(spec)
+        define = quantize.run if isinstance(parsed, QuantizeSpec) else reference.run
+        found = functools.partial(define, parsed)
     _runners[spec, target, device.type == "cpu"] = found
     return found
 
 
 @functools.lru_cache(maxsize=4096)
 def _triton_module(spec: str) -> ModuleType:
-    parsed = parse_spec(spec)
+    parsed = parse(spec)
     source = make_kernel(parsed, "triton", _headers.get(spec, Header())).source
     return load_module(parsed.name, source)
 
 
-def _cpp_kernel(spec: str) -> CppKernel:
+def _cpp_kernel(spec: str) -> CppKernel | CppQuantizer:
     chain = toolchain.toolchain()
     if chain is None:
         raise errors.no_compiler(toolchain.obstacle())
@@ -214,17 +256,19 @@ def _cpp_kernel(spec: str) -> CppKernel:
 
 
 @functools.lru_cache(maxsize=4096)
-def _build_once(spec: str, chain: Toolchain) -> CppKernel | errors.KernelError:
+def _build_once(spec: str, chain: Toolchain) -> CppKernel | CppQuantizer | errors.KernelError:
     """A kernel, or why there is none: the compiler is not asked again at every call."""
-    parsed = parse_spec(spec)
+    parsed = parse(spec)
     try:
         source = make_kernel(parsed, "cpp", _headers.get(spec, Header())).source
         library = toolchain.build(chain, parsed.name, source)
-        kernel = CppKernel(library, parsed, openmp=chain.openmp)
+        if isinstance(parsed, QuantizeSpec):
+            return CppQuantizer(library, parsed, openmp=chain.openmp)
+        few_rows = tuning.few_rows(chain, parsed, library)
+        kernel = CppKernel(library, parsed, openmp=chain.openmp, few_rows=few_rows)
     except errors.KernelError as error:
         LOG.warning("target 'torch' runs instead of 'cpp': %s", error)
         return error
-    kernel.few_rows = tuning.few_rows(chain, parsed, library)
     return kernel
 
 

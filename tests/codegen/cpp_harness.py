@@ -21,7 +21,7 @@ from tests.codegen import harness, plain_int8
 
 UNIT = 2.0**-24
 SMALLEST_NORMAL = 2.0**-126
-FEW, MANY, PICKED = 0, 1, -1
+FEW, MANY = 0, 1
 GUARD = 64
 """Elements behind a result that nothing may write to."""
 
@@ -44,7 +44,7 @@ class Kernel:
         pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._library.fxquant_prepared_bytes.restype = long
         self._library.fxquant_scratch_bytes.restype = long
-        self._library.fxquant_scratch_bytes.argtypes = [long, number, number]
+        self._library.fxquant_scratch_bytes.argtypes = [long, number]
         self._library.fxquant_prepare.argtypes = [pointer, pointer, number]
         self._library.fxquant_prepare.restype = None
         run = [*[pointer] * 2, *[long] * 4, pointer, pointer, pointer, number, number]
@@ -61,7 +61,7 @@ class Kernel:
         prepared: Block,
         x: Tensor,
         extra: list[Tensor],
-        variant: int = PICKED,
+        variant: int = FEW,
         threads: int = 1,
     ) -> Tensor:
         """The result; scratch memory and the result's held NaN before.
@@ -80,7 +80,7 @@ class Kernel:
         x_e = x.stride(0) if spec.weight.batch else 0
         count = functools.reduce(int.__mul__, shape)
         out = torch.full((count + GUARD,), torch.nan, dtype=getattr(torch, spec.out_dtype))
-        scratch = _filled(self._library.fxquant_scratch_bytes(rows, variant, threads))
+        scratch = _filled(self._library.fxquant_scratch_bytes(rows, threads))
         place = (x.data_ptr(), x_e, x.stride(-2), x.stride(-1), rows)
         last = (_pointers(extra), scratch.address, threads, variant)
         self._library.fxquant_run(prepared.address, *place, out.data_ptr(), *last)

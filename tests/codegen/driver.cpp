@@ -51,7 +51,7 @@ int main(int, char** arguments) {
     while (fields >> name) extra.push_back(contents(name));
     void* prepared = aligned(fxquant_prepared_bytes());
     fxquant_prepare(parts.data(), prepared, threads);
-    void* scratch = aligned(fxquant_scratch_bytes(rows, variant, threads));
+    void* scratch = aligned(fxquant_scratch_bytes(rows, threads));
     void* out = std::malloc(bytes);
     fxquant_run(prepared, x, x_e, x_row, x_col, rows, out, extra.data(), scratch, threads, variant);
     std::ofstream(folder + "/" + out_name, std::ios::binary)

@@ -21,7 +21,7 @@ from fxquant.formats import pack
 from fxquant.runtime import toolchain
 from tests.bounds import assert_close_within
 from tests.codegen import cpp_harness, harness
-from tests.codegen.cpp_harness import FEW, MANY, PICKED, Builder
+from tests.codegen.cpp_harness import FEW, MANY, Builder
 from tests.codegen.cpp_specs import EVERYWHERE, SPECS
 from tests.codegen.specs import int8_specs, specs
 
@@ -114,7 +114,7 @@ def test_every_variant_number_of_rows_and_of_threads(name: str, isa: str, builde
     prepared = [kernel.prepare(one.tensors, threads) for threads in (1, 2)]
     for number, rows in enumerate(counts):
         x, extra = one.x[..., :rows, :].contiguous(), one.operands(rows)
-        for variant in (FEW, MANY, PICKED):
+        for variant in (FEW, MANY):
             results = [
                 kernel.run(prepared[(number + threads) % 2], x, extra, variant, threads)
                 for threads in (1, 2)

@@ -32,48 +32,42 @@ inline int omp_get_num_threads() { return 1; }
 
 namespace {
 
-using stored_t = float;
-using out_t = float;
-using x_t = uint32_t;
-using operand_t = uint32_t;
+using stored_t = float;  // the activation, in float32
+using out_t = float;  // the result, in float32
+using x_t = uint32_t;  // the activation, as products take it
+using operand_t = uint32_t;  // the weight, as products take it
 using xsum_t = int32_t;
-constexpr int64_t E = 1;
-constexpr int64_t N = 384;
-constexpr int64_t K = 384;
-constexpr int64_t OFFSET = 0;
+constexpr int64_t E = 1;  // matrices
+constexpr int64_t N = 384;  // outputs
+constexpr int64_t K = 384;  // inputs
+constexpr int64_t OFFSET = 0;  // of the first weight in the stored tensor, in elements
 constexpr int64_t STRIDE_E = 0;
 constexpr int64_t STRIDE_N = 384;
 constexpr int64_t STRIDE_K = 1;
-constexpr int64_t TILE = 64;
+constexpr int64_t TILE = 64;  // outputs that are worked on together
 constexpr int64_t N_TILES = 6;
-constexpr int64_t K_PADDED = 384;
-constexpr int64_t BITS = 8;
-constexpr int64_t PER_DWORD = 4;
-constexpr int64_t PER_STEP = 4;
-constexpr int64_t GROUPS = 96;
-constexpr int64_t ALL_STEPS = 96;
-constexpr int64_t BLOCK = 384;
-constexpr int64_t BLOCKS = 1;
+constexpr int64_t K_PADDED = 384;  // inputs, up to whole tiles
+constexpr int64_t BITS = 8;  // of a code
+constexpr int64_t PER_DWORD = 4;  // codes in a dword: the inputs of a group
+constexpr int64_t GROUPS = 96;  // in a row
+constexpr int64_t ALL_STEPS = 96;  // instructions for a row
+constexpr int64_t BLOCK = 384;  // inputs that are summed before a scale is applied
+constexpr int64_t BLOCKS = 1;  // in a row
 constexpr int64_t GROUPS_OF_BLOCK = 96;
-constexpr int64_t GROUPS_AT_ONCE = 64;
-constexpr int64_t GROUPS_OF_CHUNK = 96;
-constexpr int64_t CHUNKS = 1;
-constexpr int64_t DECODED = 0;
-constexpr int64_t SUPER_ROWS = 768;
-constexpr int64_t OWN_BYTES = 197632;
-constexpr int64_t FEW_ROWS = 24;
-constexpr int64_t OPERANDS = 0;
-constexpr int64_t OUTLIERS = 0;
-constexpr int64_t AHEAD = 2048;
-constexpr int STEPS = 1;
-constexpr int MOST_SUMS = 8;
-constexpr int PLACES[4] = {0, 1, 2, 3};
-constexpr int MOST_ROWS = 8;
-constexpr int FEW_HEIGHTS[4] = {8, 4, 2, 1};
-constexpr int MANY_HEIGHTS[2] = {4, 2};
-constexpr int BYTE_BIAS = 128;
-constexpr bool KEEPS_SUMS = true;
-constexpr float LEVEL_UNIT = 1.0f;
+constexpr int64_t GROUPS_AT_ONCE = 64;  // that few rows go through before the next
+constexpr int64_t GROUPS_OF_CHUNK = 96;  // that are decoded at a time for many rows
+constexpr int64_t CHUNKS = 1;  // in a row
+constexpr int64_t DECODED = 0;  // dwords of a decoded chunk
+constexpr int64_t SUPER_ROWS = 768;  // rows that are worked off at a time
+constexpr int64_t OWN_BYTES = 197632;  // a thread
+constexpr int64_t AHEAD = 2048;  // dwords of codes that are asked for in advance
+constexpr int STEPS = 1;  // instructions that use up a group
+constexpr int MOST_SUMS = 8;  // registers of sums
+constexpr int PLACES[4] = {0, 1, 2, 3};  // of a dword: whose codes stand there
+constexpr int MOST_ROWS = 8;  // of a panel
+constexpr int FEW_HEIGHTS[4] = {8, 4, 2, 1};  // of panels, in rows
+constexpr int MANY_HEIGHTS[2] = {4, 2};  // of panels, in rows
+constexpr int BYTE_BIAS = 128;  // makes bytes of the weight unsigned
 
 // GCC's and Clang's vector types: whatever vector unit there is does the work.
 typedef float vf __attribute__((vector_size(32)));     // 8 floats
@@ -90,16 +84,9 @@ INLINE vf spread(float x) { return vf{x, x, x, x, x, x, x, x}; }
 INLINE vi spread(uint32_t x) { return vi{x, x, x, x, x, x, x, x}; }
 INLINE vf add(vf a, vf b) { return a + b; }
 INLINE vi add(vi a, vi b) { return a + b; }
-INLINE vf sub(vf a, vf b) { return a - b; }
-INLINE vf mul(vf a, vf b) { return a * b; }
 INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
 INLINE vf to_float(vi x) { return __builtin_convertvector(vs(x), vf); }
 INLINE vf to_float(vf x) { return x; }
-INLINE vi shift_right(vi x, int bits) { return x >> bits; }
-INLINE vi sign_byte(vi x, int first) {  // the byte that starts at a bit, as a signed dword
-  return vi(vs(x << (24 - first)) >> 24);
-}
-INLINE vi plain_byte(vi x, int first) { return x >> first & 255u; }
 
 INLINE void dot(vi& sum, vi w, vi x) {  // += four unsigned bytes times signed ones
   sum += (w & 255u) * vi(vs(x << 24) >> 24) + ((w >> 8) & 255u) * vi(vs(x << 16) >> 24) +
@@ -132,6 +119,28 @@ template <int I, int COUNT> INLINE sum_t& at(Sums<COUNT>& sums) {
     return at<I - 1>(sums.rest);
 }
 
+[[gnu::always_inline]] static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+[[gnu::always_inline]] static inline float float_of(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// The larger of x and a bound that is no NaN; NaN if x is.
+[[gnu::always_inline]] static inline float at_least(float x, float bound) {
+    return x < bound ? bound : x;
+}
+
+// The smaller of x and a bound that is no NaN; NaN if x is.
+[[gnu::always_inline]] static inline float at_most(float x, float bound) {
+    return x > bound ? bound : x;
+}
+
 INLINE float x_of(stored_t x) { return x; }
 INLINE out_t out_of(float x) { return x; }
 
@@ -144,7 +153,7 @@ struct Decoder {
 struct Weight {
   unsigned char* base;
 
-  uint32_t* codes() const { return reinterpret_cast<uint32_t*>(base + 0); }
+  uint32_t* codes() const { return reinterpret_cast<uint32_t*>(base); }
   float* scales() const { return reinterpret_cast<float*>(base + 147456); }
 };
 constexpr int64_t PREPARED_BYTES = 148992;
@@ -165,67 +174,73 @@ struct Call {
   out_t* out;  // [e, m, n]
   const void* const* extra;
 
-  x_t* lines;         // [e][row][step]
-  x_t* panels;        // [e][panel][step][row of it]
-  xsum_t* sums;       // [e][panel][block][row of it]: sums of the activation
+  x_t* lines;  // [e][row][step]
+  x_t* panels;  // [e][panel][step][row of it]
+  xsum_t* sums;  // [e][panel][block][row of it]: sums of the activation
   float* row_scales;  // [e][row]
-  uint8_t* flags;     // [e][k], whether a column is an outlier
-  int32_t* columns;   // [e][..], the outliers
-  int64_t* outliers;  // [e], how many there are
-  float* apart;       // [e][row][k]: the activation in them, the first ones of a row in use
-  unsigned char* own;  // memory of each thread
-  bool is_line;        // rows are lines as they are
+  unsigned char* own;  // of each thread
 };
 
-// Rounds a row to integers from -127 to 127 and gives its scale; NaN if the row is not finite.
-INLINE float quantize(const Call& call, int64_t e, const stored_t* x, int64_t x_col, int8_t* q) {
-  const uint8_t* flags = call.flags + e * K;
-  (void)flags;
-  uint32_t largest = 0;  // magnitudes of floats are in the order of their bits
+// The largest magnitude in a row as its bits, which are in the order of magnitudes; those of
+// infinity and NaN are the largest.
+INLINE uint32_t largest_of(const stored_t* x, int64_t x_col) {
+  uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t k = 0; k < K; ++k) {
     const float value = x_of(x[k * x_col]);
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    bits &= 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
+    const uint32_t size = bits_of(value) & 0x7fffffffu;
+    largest = size > largest ? size : largest;
   }
-  std::memset(q + K, 0, K_PADDED - K);
-  if (largest >= 0x7f800000u) {
-    std::memset(q, 0, K);
-    return NAN;
-  }
-  float amax;
-  std::memcpy(&amax, &largest, 4);
-  amax = amax < 0x1p-100f ? 0x1p-100f : amax;
-  const float inverse = 127.0f / amax;
+  return largest;
+}
+constexpr uint32_t INFINITE = 0x7f800000u;
+
+// x * factor to the nearest integers, ties to even, from -127 to 127: what is added leaves them in
+// the last bits of the sum. The bounds keep compilers from fusing product and sum, too.
+INLINE void round_row(const stored_t* x, int64_t x_col, float factor, int8_t* q) {
 #pragma omp simd
   for (int64_t k = 0; k < K; ++k) {
     const float value = x_of(x[k * x_col]);
-    q[k] = int8_t(int32_t(std::rint(value * inverse)));
+    const float bounded = at_most(at_least(value * factor, -127.0f), 127.0f);
+    q[k] = int8_t(bits_of(bounded + 12582912.0f));
   }
-  return amax / 127.0f;
 }
 
-// A row as a line; its sums are a panel's height apart. Gives the row's scale.
-INLINE float line_of(const Call& call, int64_t e, const stored_t* x, int64_t x_col, x_t* line,
-                     xsum_t* sums, int height) {
-  (void)call, (void)e, (void)sums, (void)height;
-  int8_t* q = reinterpret_cast<int8_t*>(line);
-  const float scale = quantize(call, e, x, x_col, q);
+// Rounds a row to integers and gives its largest magnitude; zeros and NaN if it is not finite.
+INLINE float quantize_row(const stored_t* x, int64_t x_col, int8_t* q) {
+  const uint32_t largest = largest_of(x, x_col);
+  if (largest >= INFINITE) {
+    std::memset(q, 0, K);
+    return NAN;
+  }
+  const float amax = at_least(float_of(largest), 0x1p-100f);
+  round_row(x, x_col, 127.0f / amax, q);
+  return amax;
+}
+
+// The sums of a line's blocks.
+INLINE void sum_blocks(const int8_t* line, xsum_t* sums, int height) {
   for (int64_t block = 0; block < BLOCKS; ++block) {
     const int64_t last = std::min((block + 1) * BLOCK, K_PADDED);
     xsum_t sum = 0;
-    for (int64_t k = block * BLOCK; k < last; ++k) sum += q[k];
+    for (int64_t k = block * BLOCK; k < last; ++k) sum += line[k];
     sums[block * height] = sum;
   }
-  return scale * LEVEL_UNIT;
 }
 
-float line_of(const Call& call, int64_t e, const stored_t* x, x_t* line, xsum_t* sums, int height) {
+// A row as a line; its sums are a panel's height apart. Gives the row's scale.
+INLINE float line_of(const stored_t* x, int64_t x_col, x_t* line, xsum_t* sums, int height) {
+  int8_t* q = reinterpret_cast<int8_t*>(line);
+  const float amax = quantize_row(x, x_col, q);
+  std::memset(q + K, 0, K_PADDED - K);
+  sum_blocks(q, sums, height);
+  return amax / 127.0f;
+}
+
+float line_of(const Call& call, const stored_t* x, x_t* line, xsum_t* sums, int height) {
   // With the stride a constant the usual case becomes vector instructions.
-  return call.x_col == 1 ? line_of(call, e, x, 1, line, sums, height)
-                         : line_of(call, e, x, call.x_col, line, sums, height);
+  if (call.x_col == 1) return line_of(x, 1, line, sums, height);
+  return line_of(x, call.x_col, line, sums, height);
 }
 
 // What a thread takes of some work.
@@ -261,14 +276,14 @@ template <int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
   const bool is_single = rows == 1 && height_of(1, heights) == 1;
-  if (call.is_line && is_single) return;
   const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
-  for (int64_t item = of.thread; !call.is_line && item < E * rows; item += of.threads) {
+  for (int64_t item = of.thread; item < E * rows; item += of.threads) {
     const int64_t e = item / rows, row = item % rows, panel_row = row / heights[0] * heights[0];
     const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
+    x_t* line = call.lines + item * ALL_STEPS;
     xsum_t* sums = call.sums + (e * all + panel_row) * BLOCKS + (row - panel_row);
     const int height = height_of(rows - panel_row, heights);
-    call.row_scales[item] = line_of(call, e, x, call.lines + item * ALL_STEPS, sums, height);
+    call.row_scales[item] = line_of(call, x, line, sums, height);
   }
 #pragma omp barrier
   if (is_single) return;
@@ -280,9 +295,7 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
     const x_t* lines[MOST_ROWS];
     for (int row = 0; row < height; ++row) {
       const int64_t line = std::min<int64_t>(panel_row + row, rows - 1);
-      lines[row] = call.is_line ? reinterpret_cast<const x_t*>(call.x + e * call.x_e +
-                                                               (super_first + line) * call.x_row)
-                                : call.lines + (e * rows + line) * ALL_STEPS;
+      lines[row] = call.lines + (e * rows + line) * ALL_STEPS;
     }
     x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
     // A cache line of a row at a time: rows are often apart by what evicts each other.
@@ -311,7 +324,6 @@ INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int
 void finish(const Call& call, int64_t tile, int64_t super_first, int64_t panel_row, int64_t rows,
             int64_t all_rows, float* totals) {
   const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
-  (void)all_rows;
   const float* row_scales = call.row_scales + e * all_rows + panel_row;
   for (int64_t row = 0; row < rows; ++row)
     for (int i = 0; i < TILE; ++i) totals[row * TILE + i] *= row_scales[row];
@@ -554,10 +566,9 @@ extern "C" void fxquant_prepare(const void* const* parts, void* prepared, int th
       }
     }
   }
-  #pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads)
   for (int64_t tile = 0; tile < E * N_TILES; ++tile) {
     const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
-    (void)e;
     for (int64_t k = 0; k < BLOCKS; ++k) {  // counts blocks
       const int64_t at = (tile * BLOCKS + k) * TILE;
       for (int64_t row = 0; row < TILE; ++row) {
@@ -588,17 +599,13 @@ int64_t set_up(Call& call, unsigned char* base, int64_t m, int threads) {
   const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
   call.lines = memory.take<x_t>(E * rows * ALL_STEPS);
   call.panels = memory.take<x_t>(E * all * ALL_STEPS);
-  call.sums = memory.take<xsum_t>(KEEPS_SUMS ? E * all * BLOCKS : 0);
+  call.sums = memory.take<xsum_t>(E * all * BLOCKS);
   call.row_scales = memory.take<float>(E * all);
-  call.flags = memory.take<uint8_t>(OUTLIERS ? E * K : 0);
-  call.columns = memory.take<int32_t>(OUTLIERS ? E * K : 0);
-  call.outliers = memory.take<int64_t>(OUTLIERS ? E : 0);
-  call.apart = memory.take<float>(OUTLIERS ? E * rows * K : 0);
   call.own = memory.take<unsigned char>(threads * OWN_BYTES);
   return memory.used;
 }
 
-extern "C" int64_t fxquant_scratch_bytes(int64_t m, int, int threads) {
+extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
   Call call{};
   return set_up(call, nullptr, m, threads);
 }
@@ -613,7 +620,7 @@ extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, in
   call.out = static_cast<out_t*>(out);
   call.extra = extra;
   set_up(call, static_cast<unsigned char*>(scratch), m, threads);
-  const bool is_few = variant == 0 || (variant < 0 && m <= FEW_ROWS);
+  const bool is_few = variant == 0;
   if (is_few && m == 1) call.panels = call.lines;  // a panel of one row is a line
   for (int64_t first = 0; first < m; first += SUPER_ROWS) {
     const int64_t rows = std::min(SUPER_ROWS, m - first);

@@ -34,53 +34,46 @@ inline int omp_get_num_threads() { return 1; }
 
 namespace {
 
-using stored_t = uint16_t;
-using out_t = uint16_t;
-using x_t = uint32_t;
-using operand_t = uint32_t;
+using stored_t = uint16_t;  // the activation, in bfloat16
+using out_t = uint16_t;  // the result, in bfloat16
+using x_t = uint32_t;  // the activation, as products take it
+using operand_t = uint32_t;  // the weight, as products take it
 using xsum_t = float;
-constexpr int64_t E = 1;
-constexpr int64_t N = 384;
-constexpr int64_t K = 1536;
-constexpr int64_t OFFSET = 0;
+typedef uint16_t half_t __attribute__((may_alias));  // bfloat16, read in pairs
+constexpr int64_t E = 1;  // matrices
+constexpr int64_t N = 384;  // outputs
+constexpr int64_t K = 1536;  // inputs
+constexpr int64_t OFFSET = 0;  // of the first weight in the stored tensor, in elements
 constexpr int64_t STRIDE_E = 0;
 constexpr int64_t STRIDE_N = 1536;
 constexpr int64_t STRIDE_K = 1;
-constexpr int64_t TILE = 64;
+constexpr int64_t TILE = 64;  // outputs that are worked on together
 constexpr int64_t N_TILES = 6;
-constexpr int64_t K_PADDED = 1536;
-constexpr int64_t BITS = 4;
-constexpr int64_t PER_DWORD = 8;
-constexpr int64_t PER_STEP = 2;
-constexpr int64_t GROUPS = 192;
-constexpr int64_t ALL_STEPS = 768;
-constexpr int64_t BLOCK = 64;
-constexpr int64_t BLOCKS = 24;
+constexpr int64_t K_PADDED = 1536;  // inputs, up to whole tiles
+constexpr int64_t BITS = 4;  // of a code
+constexpr int64_t PER_DWORD = 8;  // codes in a dword: the inputs of a group
+constexpr int64_t GROUPS = 192;  // in a row
+constexpr int64_t ALL_STEPS = 768;  // instructions for a row
+constexpr int64_t BLOCK = 64;  // inputs that are summed before a scale is applied
+constexpr int64_t BLOCKS = 24;  // in a row
 constexpr int64_t GROUPS_OF_BLOCK = 8;
-constexpr int64_t GROUPS_AT_ONCE = 32;
-constexpr int64_t GROUPS_OF_CHUNK = 32;
-constexpr int64_t CHUNKS = 6;
-constexpr int64_t DECODED = 8192;
-constexpr int64_t SUPER_ROWS = 768;
-constexpr int64_t OWN_BYTES = 232448;
-constexpr int64_t FEW_ROWS = 48;
-constexpr int64_t OPERANDS = 1;
-constexpr int64_t OUTLIERS = 0;
-constexpr int64_t AHEAD = 2048;
-constexpr int STEPS = 4;
-constexpr int MOST_SUMS = 24;
-constexpr int PLACES[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-constexpr int MOST_ROWS = 16;
-constexpr int FEW_HEIGHTS[8] = {16, 12, 8, 6, 4, 3, 2, 1};
-constexpr int MANY_HEIGHTS[3] = {12, 8, 4};
-constexpr int BYTE_BIAS = 128;
-constexpr bool KEEPS_SUMS = false;
-constexpr float LEVEL_UNIT = 0.007874016f;
+constexpr int64_t GROUPS_AT_ONCE = 32;  // that few rows go through before the next
+constexpr int64_t GROUPS_OF_CHUNK = 32;  // that are decoded at a time for many rows
+constexpr int64_t CHUNKS = 6;  // in a row
+constexpr int64_t DECODED = 8192;  // dwords of a decoded chunk
+constexpr int64_t SUPER_ROWS = 768;  // rows that are worked off at a time
+constexpr int64_t OWN_BYTES = 232448;  // a thread
+constexpr int64_t AHEAD = 2048;  // dwords of codes that are asked for in advance
+constexpr int STEPS = 4;  // instructions that use up a group
+constexpr int MOST_SUMS = 24;  // registers of sums
+constexpr int PLACES[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of a dword: whose codes stand there
+constexpr int MOST_ROWS = 16;  // of a panel
+constexpr int FEW_HEIGHTS[8] = {16, 12, 8, 6, 4, 3, 2, 1};  // of panels, in rows
+constexpr int MANY_HEIGHTS[3] = {12, 8, 4};  // of panels, in rows
 
 using vf = __m512;   // 16 floats
 using vi = __m512i;  // 16 dwords
 typedef uint32_t vu __attribute__((vector_size(64)));
-typedef int32_t vs __attribute__((vector_size(64)));
 using sum_t = vf;  // what products are summed in
 constexpr int LANES = 16;
 
@@ -92,16 +85,11 @@ INLINE vf spread(float x) { return _mm512_set1_ps(x); }
 INLINE vi spread(uint32_t x) { return _mm512_set1_epi32(int(x)); }
 INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
-INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
 INLINE vf to_float(vf x) { return x; }
 INLINE vi shift_right(vi x, int bits) { return vi(vu(x) >> bits); }
-INLINE vi sign_byte(vi x, int first) {  // the byte that starts at a bit, as a signed dword
-  return vi(vs(vu(x) << (24 - first)) >> 24);
-}
-INLINE vi plain_byte(vi x, int first) { return vi(vu(x) >> first & 255u); }
 
 // Two vectors of floats rounded to bfloat16, each dword holding one of the first below one of the
 // second.
@@ -170,7 +158,6 @@ template <int I, int COUNT> INLINE sum_t& at(Sums<COUNT>& sums) {
     return uint16_t(kept >> 16);
 }
 
-INLINE float x_of(stored_t x) { return from_bf16(x); }
 INLINE out_t out_of(float x) { return to_bf16(x); }
 INLINE uint16_t half_of(stored_t x) { return x; }
 
@@ -198,7 +185,7 @@ struct Decoder {
 struct Weight {
   unsigned char* base;
 
-  uint32_t* codes() const { return reinterpret_cast<uint32_t*>(base + 0); }
+  uint32_t* codes() const { return reinterpret_cast<uint32_t*>(base); }
   uint8_t* scale_codes() const { return reinterpret_cast<uint8_t*>(base + 294912); }
   uint64_t* changes() const { return reinterpret_cast<uint64_t*>(base + 304128); }
   float* first_nested() const { return reinterpret_cast<float*>(base + 305280); }
@@ -291,7 +278,6 @@ struct Scales {
   }
 
   static int64_t nested_of(int64_t e, int64_t n, int64_t k) {  // k counts blocks
-    (void)e, (void)n, (void)k;
     return (n * 24 + k) / 256;
   }
 
@@ -341,33 +327,24 @@ struct Call {
   out_t* out;  // [e, m, n]
   const void* const* extra;
 
-  x_t* lines;         // [e][row][step]
-  x_t* panels;        // [e][panel][step][row of it]
-  xsum_t* sums;       // [e][panel][block][row of it]: sums of the activation
-  float* row_scales;  // [e][row]
-  uint8_t* flags;     // [e][k], whether a column is an outlier
-  int32_t* columns;   // [e][..], the outliers
-  int64_t* outliers;  // [e], how many there are
-  float* apart;       // [e][row][k]: the activation in them, the first ones of a row in use
-  unsigned char* own;  // memory of each thread
-  bool is_line;        // rows are lines as they are
+  x_t* lines;  // [e][row][step]
+  x_t* panels;  // [e][panel][step][row of it]
+  xsum_t* sums;  // none are needed
+  unsigned char* own;  // of each thread
+  bool is_line;  // rows are lines as they are
 };
 
-// A row as a line; its sums are a panel's height apart. Gives the row's scale.
-INLINE float line_of(const Call& call, int64_t e, const stored_t* x, int64_t x_col, x_t* line,
-                     xsum_t* sums, int height) {
-  (void)call, (void)e, (void)sums, (void)height;
-  typedef uint16_t half_t [[gnu::may_alias]];  // they are read as dwords
+// A row as a line.
+INLINE void line_of(const stored_t* x, int64_t x_col, x_t* line) {
   half_t* half = reinterpret_cast<half_t*>(line);
   for (int64_t k = 0; k < K; ++k) half[k] = half_of(x[k * x_col]);
   for (int64_t k = K; k < K_PADDED; ++k) half[k] = 0;
-  return 1;
 }
 
-float line_of(const Call& call, int64_t e, const stored_t* x, x_t* line, xsum_t* sums, int height) {
+void line_of(const Call& call, const stored_t* x, x_t* line) {
   // With the stride a constant the usual case becomes vector instructions.
-  return call.x_col == 1 ? line_of(call, e, x, 1, line, sums, height)
-                         : line_of(call, e, x, call.x_col, line, sums, height);
+  if (call.x_col == 1) return line_of(x, 1, line);
+  line_of(x, call.x_col, line);
 }
 
 // What a thread takes of some work.
@@ -408,9 +385,8 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
   for (int64_t item = of.thread; !call.is_line && item < E * rows; item += of.threads) {
     const int64_t e = item / rows, row = item % rows, panel_row = row / heights[0] * heights[0];
     const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
-    xsum_t* sums = call.sums + (e * all + panel_row) * BLOCKS + (row - panel_row);
-    const int height = height_of(rows - panel_row, heights);
-    call.row_scales[item] = line_of(call, e, x, call.lines + item * ALL_STEPS, sums, height);
+    x_t* line = call.lines + item * ALL_STEPS;
+    line_of(call, x, line);
   }
 #pragma omp barrier
   if (is_single) return;
@@ -422,9 +398,10 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
     const x_t* lines[MOST_ROWS];
     for (int row = 0; row < height; ++row) {
       const int64_t line = std::min<int64_t>(panel_row + row, rows - 1);
-      lines[row] = call.is_line ? reinterpret_cast<const x_t*>(call.x + e * call.x_e +
-                                                               (super_first + line) * call.x_row)
-                                : call.lines + (e * rows + line) * ALL_STEPS;
+      lines[row] = call.lines + (e * rows + line) * ALL_STEPS;
+      if (call.is_line)
+        lines[row] = reinterpret_cast<const x_t*>(call.x + e * call.x_e +
+                                                  (super_first + line) * call.x_row);
     }
     x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
     // A cache line of a row at a time: rows are often apart by what evicts each other.
@@ -456,7 +433,6 @@ INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int
 void finish(const Call& call, int64_t tile, int64_t super_first, int64_t panel_row, int64_t rows,
             int64_t all_rows, float* totals) {
   const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
-  (void)all_rows;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t at = super_first + panel_row + row;
     if (N - n0 >= TILE)
@@ -711,10 +687,9 @@ extern "C" void fxquant_prepare(const void* const* parts, void* prepared, int th
       }
     }
   }
-  #pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads)
   for (int64_t tile = 0; tile < E * N_TILES; ++tile) {
     const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
-    (void)e;
     for (int64_t k = 0; k < BLOCKS; ++k) {  // counts blocks
       const int64_t at = (tile * BLOCKS + k) * TILE;
       for (int64_t row = 0; row < TILE; ++row) {
@@ -764,17 +739,12 @@ int64_t set_up(Call& call, unsigned char* base, int64_t m, int threads) {
   const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
   call.lines = memory.take<x_t>(E * rows * ALL_STEPS);
   call.panels = memory.take<x_t>(E * all * ALL_STEPS);
-  call.sums = memory.take<xsum_t>(KEEPS_SUMS ? E * all * BLOCKS : 0);
-  call.row_scales = memory.take<float>(E * all);
-  call.flags = memory.take<uint8_t>(OUTLIERS ? E * K : 0);
-  call.columns = memory.take<int32_t>(OUTLIERS ? E * K : 0);
-  call.outliers = memory.take<int64_t>(OUTLIERS ? E : 0);
-  call.apart = memory.take<float>(OUTLIERS ? E * rows * K : 0);
+  call.sums = memory.take<xsum_t>(0);
   call.own = memory.take<unsigned char>(threads * OWN_BYTES);
   return memory.used;
 }
 
-extern "C" int64_t fxquant_scratch_bytes(int64_t m, int, int threads) {
+extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
   Call call{};
   return set_up(call, nullptr, m, threads);
 }
@@ -789,12 +759,11 @@ extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, in
   call.out = static_cast<out_t*>(out);
   call.extra = extra;
   set_up(call, static_cast<unsigned char*>(scratch), m, threads);
-  const bool is_few = variant == 0 || (variant < 0 && m <= FEW_ROWS);
-  const bool in_order = x_col == 1 && K == K_PADDED && (m > 1 || E == 1 || x_e == K);
   const uint64_t places = reinterpret_cast<uint64_t>(x) | x_e * sizeof(stored_t) |
                           x_row * sizeof(stored_t);
-  call.is_line = in_order && places % sizeof(x_t) == 0;
+  call.is_line = x_col == 1 && places % sizeof(x_t) == 0;
   if (call.is_line) call.lines = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
+  const bool is_few = variant == 0;
   if (is_few && m == 1) call.panels = call.lines;  // a panel of one row is a line
   for (int64_t first = 0; first < m; first += SUPER_ROWS) {
     const int64_t rows = std::min(SUPER_ROWS, m - first);

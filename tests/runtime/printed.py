@@ -25,7 +25,9 @@ def kernel(encoding: Encoding) -> CppKernel:
     operand = WeightOperand.whole(encoding, (N, K), transposed=False)
     spec = KernelSpec(operand, *["float32"] * 3, Epilogue.bias("float32"), name="printed")
     source = cpp.render(spec, Header(), chain.isa)
-    return CppKernel(toolchain.build(chain, "printed", source), spec, openmp=chain.openmp)
+    return CppKernel(
+        toolchain.build(chain, "printed", source), spec, openmp=chain.openmp, few_rows=2
+    )
 
 
 def weight(kernel: CppKernel, seed: int = 0) -> PackedWeight:
