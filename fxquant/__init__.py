@@ -5,6 +5,8 @@ backend by its entry point. The names below are for what goes beyond that.
 """
 
 from fxquant._version import __version__
+from fxquant.calibrate import calibrate
+from fxquant.calibration import Calibration
 from fxquant.checkpoint import load, save
 from fxquant.config import Config
 from fxquant.formats import Encoding, PackedWeight
@@ -13,12 +15,14 @@ from fxquant.report import Report, report
 from fxquant.schemes import Recipe, schemes
 
 __all__ = [
+    "Calibration",
     "Config",
     "Encoding",
     "PackedWeight",
     "Recipe",
     "Report",
     "__version__",
+    "calibrate",
     "load",
     "quantize_",
     "release_weights",

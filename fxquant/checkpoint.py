@@ -11,17 +11,14 @@ from __future__ import annotations
 import functools
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fxquant import errors
+from fxquant import errors, tensorfile
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.formats import bitsandbytes as bnb
 from fxquant.formats.check import misfit
@@ -75,7 +72,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], *, layout: str = "fxqua
             for part_name, part in zip(value.encoding.parts, value.tensors(), strict=True):
                 tensors[f"{name}.{part_name}"] = _own(part)
     metadata = {"format": "pt", PACKED: json.dumps(packed), TIED: json.dumps(tied)}
-    _write(Path(path), tensors, metadata)
+    tensorfile.write(Path(path), tensors, metadata)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -131,29 +128,12 @@ def _own(value: Tensor) -> Tensor:
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-        )
-        os.close(handle)
-        safetensors.torch.save_file(tensors, temporary, metadata)
-        Path(temporary).replace(path)
-    except (OSError, safetensors.SafetensorError) as cause:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise errors.unwritable_file(path, cause) from cause
-
-
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, packed ones put together, and its tied names."""
+    tensors, metadata = tensorfile.read(path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         packed, tied = (dict(json.loads(metadata.get(key, "{}"))) for key in (PACKED, TIED))
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as cause:
+    except (ValueError, TypeError) as cause:
         raise errors.unreadable_checkpoint(path, cause) from cause
     for name, described in packed.items():
         put_together = functools.partial(_from_parts, tensors, name, described)

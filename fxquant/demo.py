@@ -25,13 +25,13 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 
 from fxquant import errors
 from fxquant.config import Config
 from fxquant.formats import PackedWeight
+from fxquant.progress import bar
 from fxquant.quantize import quantize_
 from fxquant.report import Report, report
 from fxquant.runtime import dump as kernel_dump
@@ -131,7 +131,7 @@ def _encode_sentences(console: Console, texts: list[str], batch_size: int, dump:
     )
     measured = []
     # Each step counts every batch twice: for the result (the first one compiles), for the time.
-    with _progress(console) as progress:
+    with bar(console) as progress:
         step = progress.add_task("", total=2 * len(batches) * (len(SCHEMES) + 2))
 
         def measure(name: str, run: Callable[..., Any], about: Report) -> None:
@@ -294,7 +294,7 @@ def _generate_tokens(console: Console, dump: Path) -> None:
         highlight=False,
     )
     model.compile(backend="fxquant", options=_options(SHOWN, dump))
-    with _progress(console) as progress:
+    with bar(console) as progress:
         step = progress.add_task("compiling", total=3)
         _generate(model, prompt)
         progress.update(step, advance=1, description="compiled")
@@ -367,17 +367,6 @@ def _list_kernels(console: Console, dump: Path) -> None:
         console.print(
             "The Triton kernels were printed and not run: torch finds no GPU here.", highlight=False
         )
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 def _device() -> torch.device:

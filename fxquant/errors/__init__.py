@@ -5,6 +5,7 @@ to do about it. Raise it at the place that noticed: ``raise errors.unknown_optio
 `kinds` holds the exceptions, every other file the messages of one part of the house.
 """
 
+from fxquant.errors.calibration import *
 from fxquant.errors.files import *
 from fxquant.errors.graphs import *
 from fxquant.errors.kernels import *

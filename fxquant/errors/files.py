@@ -52,7 +52,7 @@ def unreadable_checkpoint(path: object, reason: object) -> CheckpointError:
     """A file that is not there, is cut short, or is no safetensors file."""
     return CheckpointError(
         f"cannot load {path}: it is missing, cut short or not a safetensors file ({reason}); "
-        f"save the model again or copy the whole file."
+        f"save it again or copy the whole file."
     )
 
 

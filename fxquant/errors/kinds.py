@@ -19,6 +19,10 @@ class WeightError(FxquantError, ValueError):
     """A weight cannot be quantized."""
 
 
+class CalibrationError(FxquantError, ValueError):
+    """A calibration cannot be made, or is not of the model that asks for it."""
+
+
 class CoverageError(FxquantError):
     """Products were left alone although `strict` or `min_coverage` forbids it."""
 
