@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from fxquant.codegen.cpp.math import prelude_text
 from fxquant.codegen.cpp.unused import without_unused
 from fxquant.codegen.header import Header
-
-if TYPE_CHECKING:
-    from fxquant.codegen.quantize import QuantizeSpec
+from fxquant.codegen.quantize import QuantizeSpec
 
 ROW_HELPERS = {"bits_of", "float_of", "at_least", "at_most"}
 """Of `fxquant.codegen.cpp.math`, that the text of a row calls."""
@@ -40,26 +36,22 @@ def row_text(*, flagged: bool = False, scope: str = "token", clipped: bool = Fal
 def render_quantize(spec: QuantizeSpec, header: Header) -> str:
     """The C++ source of a kernel that rounds rows: compilers make vectors of it themselves."""
     comment = header.comment(spec).strip('"').rstrip('"\n')
-    counts = spec.clipped or spec.scope == "static"
     read = _FROM.get(spec.x_dtype)
     value = f"{read}(x)" if read else "x"
     used = ROW_HELPERS | ({read} if read else set())
     entry = _TENSOR if spec.scope == "tensor" else _ROWS
-    least = "at_least(*limit, 0x1p-100f)"
-    if spec.scope == "tensor":
-        found = "at_least(float_of(largest), 0x1p-100f)"
-        amax = f"at_most({found}, {least})" if spec.clipped else found
-        counted = _COUNT_ALL if counts else ""
-        entry = entry.replace("@AMAX@", amax).replace("@COUNTED@", counted)
-    else:
-        given = "least_limit, saturated, " if counts else ""
-        entry = entry.replace("@GIVEN@", given)
-        first = f"  const float least_limit = {least};\n" if counts else ""
-        entry = entry.replace("@LIMIT@", first)
-    sums = " reduction(+ : saturated)" if counts else ""
-    entry = entry.replace("@REDUCED@", sums)
-    entry = entry.replace("@START@", "  int64_t saturated = 0;\n" if counts else "")
-    entry = entry.replace("@RESULT@", "saturated" if counts else "0")
+    amax = "at_least(float_of(largest), 0x1p-100f)"
+    for hole, text, otherwise in (
+        ("@LIMIT@", "  const float most = at_least(*limit, 0x1p-100f);\n", ""),
+        ("@KNOWN@", " && most == most", ""),
+        ("@AMAX@", f"at_most({amax}, most)", amax),
+        ("@GIVEN@", "most, saturated, ", ""),
+        ("@START@", "  int64_t saturated = 0;\n", ""),
+        ("@REDUCED@", " reduction(+ : saturated)", ""),
+        ("@COUNTED@", _COUNT_ALL, ""),
+        ("@RESULT@", "saturated", "0"),
+    ):
+        entry = entry.replace(hole, text if spec.has_limit else otherwise)
     parts = [
         "\n".join(f"// {line}".rstrip() for line in comment.splitlines()),
         "#include <cmath>\n#include <cstdint>\n#include <cstring>",
@@ -78,6 +70,8 @@ def render_quantize(spec: QuantizeSpec, header: Header) -> str:
 
 
 _LARGEST = """\
+constexpr uint32_t INFINITE = 0x7f800000u;
+
 // The largest magnitude in a row as its bits, which are in the order of magnitudes; those of
 // infinity and NaN are the largest.
 INLINE uint32_t largest_of(@FLAGS@const stored_t* x, int64_t x_col) {
@@ -90,8 +84,6 @@ INLINE uint32_t largest_of(@FLAGS@const stored_t* x, int64_t x_col) {
   }
   return largest;
 }
-constexpr uint32_t INFINITE = 0x7f800000u;
-
 """
 
 _ROUND = """\
@@ -112,6 +104,7 @@ _ABOVE = """\
 // How many numbers of a row are larger than a limit.
 INLINE int64_t count_above(const stored_t* x, int64_t x_col, float limit) {
   int64_t count = 0;
+#pragma omp simd reduction(+ : count)
   for (int64_t k = 0; k < K; ++k) count += std::fabs(x_of(x[k * x_col])) > limit;
   return count;
 }
@@ -138,7 +131,7 @@ _CLIPPED_ROW = """\
 INLINE float quantize_row(const stored_t* x, int64_t x_col, float limit, int64_t& saturated,
                           int8_t* q) {
   const uint32_t largest = largest_of(x, x_col);
-  if (largest >= INFINITE) {
+  if (largest >= INFINITE || limit != limit) {
     std::memset(q, 0, K);
     return NAN;
   }
@@ -155,7 +148,7 @@ _STATIC_ROW = """\
 INLINE float quantize_row(const stored_t* x, int64_t x_col, float limit, int64_t& saturated,
                           int8_t* q) {
   const uint32_t largest = largest_of(x, x_col);
-  if (largest >= INFINITE) {
+  if (largest >= INFINITE || limit != limit) {
     std::memset(q, 0, K);
     return NAN;
   }
@@ -200,8 +193,9 @@ _TENSOR = (
     const uint32_t found = x_col == 1 ? largest_of(from, 1) : largest_of(from, x_col);
     largest = found > largest ? found : largest;
   }
-  const bool is_finite = largest < INFINITE;
-  const float scale = is_finite ? @AMAX@ : NAN, factor = 127.0f / scale;
+@LIMIT@  const bool is_finite = largest < INFINITE@KNOWN@;
+  const float scale = is_finite ? @AMAX@ : NAN;
+  const float factor = 127.0f / scale;
 @START@#pragma omp parallel for num_threads(threads)@REDUCED@
   for (int64_t row = 0; row < m; ++row) {
     const stored_t* from = rows + row * x_row;

@@ -99,17 +99,13 @@ class CppKernel:
     def __init__(self, library: Path, spec: KernelSpec, *, openmp: bool, few_rows: int) -> None:
         self.library = library
         self.few_rows = few_rows
-        # After torch, whose OpenMP library then serves both: one pool of threads.
-        try:
-            loaded = ctypes.CDLL(str(library))
-        except OSError as error:
-            raise errors.unloadable_kernel(spec.name, library, error) from error
-        self._size_of_prepared = _function(loaded, "prepared_bytes", [], _INT64)
-        self._prepare = _function(loaded, "prepare", [_POINTER, _POINTER, _INT])
-        self._size_of_scratch = _function(loaded, "scratch_bytes", [_INT64, _INT], _INT64)
+        found = loaded(library, spec.name)
+        self._size_of_prepared = exported(found, "prepared_bytes", [], _INT64)
+        self._prepare = exported(found, "prepare", [_POINTER, _POINTER, _INT])
+        self._size_of_scratch = exported(found, "scratch_bytes", [_INT64, _INT], _INT64)
         strides, result = [_INT64] * 3, [_INT64, _POINTER]
         rest = [_POINTER, _POINTER, _INT, _INT]
-        self._run = _function(loaded, "run", [_POINTER, _POINTER, *strides, *result, *rest])
+        self._run = exported(found, "run", [_POINTER, _POINTER, *strides, *result, *rest])
 
         weight = spec.weight
         self.spec = spec
@@ -129,7 +125,7 @@ class CppKernel:
         Args:
             x: ``[.., k]``, or ``[batch, m, k]`` with a batch, any strides.
             weight: The stored tensors, in the order of ``Encoding.parts``.
-            extra: The epilogue's operands, then the outliers'.
+            extra: The epilogue's operands, then the outliers', or the amax of an int8 x.
 
         Returns:
             ``[.., n]``, or ``[batch, m, n]``, contiguous.
@@ -154,7 +150,7 @@ class CppKernel:
             if x.is_contiguous():
                 x_row = k
             else:
-                x, x_row, x_col = _as_rows(x)
+                x, x_row, x_col = as_rows(x)
         leading.append(self._n)
         out = x.new_empty(leading, dtype=self._out_dtype)
         if rows == 0:
@@ -186,6 +182,17 @@ class CppKernel:
             torch.zeros(size * rows if per_row else size, dtype=dtype)
             for dtype, size, per_row in self._extra
         ]
+
+    def outlier_counts(self, codes: Tensor) -> tuple[int, int]:
+        """How many calls a weight had, by its codes, and how many outliers were found in them.
+
+        Of specs that have a threshold; each element e of a batch has outliers of its own.
+        """
+        prepared = self._prepared.get(id(codes))
+        if prepared is None:
+            return 0, 0
+        calls, columns = (_INT64 * 2).from_address(prepared.block.address)
+        return calls, columns
 
     def _prepare_once(self, weight: Sequence[Tensor]) -> Prepared:
         """Repacks a weight for this kernel; it is dropped when its codes are."""
@@ -248,7 +255,7 @@ def usable_threads(*, openmp: bool) -> int:
     return 1 if not openmp or _Process.forked else torch.get_num_threads()
 
 
-def _as_rows(x: Tensor) -> tuple[Tensor, int, int]:
+def as_rows(x: Tensor) -> tuple[Tensor, int, int]:
     """An activation whose leading dimensions can be counted as one, with its two strides."""
     step, expected = None, 0
     *leading, columns = zip(x.shape, x.stride(), strict=True)
@@ -271,7 +278,9 @@ def _operands(spec: KernelSpec) -> list[tuple[torch.dtype, int, bool]]:
         (getattr(torch, o.dtype), math.prod(sizes[axis] for axis in o.dims), "m" in o.dims)
         for o in spec.epilogue.operands
     ]
-    outliers: Any = getattr(spec, "outliers", None)
+    if spec.is_quantized:  # amax
+        found.append((torch.float32, sizes["e"], True))
+    outliers = spec.outliers
     if outliers is not None and outliers.columns is not None:
         dense = (weight.batch or 1) * weight.n * outliers.columns
         found.append((torch.int32, outliers.columns, False))
@@ -279,7 +288,20 @@ def _operands(spec: KernelSpec) -> list[tuple[torch.dtype, int, bool]]:
     return found
 
 
-def _function(library: Any, name: str, arguments: list[Any], result: Any = None) -> Any:
+def loaded(library: Path, name: str) -> ctypes.CDLL:
+    """A kernel's shared object, after torch, whose OpenMP library then serves both: one pool.
+
+    Raises:
+        CompilerError: The library cannot be loaded.
+    """
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise errors.unloadable_kernel(name, library, error) from error
+
+
+def exported(library: Any, name: str, arguments: list[Any], result: Any = None) -> Any:
+    """A function of a printed kernel, ready to be called."""
     function = library[f"fxquant_{name}"]
     function.argtypes, function.restype = arguments, result
     return function

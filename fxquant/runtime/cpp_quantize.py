@@ -1,0 +1,95 @@
+"""Calls C++ kernels that round rows of an activation to int8.
+
+What a printed kernel exports is told in `fxquant.codegen.cpp`. Like `fxquant.runtime.cpp`, this is
+on the path of a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxquant import errors
+from fxquant.codegen.quantize import QuantizeSpec
+from fxquant.runtime import counters
+from fxquant.runtime.cpp import as_rows, exported, loaded, usable_threads
+
+_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_COUNTING = threading.Lock()
+
+
+class CppQuantizer:
+    """A built kernel.
+
+    Args:
+        library: The shared object.
+        spec: What it computes.
+        openmp: Whether it was built with OpenMP.
+
+    Raises:
+        CompilerError: The library cannot be loaded.
+    """
+
+    def __init__(self, library: Path, spec: QuantizeSpec, *, openmp: bool) -> None:
+        self.library, self.spec, self._openmp = library, spec, openmp
+        self._x_dtype = getattr(torch, spec.x_dtype)
+        self._run = exported(
+            loaded(library, spec.name),
+            "quantize",
+            [_POINTER, *[_INT64] * 3, *[_POINTER] * 3, _INT],
+            _INT64,
+        )
+
+    def run(self, x: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Rounds an activation on the CPU; elements beyond a limit are counted for the limit.
+
+        Args:
+            x: ``[.., k]``, any strides.
+            extra: The limit, float32 of one element, where the spec has one.
+
+        Returns:
+            int8 codes ``[.., k]`` and float32 amax ``[..]``, contiguous.
+
+        Raises:
+            KernelError: An operand has another dtype, size or device than the spec says.
+        """
+        *leading, k = x.shape
+        if k != self.spec.k or x.dtype is not self._x_dtype or not x.is_cpu:
+            raise self._misfit("x", f"{self.spec.x_dtype} [.., {self.spec.k}]", x)
+        if len(extra) != self.spec.has_limit:
+            name = "the number of operands"
+            raise errors.kernel_operand(self.spec.name, name, int(self.spec.has_limit), len(extra))
+        limit = extra[0] if extra else None
+        if limit is not None and (
+            limit.numel() != 1 or limit.dtype is not torch.float32 or not limit.is_cpu
+        ):
+            raise self._misfit("operand 0", "1 element of torch.float32", limit)
+        rows, (x, x_row, x_col) = x.numel() // k, as_rows(x)
+        codes = x.new_empty([*leading, k], dtype=torch.int8)
+        amax = x.new_empty(leading, dtype=torch.float32)
+        saturated = self._run(
+            x.data_ptr(),
+            x_row,
+            x_col,
+            rows,
+            limit.data_ptr() if limit is not None else None,
+            codes.data_ptr(),
+            amax.data_ptr(),
+            usable_threads(openmp=self._openmp),
+        )
+        if limit is not None:
+            counter = counters.of(limit, 1)
+            if saturated:
+                # Not as a tensor: one that inference mode made cannot be changed outside of it.
+                with _COUNTING:
+                    ctypes.c_int64.from_address(counter.data_ptr()).value += saturated
+        return codes, amax
+
+    def _misfit(self, what: str, expected: str, tensor: Tensor) -> errors.KernelError:
+        got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+        return errors.kernel_operand(self.spec.name, what, expected, got)
