@@ -15,13 +15,13 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
-from fxquant import codegen, formats, passes, runtime
+from fxquant import codegen, errors, formats, passes, runtime
 from fxquant.codegen import Header
 from fxquant.config import Config
 from fxquant.ledger import Ledger
 from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context, LinearSite
-from fxquant.passes.fuse import Fuse, launch_as
+from fxquant.passes.fuse import Fuse, launch_as, products_and_rows
 from fxquant.passes.sources import DerivedPart, PackedPart, Tools, evaluate
 from fxquant.runtime import cache, dump, launch, ops, targets
 from fxquant.runtime.graph import CompiledGraph, Derived, Slot, Source
@@ -85,6 +85,8 @@ def _headers(ctx: Context) -> dict[str, Header]:
     sites: dict[str, list[LinearSite]] = {}
     for site in ctx.sites:
         sites.setdefault(site.spec_json, []).append(site)
+        if site.quantize_json:
+            sites.setdefault(site.quantize_json, []).append(site)
     return {
         text: Header(tuple(site.module for site in found), found[0].scheme)
         for text, found in sites.items()
@@ -97,9 +99,12 @@ def _print_kernels(
     """The kernels that run, and those that were asked for and do not."""
     kernels = []
     for text, header in headers.items():
-        spec, choice = launch.parse_spec(text), choices[text]
+        spec, choice = launch.parse(text), choices[text]
         if choice.asked != choice.runs:
-            kernels.append(launch.make_kernel(spec, choice.asked, header, choice.note))
+            try:
+                kernels.append(launch.make_kernel(spec, choice.asked, header, choice.note))
+            except errors.NotPrintedError as error:
+                LOG.info("%s", error)
         kernels.append(launch.make_kernel(spec, choice.runs, header))
     return kernels
 
@@ -161,7 +166,7 @@ def _op_by_op(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],  # noqa: ARG001
 ) -> Callable[..., Any]:
-    for node in gm.graph.find_nodes(op="call_function", target=torch.ops.fxquant.linear.default):
-        launch_as(node, runs.get(str(node.args[3]), "auto"))
+    for node in products_and_rows(gm.graph):
+        launch_as(node, runs.get(str(node.args[-1]), "auto"))
     gm.recompile()
     return make_boxed_func(gm.forward)

@@ -90,6 +90,8 @@ class LinearSite:
         notes: What was done to the site, for the report.
         packed: Set by `pack`.
         spec_json: Set by `pack`.
+        quantize_json: What quantizes the activation apart from the product, or ``""``. Set by
+            `pack`.
     """
 
     node: fx.Node
@@ -111,6 +113,7 @@ class LinearSite:
     notes: list[str] = field(default_factory=list)
     packed: PackedWeight | None = None
     spec_json: str = ""
+    quantize_json: str = ""
 
 
 @dataclass(frozen=True)

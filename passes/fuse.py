@@ -1,6 +1,7 @@
-"""After autograd: what each `fxquant::linear` left in a graph becomes.
+"""After autograd: what each `fxquant::linear` and `fxquant::quantize` left in a graph becomes.
 
-On targets with kernels of their own that is `fxquant::launch`, which names the target. On the
+On targets with kernels of their own that is `fxquant::launch` (`launch_quantize`), which names the
+target. On the
 ``torch`` target it is the ops of its reference, which Inductor then compiles with everything around
 them: a fallback (dequantize and multiply) that the report names as one.
 """
@@ -18,7 +19,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxquant.codegen import reference
+from fxquant.codegen import quantize, reference
+from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
 
 
@@ -46,8 +48,8 @@ class Fuse(CustomGraphPass):
         if self.before is not None:
             self.before(graph)
         tables = _Tables(graph)
-        for node in graph.find_nodes(op="call_function", target=torch.ops.fxquant.linear.default):
-            target = self.targets.get(str(node.args[3]), "auto")
+        for node in products_and_rows(graph):
+            target = self.targets.get(str(node.args[-1]), "auto")
             if target == "torch":
                 _inline_reference(graph, node, tables)
             else:
@@ -63,9 +65,23 @@ class Fuse(CustomGraphPass):
         return ("fxquant", self.version, tuple(sorted(self.targets.items())), inner)
 
 
+_LAUNCHES = {"linear": "launch", "quantize": "launch_quantize"}
+"""What stands in the place of each of our ops; all take the spec last."""
+
+
+def _op(name: str) -> Any:
+    return getattr(torch.ops.fxquant, name).default
+
+
+def products_and_rows(graph: fx.Graph) -> list[fx.Node]:
+    """The ops of a graph that become kernels."""
+    ops = [_op(name) for name in _LAUNCHES]
+    return [node for op in ops for node in graph.find_nodes(op="call_function", target=op)]
+
+
 def launch_as(node: fx.Node, target: str) -> None:
-    """Makes a `fxquant::linear` the launch of a target's kernel."""
-    node.target = torch.ops.fxquant.launch.default
+    """Makes a `fxquant::linear` or a `fxquant::quantize` the launch of a target's kernel."""
+    node.target = next(_op(new) for old, new in _LAUNCHES.items() if node.target is _op(old))
     node.args = (*node.args, target)
     if "eager_input_vals" in node.meta:
         # Inductor reads the strides of an op's operands there, by position.
@@ -75,15 +91,22 @@ def launch_as(node: fx.Node, target: str) -> None:
 
 def _inline_reference(graph: fx.Graph, node: fx.Node, tables: _Tables) -> None:
     """Puts the reference's ops in the place of one op."""
-    x, weight, extra, text = node.args
-    spec = KernelSpec.from_json(str(text))
-    operands = [x, *weight, *extra]  # type: ignore[misc]
+    if node.target is _op("quantize"):
+        x, extra, text = node.args
+        operands = [x, *extra]  # type: ignore[misc]
+        rows = QuantizeSpec.from_json(str(text))
+
+        def body(*tensors: torch.Tensor) -> Any:
+            return quantize.run(rows, tensors[0], tensors[1:])
+    else:
+        x, weight, extra, text = node.args
+        operands = [x, *weight, *extra]  # type: ignore[misc]
+        spec, count = KernelSpec.from_json(str(text)), 1 + len(weight)  # type: ignore[arg-type]
+
+        def body(*tensors: torch.Tensor) -> Any:
+            return reference.run(spec, tensors[0], tensors[1:count], tensors[count:])
+
     values = [operand.meta["val"] for operand in operands]
-    count = len(weight)  # type: ignore[arg-type]
-
-    def body(*tensors: torch.Tensor) -> torch.Tensor:
-        return reference.run(spec, tensors[0], tensors[1 : 1 + count], tensors[1 + count :])
-
     mode = detect_fake_mode(values)
     with torch.no_grad(), mode or contextlib.nullcontext():
         traced = make_fx(body, decomposition_table=select_decomp_table())(*values)
@@ -94,12 +117,22 @@ def _inline_reference(graph: fx.Graph, node: fx.Node, tables: _Tables) -> None:
             if inner.op == "placeholder":
                 copied[inner] = next(placeholders)
             elif inner.op == "output":
-                node.replace_all_uses_with(copied[inner.args[0]])
+                _replace(node, fx.node.map_arg(inner.args[0], lambda n: copied[n]))
             elif inner.op == "get_attr":
                 copied[inner] = tables.node_for(getattr(traced, str(inner.target)), inner)
             else:
                 copied[inner] = graph.node_copy(inner, lambda n: copied[n])
     graph.erase_node(node)
+
+
+def _replace(node: fx.Node, new: Any) -> None:
+    """Puts one node in the place of another, or several in the place of its results."""
+    if isinstance(new, fx.Node):
+        node.replace_all_uses_with(new)
+        return
+    for user in list(node.users):
+        user.replace_all_uses_with(new[user.args[1]])
+        user.graph.erase_node(user)
 
 
 class _Tables:

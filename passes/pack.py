@@ -9,6 +9,7 @@ from torch import fx
 
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes import adapt, regions, values, views
+from fxquant.passes.activations import Activations
 from fxquant.passes.context import BoundParameter, Context, LinearSite, PassReport
 from fxquant.passes.inputs import add as add_input
 from fxquant.passes.regions import Region
@@ -21,6 +22,7 @@ _fxquant = torch.ops.fxquant
 def pack(ctx: Context) -> PassReport:
     """Packs the sites' parameters, rewrites the sites, and settles the graph's inputs."""
     inputs = _PackedInputs(ctx)
+    activations = Activations(ctx.sites)
     for site in ctx.sites:
         weight, name = site.parameter.value, site.parameter.name
         if site.scaled is None:
@@ -28,7 +30,7 @@ def pack(ctx: Context) -> PassReport:
         else:
             site.packed = evaluate(site.scaled, ctx.inputs, ctx.tools)
         packed = inputs.of(site.packed, site.parameter, site.scaled)
-        _rewrite(site, packed, ctx.config.compute_dtype)
+        _rewrite(site, packed, activations, ctx.config.compute_dtype)
     for region in reversed(ctx.regions):
         _drop_dead(ctx, region)
     _dequantize_other_uses(ctx, inputs)
@@ -79,18 +81,24 @@ class _PackedInputs:
         return self.placeholders[key]
 
 
-def _rewrite(site: LinearSite, packed: list[fx.Node], compute: str | None) -> None:
+def _rewrite(
+    site: LinearSite, packed: list[fx.Node], activations: Activations, compute: str | None
+) -> None:
     node, graph = site.node, site.region.graph
     weight = [site.region.bring_in(part) for part in packed]
     out_dtype = node.meta["val"].dtype
     with graph.inserting_before(node):
         x = adapt.cast(site.x, out_dtype, node)
         x = x if site.to_x is None else site.to_x(x)
-        bias = [] if site.bias is None else [adapt.cast(site.bias, out_dtype, node)]
-        x_dtype = x.meta["val"].dtype
-        spec = spec_of(site, x_dtype, out_dtype, biased=bool(bias), compute=compute)
+        extra = [] if site.bias is None else [adapt.cast(site.bias, out_dtype, node)]
+        biased = bool(extra)
+        quantized = activations.quantized(site, x)
+        if quantized is not None:
+            x, amax = quantized
+            extra.append(amax)
+        spec = spec_of(site, x.meta["val"].dtype, out_dtype, biased=biased, compute=compute)
         site.spec_json = spec.to_json()
-        out = values.emit(graph, node, _fxquant.linear.default, x, weight, bias, site.spec_json)
+        out = values.emit(graph, node, _fxquant.linear.default, x, weight, extra, site.spec_json)
         out = out if site.from_out is None else site.from_out(out)
         out = adapt.laid_out_as(out, node.meta["val"])
     values.replace(node, out)

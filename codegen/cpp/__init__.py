@@ -5,9 +5,27 @@ the decisions, `isa` the instruction sets, `vectors` the few operations on vecto
 else is written in; `layout` repacks the weight, `decode` and `scales` read it back; `rows` packs
 the activation and `call` shares the work out; `few` and `many` are the two skeletons; `finish` is
 the epilogue, spelled by `ops`. `cost` says which skeleton a number of rows takes, from what `rates`
-measures. `pack` prints the encoders.
+measures. `quantize` prints what takes rows to int8, `pack` the encoders.
 """
 
-from fxquant.codegen.cpp.printer import render
+from __future__ import annotations
+
+from fxquant.codegen.cpp import printer
+from fxquant.codegen.cpp.isa import PORTABLE, Isa
+from fxquant.codegen.cpp.quantize import render_quantize
+from fxquant.codegen.header import Header
+from fxquant.codegen.quantize import QuantizeSpec
+from fxquant.codegen.spec import KernelSpec
 
 __all__ = ["render"]
+
+
+def render(spec: KernelSpec | QuantizeSpec, header: Header, isa: Isa = PORTABLE) -> str:
+    """The C++ source of a spec's kernel for an instruction set.
+
+    Raises:
+        KernelError: The epilogue holds an op that C++ has no spelling for.
+    """
+    if isinstance(spec, QuantizeSpec):
+        return render_quantize(spec, header)
+    return printer.render(spec, header, isa)

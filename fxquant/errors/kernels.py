@@ -113,3 +113,12 @@ def no_triton() -> KernelError:
         "target 'triton' needs the triton package, which is not installed: "
         "pip install 'fxquant[triton]', or use target 'torch'."
     )
+
+
+def no_gradient_of_codes() -> KernelError:
+    """A backward pass through an activation that was quantized apart from its products."""
+    return KernelError(
+        "an activation with a scale per tensor, a static or a clipped one has no gradient: train "
+        "with a scheme whose scale is per token, such as 'w8a8', or call the model under "
+        "torch.no_grad()."
+    )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from fxquant._version import __version__
 from fxquant.codegen import RENDERERS, Header, Spec, cpp, quantize, reference
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
-from fxquant.runtime import cache, toolchain, tuning
+from fxquant.runtime import cache, counters, toolchain, tuning
 from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.cpp_quantize import CppQuantizer
 from fxquant.runtime.toolchain import Toolchain
@@ -227,7 +228,7 @@ def _runner(spec: str, target: str, device: torch.device) -> Runner:
     """What computes a spec from now on: the toolchain may be another than at the last compile."""
     found: Runner
     if target == "triton":
-        found = _triton_module(spec).run
+        found = _triton_runner(spec)
     elif target == "cpp":
         found = _cpp_kernel(spec).run
     else:
@@ -236,6 +237,17 @@ def _runner(spec: str, target: str, device: torch.device) -> Runner:
         found = functools.partial(define, parsed)
     _runners[spec, target, device.type == "cpu"] = found
     return found
+
+
+def _triton_runner(spec: str) -> Runner:
+    parsed, run_ = parse(spec), _triton_module(spec).run
+    if isinstance(parsed, QuantizeSpec):
+        if not parsed.has_limit:
+            return run_  # type: ignore[no-any-return]
+        return lambda x, extra: run_(x, extra, counter=counters.of(extra[0], 1))
+    if parsed.outliers is None or parsed.outliers.threshold is None:
+        return run_  # type: ignore[no-any-return]
+    return lambda x, weight, extra: run_(x, weight, extra, counter=counters.of(weight[0], 2))
 
 
 @functools.lru_cache(maxsize=4096)

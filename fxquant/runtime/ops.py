@@ -1,4 +1,4 @@
-"""The operators that compiled graphs carry: `fxquant::linear`, `launch`, `dequantize`, `table`.
+"""The operators that compiled graphs carry.
 
 They are plain library ops with fake and autograd rules, so they pass through AOTAutograd, dynamic
 shapes and CUDA graphs like any ATen op. What they compute is defined by
@@ -11,6 +11,11 @@ shapes and CUDA graphs like any ATen op. What they compute is defined by
 ``launch(Tensor x, Tensor[] weight, Tensor[] extra, str spec, str target) -> Tensor``
     What `linear` becomes after autograd (`fxquant.passes.fuse`): the kernel of one target, without
     gradient, and with half of the overhead.
+``quantize(Tensor x, Tensor[] extra, str spec) -> (Tensor codes, Tensor amax)``
+    Rows of an activation ``[.., k]`` to int8 ``[.., k]``, with one float32 amax ``[..]`` each;
+    `extra` is the limit, where the `QuantizeSpec` has one. Without gradient.
+``launch_quantize(Tensor x, Tensor[] extra, str spec, str target) -> (Tensor codes, Tensor amax)``
+    What `quantize` becomes after autograd: the kernel of one target.
 ``dequantize(Tensor[] weight, str encoding, int[] shape, ScalarType dtype) -> Tensor``
     The stored tensor in full.
 ``table(float[] values, int[] shape, Device device) -> Tensor``
@@ -27,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant import errors
 from fxquant.codegen import reference
 from fxquant.codegen.spec import EpilogueOperand, KernelSpec
 from fxquant.formats import Encoding, decode
@@ -39,6 +45,15 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "launch(Tensor x, Tensor[] weight, Tensor[] extra, str spec, str target) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "quantize(Tensor x, Tensor[] extra, str spec) -> (Tensor codes, Tensor amax)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "launch_quantize(Tensor x, Tensor[] extra, str spec, str target) "
+    "-> (Tensor codes, Tensor amax)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -70,6 +85,20 @@ def _launch_fake(
     target: str,  # noqa: ARG001
 ) -> Tensor:
     return _linear_fake(x, weight, extra, spec)
+
+
+def _quantize_fake(
+    x: Tensor,
+    extra: list[Tensor],  # noqa: ARG001
+    spec: str,  # noqa: ARG001
+    target: str = "",  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _quantize_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # noqa: ARG001
+    raise errors.no_gradient_of_codes()
 
 
 def _dequantize(
@@ -153,14 +182,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _LIBRARY.impl("linear", launch.run, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch", launch.run, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch", torch.library.fallthrough_kernel, "Autograd")
+_LIBRARY.impl("quantize", launch.run_quantize, "CompositeExplicitAutograd")
+_LIBRARY.impl("launch_quantize", launch.run_quantize, "CompositeExplicitAutograd")
+_LIBRARY.impl("launch_quantize", torch.library.fallthrough_kernel, "Autograd")
 _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("table", _table, "CompositeExplicitAutograd")
 torch.library.register_fake("fxquant::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::launch", _launch_fake, lib=_LIBRARY)
+torch.library.register_fake("fxquant::quantize", _quantize_fake, lib=_LIBRARY)
+torch.library.register_fake("fxquant::launch_quantize", _quantize_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::table", _table_fake, lib=_LIBRARY)
 torch.library.register_autograd(
     "fxquant::linear", _backward, setup_context=_setup_context, lib=_LIBRARY
 )
+torch.library.register_autograd("fxquant::quantize", _quantize_backward, lib=_LIBRARY)
 
 
 @functools.partial(torch.library.register_fake, "fxquant::dequantize", lib=_LIBRARY)

@@ -67,7 +67,8 @@ def build(choice: Choice, specs: Mapping[str, Header], device: torch.device) -> 
         device: Where the graph runs.
 
     Returns:
-        The choice for each kernel: C++ that cannot be printed or built falls to ``"torch"``.
+        The choice for each kernel: what a target prints no kernel for, and C++ that cannot be
+        built, falls to ``"torch"``.
 
     Raises:
         KernelError: Another target prints no kernel for a spec.
@@ -80,8 +81,10 @@ def build(choice: Choice, specs: Mapping[str, Header], device: torch.device) -> 
         except errors.CompilerError as error:
             return dataclasses.replace(choice, runs="torch", note=error.reason)
         except errors.KernelError as error:
-            if choice.runs != "cpp":
+            if choice.runs != "cpp" and not isinstance(error, errors.NotPrintedError):
                 raise
+            if choice.runs != "cpp":
+                _warn(f"target 'torch' runs instead of {choice.runs!r}: {error}")
             return Choice("torch", "torch", str(error))
         return choice
 
