@@ -7,10 +7,8 @@ from fxquant.codegen.cpp.isa import PORTABLE, Isa
 from fxquant.codegen.cpp.math import prelude_text
 from fxquant.codegen.cpp.ops import constant
 from fxquant.codegen.cpp.plan import TILE, Plan
-from fxquant.codegen.cpp.quantize import render_quantize
 from fxquant.codegen.cpp.unused import without_unused
 from fxquant.codegen.header import Header
-from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
 
 CHUNK = 256
@@ -20,14 +18,12 @@ SUPER_ROWS = 768
 """Rows that are worked off at a time: what is decoded serves so many."""
 
 
-def render(spec: KernelSpec | QuantizeSpec, header: Header, isa: Isa = PORTABLE) -> str:
+def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
     """The C++ source of a spec's kernel for an instruction set.
 
     Raises:
         KernelError: The epilogue holds an op that C++ has no spelling for.
     """
-    if isinstance(spec, QuantizeSpec):
-        return render_quantize(spec, header)
     plan = Plan(spec, isa)
     comment = header.comment(spec).strip('"').rstrip('"\n')
     parts = [
