@@ -26,7 +26,7 @@ BANDWIDTH, DOTS, VECTORS = sympy.symbols("bandwidth dots vectors", positive=True
 ALL_ROWS = sys.maxsize
 """The threshold of a kernel for which few rows are never slower."""
 
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)
