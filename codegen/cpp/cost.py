@@ -16,8 +16,8 @@ import sympy
 
 from fxquant.codegen.cpp.isa import Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
-from fxquant.codegen.cpp.plan import TILE, Plan
-from fxquant.codegen.cpp.printer import CHUNK, SUPER_ROWS
+from fxquant.codegen.cpp.plan import CHUNK, TILE, Plan
+from fxquant.codegen.cpp.printer import SUPER_ROWS
 
 M, THREADS = sympy.symbols("m threads", integer=True, positive=True)
 BANDWIDTH, DOTS, VECTORS = sympy.symbols("bandwidth dots vectors", positive=True)
@@ -109,9 +109,11 @@ def many_cost(plan: Plan) -> Cost:
     tiles, steps = _tiles(plan), _steps(plan)
     wanted = sympy.Min(sympy.ceiling(4 * THREADS / tiles), panels, evaluate=False)
     parts = sympy.Max(1, wanted, evaluate=False)
-    chunk = plan.block if plan.path == "int8" else CHUNK
     decoded = supers * parts * steps * _stored_operand(plan)
-    totals = rows * tiles * _vectors(plan) * math.ceil(plan.k_padded / chunk) * _round_trip(plan)
+    each = math.ceil(plan.k_padded / plan.chunk) * _round_trip(plan)
+    if plan.keeps_totals:
+        each += (plan.blocks - math.ceil(plan.k_padded / plan.chunk)) * (_round_trip(plan) - 2)
+    totals = rows * tiles * _vectors(plan) * each
     scales = supers * parts * tiles * plan.blocks * _scales(plan)
     work = decoded + totals + scales
     # Codes that are multiplied as they are stored are loaded by the products themselves.
@@ -214,7 +216,7 @@ def _stored_operand(plan: Plan) -> int:
 
 
 def _round_trip(plan: Plan) -> int:
-    """For sums that are begun, scaled, and added to totals in memory."""
+    """For sums that are begun, scaled, and added to totals that are loaded and stored."""
     converted = 1 if plan.path == "int8" else 0
     return 3 + converted + (1 if plan.encoding.zero_point else 0)
 

@@ -11,7 +11,7 @@ def few(plan: Plan) -> str:
         return ""
     begin = "sum_t{}"
     if plan.path == "int8" and plan.byte_bias:
-        begin = "spread(once * uint32_t(-BYTE_BIAS) * uint32_t(sums[row]))"
+        begin = "spread(once * uint32_t(sums[row]))"
     end = "to_float(sum)"
     if plan.encoding.zero_point:
         xsum = "spread(-float(once) * float(sums[row]))"
@@ -38,11 +38,14 @@ constexpr int vectors_of(int rows, int all) {
 
 // ROWS rows against groups of a tile: totals[row][64] += , for VECTORS vectors of outputs.
 template <int ROWS, int VECTORS>
-ALONE void few_sums(const uint32_t* codes, int64_t groups, const x_t* x, const xsum_t* sums,
-                    uint32_t once, const float* scale, const float* zeros, float* totals) {
+ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const x_t* x,
+                    const xsum_t* sums, uint32_t once, const float* scale, const float* zeros,
+                    float* totals) {
   // Few sums would wait for each other: they are made in turns.
   constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && STEPS > 1 ? 2 : 1;
-  (void)sums, (void)once, (void)zeros;
+  // Where reading in order is all there is to do, processors look ahead better by themselves.
+  constexpr bool ASKS_AHEAD = VECTORS * LANES < TILE || ROWS * STEPS > 4;
+  (void)ahead, (void)sums, (void)once, (void)zeros;
   const Decoder decoder;
   Sums<VECTORS * ROWS> part, turn;
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
@@ -54,7 +57,7 @@ ALONE void few_sums(const uint32_t* codes, int64_t groups, const x_t* x, const x
 #pragma GCC unroll 1
   for (int64_t group = 0; group < groups; ++group) {
     each<VECTORS>([&](auto v) INLINE_LAMBDA {
-      prefetch(codes + AHEAD + v * LANES);
+      if constexpr (ASKS_AHEAD) prefetch(ahead + v * LANES);
       const vi code = load(codes + v * LANES);
       each<STEPS>([&](auto step) INLINE_LAMBDA {
         const auto operand = decoder.operand(code, step);
@@ -67,6 +70,7 @@ ALONE void few_sums(const uint32_t* codes, int64_t groups, const x_t* x, const x
       });
     });
     codes += TILE;
+    ahead += VECTORS * LANES;
     x += STEPS * ROWS;
   }
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
@@ -91,9 +95,12 @@ void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, f
     for (int64_t group = start; group < end; group += GROUPS_AT_ONCE) {
       const int64_t groups = std::min(GROUPS_AT_ONCE, end - group);
       const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
-      for (int n = 0; n < TILE; n += VECTORS * LANES)
-        few_sums<ROWS, VECTORS>(codes + n, groups, x + group * STEPS * ROWS, sums + block * ROWS,
-                                group == start, scale + n, zeros + n, totals + n);
+      // Asked for meanwhile: what lies as far on as this is long, in the order in memory.
+      const uint32_t* ahead = codes + GROUPS_AT_ONCE * TILE;
+      for (int n = 0; n < TILE; n += VECTORS * LANES, ahead += groups * VECTORS * LANES)
+        few_sums<ROWS, VECTORS>(codes + n, ahead, groups, x + group * STEPS * ROWS,
+                                sums + block * ROWS, group == start, scale + n, zeros + n,
+                                totals + n);
     }
   }
 }

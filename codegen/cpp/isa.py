@@ -20,6 +20,7 @@ class Isa:
         many_heights: Rows of a panel that is multiplied with a decoded tile, the most first.
         dot_bf16: There is an instruction for dot products of bfloat16 pairs.
         dot_int8: There is an instruction for dot products of four bytes.
+        holds_totals: There are registers for totals beside the sums that are added to them.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Isa:
     features: tuple[str, ...] = ()
     dot_bf16: bool = False
     dot_int8: bool = False
+    holds_totals: bool = False
 
 
 AVX512 = Isa(
@@ -49,6 +51,7 @@ AVX512 = Isa(
     ),
     dot_bf16=True,
     dot_int8=True,
+    holds_totals=True,
 )
 AVX2 = Isa(
     "avx2",

@@ -10,16 +10,19 @@ def many(plan: Plan) -> str:
     begin, end = "sum_t{}", "add(load(total), sum)"
     if plan.path == "int8":
         if plan.byte_bias:
-            begin = "spread(uint32_t(-BYTE_BIAS) * uint32_t(sums[row]))"
-        end = "fma(to_float(sum), load(scale + at_n), load(total))"
+            begin = "spread(uint32_t(sums[row]))"
+        end = "to_float(sum)"
         if plan.encoding.zero_point:
-            whole = "fma(load(zeros + at_n), spread(-float(sums[row])), to_float(sum))"
-            end = f"fma({whole}, load(scale + at_n), load(total))"
+            end = "fma(load(zeros + at_n), spread(-float(sums[row])), to_float(sum))"
+        if not plan.keeps_totals:
+            end = f"fma({end}, load(scale + at_n), load(total))"
     heights = "\n".join(
         f"    case {height}: return many_rows<{height}>(w, steps, x, sums, scale, zeros, totals);"
         for height in plan.isa.many_heights
     )
-    text = _MANY.replace("@BEGIN@", begin).replace("@END@", end).replace("@HEIGHTS@", heights)
+    inner = _MANY_BLOCKS if plan.keeps_totals else _MANY
+    text = (inner + _HEIGHTS).replace("@BEGIN@", begin).replace("@END@", end)
+    text = text.replace("@HEIGHTS@", heights)
     return f"{_decode(plan)}\n{text}\n{_TILES.replace('@CHUNK@', _chunk(plan))}"
 
 
@@ -53,10 +56,10 @@ def _scaled(plan: Plan, half: str) -> str:
 def _chunk(plan: Plan) -> str:
     if plan.path != "int8":
         return _CHUNK_FLOATS
-    zeros = "scales.zeros_at(chunk)" if plan.encoding.zero_point else "nullptr"
-    if plan.encoding.bits == 8:
-        return _CHUNK_STORED.replace("@ZEROS@", zeros)
-    return _CHUNK_BYTES.replace("@ZEROS@", zeros)
+    zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "nullptr"
+    text = _CHUNK_STORED if plan.encoding.bits == 8 else _CHUNK_BYTES
+    scales = _SCALES_OF_BLOCKS if plan.keeps_totals else _SCALES_OF_BLOCK
+    return (text + scales).replace("@ZEROS@", zeros)
 
 
 _DECODE_REGULAR = """\
@@ -167,6 +170,42 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
   }
 }
 
+"""
+
+_MANY_BLOCKS = """\
+// ROWS rows against some blocks of a decoded tile, with totals in registers: totals[row][64] += .
+template <int ROWS>
+ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* all_sums,
+                     const float* scales, const float* all_zeros, float* totals) {
+  for (int at_n = 0; at_n < TILE; at_n += LANES) {
+    Sums<ROWS, vf> total;
+    each<ROWS>([&](auto row) INLINE_LAMBDA { at<row>(total) = load(totals + row * TILE + at_n); });
+    const uint32_t *ws = w + at_n, *last = ws + steps * TILE;
+    const x_t* xs = x;
+    const xsum_t* sums = all_sums;
+    const float *scale = scales, *zeros = all_zeros;
+    (void)sums, (void)zeros;
+    while (ws < last) {
+      Sums<ROWS> part;
+      each<ROWS>([&](auto row) INLINE_LAMBDA { (void)row, at<row>(part) = @BEGIN@; });
+#pragma GCC unroll 1
+      for (int step = 0; step < BLOCK / PER_STEP; ++step) {
+        const vi operand = load(ws);
+        each<ROWS>([&](auto row) INLINE_LAMBDA { dot(at<row>(part), operand, xs + row); });
+        ws += TILE, xs += ROWS;
+      }
+      each<ROWS>([&](auto row) INLINE_LAMBDA {
+        const sum_t sum = at<row>(part);
+        at<row>(total) = fma(@END@, load(scale + at_n), at<row>(total));
+      });
+      sums += ROWS, scale += TILE, zeros += TILE;
+    }
+    each<ROWS>([&](auto row) INLINE_LAMBDA { store(totals + row * TILE + at_n, at<row>(total)); });
+  }
+}
+"""
+
+_HEIGHTS = """
 void many_rows(int height, const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
                const float* scale, const float* zeros, float* totals) {
   switch (height) {
@@ -188,13 +227,14 @@ void many_tile(Call& call, int64_t tile, int64_t super_first, int64_t rows, int6
   for (int64_t chunk = 0; chunk < CHUNKS; ++chunk) {
     const int64_t first = chunk * GROUPS_OF_CHUNK;
     const int64_t last = std::min(first + GROUPS_OF_CHUNK, GROUPS);
+    const int64_t block = first / GROUPS_OF_BLOCK;
 @CHUNK@
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t row = panel * MANY_HEIGHTS[0], at = base + row;
       const int height = height_of(rows - row, MANY_HEIGHTS);
       many_rows(height, operands, (last - first) * STEPS,
                 call.panels + at * ALL_STEPS + first * STEPS * height,
-                call.sums + at * BLOCKS + chunk * height, scale, zeros,
+                call.sums + at * BLOCKS + block * height, scale, zeros,
                 totals + (row - first_row) * TILE);
     }
   }
@@ -230,8 +270,17 @@ _CHUNK_FLOATS = """\
 _CHUNK_BYTES = """\
     decode_chunk(w, tile, first, last, decoded);
     const uint32_t* operands = decoded;
-    const float *scale = scales.at(chunk), *zeros = @ZEROS@;"""
+"""
 
 _CHUNK_STORED = """\
     const uint32_t* operands = w.codes() + (tile * GROUPS + first) * TILE;
-    const float *scale = scales.at(chunk), *zeros = @ZEROS@;"""
+"""
+
+_SCALES_OF_BLOCK = """\
+    const float *scale = scales.at(block), *zeros = @ZEROS@;"""
+
+_SCALES_OF_BLOCKS = (
+    _SCALES_OF_BLOCK
+    + """
+    for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);"""
+)

@@ -21,6 +21,9 @@ from fxquant.formats import Encoding, int8_levels, levels
 TILE = 64
 """Outputs of a tile, and inputs that a row is padded to a multiple of."""
 
+CHUNK = 256
+"""Inputs of a tile that are worked off at a time: 32 KiB of bfloat16."""
+
 LONGEST_SUM = 1 << 15
 """Products of bytes that a 32-bit sum holds for certain: ``255 * 127 * 2**15 < 2**31``."""
 
@@ -182,6 +185,23 @@ class Plan:
     def blocks(self) -> int:
         """Blocks in a row."""
         return -(-self.k_padded // self.block)
+
+    @property
+    def keeps_totals(self) -> bool:
+        """Whether many rows go through several blocks with their totals in registers.
+
+        Integers are scaled block by block. To load and store totals after every short block costs
+        a tenth of the time; twelve sums at once, each of one vector, leave room for them.
+        """
+        held = self.isa.holds_totals and self.path == "int8"
+        return held and 2 * self.block <= CHUNK and CHUNK % self.block == 0
+
+    @property
+    def chunk(self) -> int:
+        """Inputs of a tile that are decoded at a time for many rows."""
+        if self.path == "int8" and not self.keeps_totals:
+            return self.block
+        return min(CHUNK, self.k_padded)
 
     @property
     def keeps_scale_codes(self) -> bool:

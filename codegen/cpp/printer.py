@@ -6,13 +6,10 @@ from fxquant.codegen.cpp import call, decode, few, finish, layout, many, rows, s
 from fxquant.codegen.cpp.isa import PORTABLE, Isa
 from fxquant.codegen.cpp.math import prelude_text
 from fxquant.codegen.cpp.ops import constant
-from fxquant.codegen.cpp.plan import TILE, Plan
+from fxquant.codegen.cpp.plan import CHUNK, TILE, Plan
 from fxquant.codegen.cpp.unused import without_unused
 from fxquant.codegen.header import Header
 from fxquant.codegen.spec import KernelSpec
-
-CHUNK = 256
-"""Inputs of a tile that are decoded at a time for many rows: 32 KiB of bfloat16."""
 
 SUPER_ROWS = 768
 """Rows that are worked off at a time: what is decoded serves so many."""
@@ -74,7 +71,7 @@ def preamble(isa: Isa) -> str:
 def _sizes(plan: Plan) -> str:
     spec, weight = plan.spec, plan.spec.weight
     e, n, k = weight.sizes
-    chunk = plan.block if plan.path == "int8" else min(CHUNK, plan.k_padded)
+    chunk = plan.chunk
     per_step = {"f32": "float", "bf16": "uint32_t", "int8": "uint32_t"}[plan.path]
     stored = plan.path == "int8" and plan.encoding.bits == 8
     decoded = 0 if stored else chunk // plan.per_step * TILE
@@ -107,6 +104,7 @@ def _sizes(plan: Plan) -> str:
         ("BLOCKS", plan.blocks, "in a row"),
         ("GROUPS_OF_BLOCK", plan.block // plan.per_dword, ""),
         ("GROUPS_AT_ONCE", CHUNK // plan.per_dword, "that few rows go through before the next"),
+        ("BLOCKS_AT_ONCE", CHUNK // plan.block if plan.keeps_totals else 1, "with their scales"),
         ("GROUPS_OF_CHUNK", chunk // plan.per_dword, "that are decoded at a time for many rows"),
         ("CHUNKS", -(-plan.k_padded // chunk), "in a row"),
         ("DECODED", decoded, "dwords of a decoded chunk"),
@@ -170,13 +168,13 @@ template <int COUNT, typename F> INLINE void each(F&& f) {
 }
 
 // Sums that stay in registers: members, for GCC would keep an array in memory.
-template <int COUNT> struct Sums {
-  sum_t first;
-  Sums<COUNT - 1> rest;
+template <int COUNT, typename T = sum_t> struct Sums {
+  T first;
+  Sums<COUNT - 1, T> rest;
 };
-template <> struct Sums<0> {};
+template <typename T> struct Sums<0, T> {};
 
-template <int I, int COUNT> INLINE sum_t& at(Sums<COUNT>& sums) {
+template <int I, int COUNT, typename T> INLINE T& at(Sums<COUNT, T>& sums) {
   if constexpr (I == 0)
     return sums.first;
   else

@@ -137,7 +137,9 @@ def _sums(plan: Plan) -> str:
         "bf16": ("half_t", "from_bf16(line[k])"),
         "f32": ("float", "line[k]"),
     }[plan.path]
-    return _SUMS.replace("@TYPE@", ctype).replace("@VALUE@", value)
+    # Weights are kept as unsigned bytes: what that adds is taken off with a constant a row.
+    bias = " * -BYTE_BIAS" if plan.path == "int8" and plan.byte_bias else ""
+    return _SUMS.replace("@TYPE@", ctype).replace("@VALUE@", value).replace("@BIAS@", bias)
 
 
 def _body(plan: Plan) -> str:
@@ -224,7 +226,7 @@ INLINE void sum_blocks(const @TYPE@* line, xsum_t* sums, int height) {
     const int64_t last = std::min((block + 1) * BLOCK, K_PADDED);
     xsum_t sum = 0;
     for (int64_t k = block * BLOCK; k < last; ++k) sum += @VALUE@;
-    sums[block * height] = sum;
+    sums[block * height] = sum@BIAS@;
   }
 }
 """

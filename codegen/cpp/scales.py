@@ -71,7 +71,7 @@ _CURSOR = """\
 struct Scales {
   const Weight& w;
   const int64_t tile;  // number of the tile, all batches counted
-  alignas(64) float nested[TILE], scale[TILE];
+  alignas(64) float nested[TILE], scales[BLOCKS_AT_ONCE * TILE];
 
   Scales(const Weight& w, int64_t tile) : w(w), tile(tile) {
     std::memcpy(nested, w.first_nested() + tile * TILE, sizeof nested);
@@ -90,8 +90,10 @@ struct Scales {
     }
   }
 
+  // Where BLOCKS_AT_ONCE of them stand side by side.
   ALONE const float* at(int64_t block) {
     enter(block);
+    float* scale = scales + block % BLOCKS_AT_ONCE * TILE;
     const uint8_t* codes = w.scale_codes() + (tile * BLOCKS + block) * TILE;
 @LOOKUP@
     return scale;

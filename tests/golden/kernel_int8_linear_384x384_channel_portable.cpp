@@ -60,7 +60,6 @@ constexpr int64_t CHUNKS = 1;  // in a row
 constexpr int64_t DECODED = 0;  // dwords of a decoded chunk
 constexpr int64_t SUPER_ROWS = 768;  // rows that are worked off at a time
 constexpr int64_t OWN_BYTES = 197632;  // a thread
-constexpr int64_t AHEAD = 2048;  // dwords of codes that are asked for in advance
 constexpr int STEPS = 1;  // instructions that use up a group
 constexpr int MOST_SUMS = 8;  // registers of sums
 constexpr int PLACES[4] = {0, 1, 2, 3};  // of a dword: whose codes stand there
@@ -106,13 +105,13 @@ template <int COUNT, typename F> INLINE void each(F&& f) {
 }
 
 // Sums that stay in registers: members, for GCC would keep an array in memory.
-template <int COUNT> struct Sums {
-  sum_t first;
-  Sums<COUNT - 1> rest;
+template <int COUNT, typename T = sum_t> struct Sums {
+  T first;
+  Sums<COUNT - 1, T> rest;
 };
-template <> struct Sums<0> {};
+template <typename T> struct Sums<0, T> {};
 
-template <int I, int COUNT> INLINE sum_t& at(Sums<COUNT>& sums) {
+template <int I, int COUNT, typename T> INLINE T& at(Sums<COUNT, T>& sums) {
   if constexpr (I == 0)
     return sums.first;
   else
@@ -181,6 +180,8 @@ struct Call {
   unsigned char* own;  // of each thread
 };
 
+constexpr uint32_t INFINITE = 0x7f800000u;
+
 // The largest magnitude in a row as its bits, which are in the order of magnitudes; those of
 // infinity and NaN are the largest.
 INLINE uint32_t largest_of(const stored_t* x, int64_t x_col) {
@@ -193,8 +194,6 @@ INLINE uint32_t largest_of(const stored_t* x, int64_t x_col) {
   }
   return largest;
 }
-constexpr uint32_t INFINITE = 0x7f800000u;
-
 // x * factor to the nearest integers, ties to even, from -127 to 127: what is added leaves them in
 // the last bits of the sum. The bounds keep compilers from fusing product and sum, too.
 INLINE void round_row(const stored_t* x, int64_t x_col, float factor, int8_t* q) {
@@ -224,7 +223,7 @@ INLINE void sum_blocks(const int8_t* line, xsum_t* sums, int height) {
     const int64_t last = std::min((block + 1) * BLOCK, K_PADDED);
     xsum_t sum = 0;
     for (int64_t k = block * BLOCK; k < last; ++k) sum += line[k];
-    sums[block * height] = sum;
+    sums[block * height] = sum * -BYTE_BIAS;
   }
 }
 
@@ -343,23 +342,26 @@ constexpr int vectors_of(int rows, int all) {
 
 // ROWS rows against groups of a tile: totals[row][64] += , for VECTORS vectors of outputs.
 template <int ROWS, int VECTORS>
-ALONE void few_sums(const uint32_t* codes, int64_t groups, const x_t* x, const xsum_t* sums,
-                    uint32_t once, const float* scale, const float* zeros, float* totals) {
+ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const x_t* x,
+                    const xsum_t* sums, uint32_t once, const float* scale, const float* zeros,
+                    float* totals) {
   // Few sums would wait for each other: they are made in turns.
   constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && STEPS > 1 ? 2 : 1;
-  (void)sums, (void)once, (void)zeros;
+  // Where reading in order is all there is to do, processors look ahead better by themselves.
+  constexpr bool ASKS_AHEAD = VECTORS * LANES < TILE || ROWS * STEPS > 4;
+  (void)ahead, (void)sums, (void)once, (void)zeros;
   const Decoder decoder;
   Sums<VECTORS * ROWS> part, turn;
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
     constexpr int row = i % ROWS;
     (void)row;
-    at<i>(part) = spread(once * uint32_t(-BYTE_BIAS) * uint32_t(sums[row]));
+    at<i>(part) = spread(once * uint32_t(sums[row]));
     if constexpr (TURNS == 2) at<i>(turn) = sum_t{};
   });
 #pragma GCC unroll 1
   for (int64_t group = 0; group < groups; ++group) {
     each<VECTORS>([&](auto v) INLINE_LAMBDA {
-      prefetch(codes + AHEAD + v * LANES);
+      if constexpr (ASKS_AHEAD) prefetch(ahead + v * LANES);
       const vi code = load(codes + v * LANES);
       each<STEPS>([&](auto step) INLINE_LAMBDA {
         const auto operand = decoder.operand(code, step);
@@ -372,6 +374,7 @@ ALONE void few_sums(const uint32_t* codes, int64_t groups, const x_t* x, const x
       });
     });
     codes += TILE;
+    ahead += VECTORS * LANES;
     x += STEPS * ROWS;
   }
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
@@ -396,9 +399,12 @@ void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, f
     for (int64_t group = start; group < end; group += GROUPS_AT_ONCE) {
       const int64_t groups = std::min(GROUPS_AT_ONCE, end - group);
       const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
-      for (int n = 0; n < TILE; n += VECTORS * LANES)
-        few_sums<ROWS, VECTORS>(codes + n, groups, x + group * STEPS * ROWS, sums + block * ROWS,
-                                group == start, scale + n, zeros + n, totals + n);
+      // Asked for meanwhile: what lies as far on as this is long, in the order in memory.
+      const uint32_t* ahead = codes + GROUPS_AT_ONCE * TILE;
+      for (int n = 0; n < TILE; n += VECTORS * LANES, ahead += groups * VECTORS * LANES)
+        few_sums<ROWS, VECTORS>(codes + n, ahead, groups, x + group * STEPS * ROWS,
+                                sums + block * ROWS, group == start, scale + n, zeros + n,
+                                totals + n);
     }
   }
 }
@@ -445,7 +451,7 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
     each<2 * ROWS>([&](auto i) INLINE_LAMBDA {
       constexpr int row = i / 2;
       (void)row;
-      at<i>(part) = spread(uint32_t(-BYTE_BIAS) * uint32_t(sums[row]));
+      at<i>(part) = spread(uint32_t(sums[row]));
     });
     const operand_t* ws = reinterpret_cast<const operand_t*>(w) + at0;
     const x_t* xs = x;
@@ -489,14 +495,15 @@ void many_tile(Call& call, int64_t tile, int64_t super_first, int64_t rows, int6
   for (int64_t chunk = 0; chunk < CHUNKS; ++chunk) {
     const int64_t first = chunk * GROUPS_OF_CHUNK;
     const int64_t last = std::min(first + GROUPS_OF_CHUNK, GROUPS);
+    const int64_t block = first / GROUPS_OF_BLOCK;
     const uint32_t* operands = w.codes() + (tile * GROUPS + first) * TILE;
-    const float *scale = scales.at(chunk), *zeros = nullptr;
+    const float *scale = scales.at(block), *zeros = nullptr;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t row = panel * MANY_HEIGHTS[0], at = base + row;
       const int height = height_of(rows - row, MANY_HEIGHTS);
       many_rows(height, operands, (last - first) * STEPS,
                 call.panels + at * ALL_STEPS + first * STEPS * height,
-                call.sums + at * BLOCKS + chunk * height, scale, zeros,
+                call.sums + at * BLOCKS + block * height, scale, zeros,
                 totals + (row - first_row) * TILE);
     }
   }

@@ -58,6 +58,7 @@ constexpr int64_t BLOCK = 64;  // inputs that are summed before a scale is appli
 constexpr int64_t BLOCKS = 24;  // in a row
 constexpr int64_t GROUPS_OF_BLOCK = 8;
 constexpr int64_t GROUPS_AT_ONCE = 32;  // that few rows go through before the next
+constexpr int64_t BLOCKS_AT_ONCE = 1;  // with their scales
 constexpr int64_t GROUPS_OF_CHUNK = 32;  // that are decoded at a time for many rows
 constexpr int64_t CHUNKS = 6;  // in a row
 constexpr int64_t DECODED = 8192;  // dwords of a decoded chunk
@@ -119,13 +120,13 @@ template <int COUNT, typename F> INLINE void each(F&& f) {
 }
 
 // Sums that stay in registers: members, for GCC would keep an array in memory.
-template <int COUNT> struct Sums {
-  sum_t first;
-  Sums<COUNT - 1> rest;
+template <int COUNT, typename T = sum_t> struct Sums {
+  T first;
+  Sums<COUNT - 1, T> rest;
 };
-template <> struct Sums<0> {};
+template <typename T> struct Sums<0, T> {};
 
-template <int I, int COUNT> INLINE sum_t& at(Sums<COUNT>& sums) {
+template <int I, int COUNT, typename T> INLINE T& at(Sums<COUNT, T>& sums) {
   if constexpr (I == 0)
     return sums.first;
   else
@@ -271,7 +272,7 @@ alignas(64) constexpr uint8_t SCALE_LEVELS[4][256] = {
 struct Scales {
   const Weight& w;
   const int64_t tile;  // number of the tile, all batches counted
-  alignas(64) float nested[TILE], scale[TILE];
+  alignas(64) float nested[TILE], scales[BLOCKS_AT_ONCE * TILE];
 
   Scales(const Weight& w, int64_t tile) : w(w), tile(tile) {
     std::memcpy(nested, w.first_nested() + tile * TILE, sizeof nested);
@@ -290,8 +291,10 @@ struct Scales {
     }
   }
 
+  // Where BLOCKS_AT_ONCE of them stand side by side.
   ALONE const float* at(int64_t block) {
     enter(block);
+    float* scale = scales + block % BLOCKS_AT_ONCE * TILE;
     const uint8_t* codes = w.scale_codes() + (tile * BLOCKS + block) * TILE;
     const vi code = _mm512_loadu_si512(codes);
     const __mmask64 upper = _mm512_movepi8_mask(code);
@@ -449,11 +452,14 @@ constexpr int vectors_of(int rows, int all) {
 
 // ROWS rows against groups of a tile: totals[row][64] += , for VECTORS vectors of outputs.
 template <int ROWS, int VECTORS>
-ALONE void few_sums(const uint32_t* codes, int64_t groups, const x_t* x, const xsum_t* sums,
-                    uint32_t once, const float* scale, const float* zeros, float* totals) {
+ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const x_t* x,
+                    const xsum_t* sums, uint32_t once, const float* scale, const float* zeros,
+                    float* totals) {
   // Few sums would wait for each other: they are made in turns.
   constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && STEPS > 1 ? 2 : 1;
-  (void)sums, (void)once, (void)zeros;
+  // Where reading in order is all there is to do, processors look ahead better by themselves.
+  constexpr bool ASKS_AHEAD = VECTORS * LANES < TILE || ROWS * STEPS > 4;
+  (void)ahead, (void)sums, (void)once, (void)zeros;
   const Decoder decoder;
   Sums<VECTORS * ROWS> part, turn;
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
@@ -465,7 +471,7 @@ ALONE void few_sums(const uint32_t* codes, int64_t groups, const x_t* x, const x
 #pragma GCC unroll 1
   for (int64_t group = 0; group < groups; ++group) {
     each<VECTORS>([&](auto v) INLINE_LAMBDA {
-      prefetch(codes + AHEAD + v * LANES);
+      if constexpr (ASKS_AHEAD) prefetch(ahead + v * LANES);
       const vi code = load(codes + v * LANES);
       each<STEPS>([&](auto step) INLINE_LAMBDA {
         const auto operand = decoder.operand(code, step);
@@ -478,6 +484,7 @@ ALONE void few_sums(const uint32_t* codes, int64_t groups, const x_t* x, const x
       });
     });
     codes += TILE;
+    ahead += VECTORS * LANES;
     x += STEPS * ROWS;
   }
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
@@ -502,9 +509,12 @@ void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, f
     for (int64_t group = start; group < end; group += GROUPS_AT_ONCE) {
       const int64_t groups = std::min(GROUPS_AT_ONCE, end - group);
       const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
-      for (int n = 0; n < TILE; n += VECTORS * LANES)
-        few_sums<ROWS, VECTORS>(codes + n, groups, x + group * STEPS * ROWS, sums + block * ROWS,
-                                group == start, scale + n, zeros + n, totals + n);
+      // Asked for meanwhile: what lies as far on as this is long, in the order in memory.
+      const uint32_t* ahead = codes + GROUPS_AT_ONCE * TILE;
+      for (int n = 0; n < TILE; n += VECTORS * LANES, ahead += groups * VECTORS * LANES)
+        few_sums<ROWS, VECTORS>(codes + n, ahead, groups, x + group * STEPS * ROWS,
+                                sums + block * ROWS, group == start, scale + n, zeros + n,
+                                totals + n);
     }
   }
 }
@@ -628,6 +638,7 @@ void many_tile(Call& call, int64_t tile, int64_t super_first, int64_t rows, int6
   for (int64_t chunk = 0; chunk < CHUNKS; ++chunk) {
     const int64_t first = chunk * GROUPS_OF_CHUNK;
     const int64_t last = std::min(first + GROUPS_OF_CHUNK, GROUPS);
+    const int64_t block = first / GROUPS_OF_BLOCK;
     decode_chunk(w, scales, tile, first, last, decoded);
     const uint32_t* operands = decoded;
     const float *scale = nullptr, *zeros = nullptr;
@@ -636,7 +647,7 @@ void many_tile(Call& call, int64_t tile, int64_t super_first, int64_t rows, int6
       const int height = height_of(rows - row, MANY_HEIGHTS);
       many_rows(height, operands, (last - first) * STEPS,
                 call.panels + at * ALL_STEPS + first * STEPS * height,
-                call.sums + at * BLOCKS + chunk * height, scale, zeros,
+                call.sums + at * BLOCKS + block * height, scale, zeros,
                 totals + (row - first_row) * TILE);
     }
   }
