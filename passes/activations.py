@@ -8,7 +8,7 @@ every activation whose scale is more than a row's largest magnitude.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -29,10 +29,12 @@ class Activations:
 
     Args:
         sites: All products that are rewritten.
+        written: Values that the graph writes to: two products of one see two activations.
     """
 
-    def __init__(self, sites: Iterable[LinearSite]) -> None:
+    def __init__(self, sites: Iterable[LinearSite], written: Container[fx.Node]) -> None:
         self.readers = Counter(_key(site) for site in sites)
+        self.written = written
         self.made: dict[Any, tuple[fx.Node, fx.Node, str]] = {}
 
     def quantized(self, site: LinearSite, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -45,7 +47,7 @@ class Activations:
         activation = site.recipe.activation if site.recipe is not None else None
         if activation is None or not self._is_apart(site, activation):
             return None
-        key = _key(site) if site.to_x is None else id(site)
+        key = _key(site) if self._can_share(site) else id(site)
         if key not in self.made:
             spec = _spec(site.operand.k, x.meta["val"].dtype, activation).to_json()
             pair = values.emit(site.region.graph, site.node, _fxquant.quantize.default, x, [], spec)
@@ -60,8 +62,11 @@ class Activations:
         if activation != Activation():
             return True
         # Rounding to integers has no gradient as an op; inside a kernel it is passed through.
-        shared = site.to_x is None and self.readers[_key(site)] > 1
+        shared = self._can_share(site) and self.readers[_key(site)] > 1
         return shared and not site.node.meta.get(GRAD_ENABLED)
+
+    def _can_share(self, site: LinearSite) -> bool:
+        return site.to_x is None and values.current(site.x) not in self.written
 
 
 def _spec(k: int, dtype: torch.dtype, activation: Activation) -> QuantizeSpec:

@@ -15,6 +15,7 @@ from fxquant.passes.inputs import add as add_input
 from fxquant.passes.regions import Region
 from fxquant.passes.sources import DerivedPart, PackedPart, Rule, evaluate
 from fxquant.passes.specs import spec_of
+from fxquant.passes.writes import Written
 
 _fxquant = torch.ops.fxquant
 
@@ -22,7 +23,7 @@ _fxquant = torch.ops.fxquant
 def pack(ctx: Context) -> PassReport:
     """Packs the sites' parameters, rewrites the sites, and settles the graph's inputs."""
     inputs = _PackedInputs(ctx)
-    activations = Activations(ctx.sites)
+    activations = Activations(ctx.sites, Written(ctx.regions))
     for site in ctx.sites:
         weight, name = site.parameter.value, site.parameter.name
         if site.scaled is None:

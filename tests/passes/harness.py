@@ -149,5 +149,5 @@ def compare(got: Any, wanted: Any, tol: float | None = None) -> None:
         assert all(a == b for size, a, b in sizes if size > 1), (got.stride(), wanted.stride())
     bound = tolerance(wanted.dtype, 256) if tol is None else tol
     scale = max(float(wanted.detach().float().abs().amax()) if wanted.numel() else 0.0, 1e-6)
-    error = float((got.float() - wanted.float()).abs().amax()) if wanted.numel() else 0.0
+    error = float((got.float() - wanted.float()).detach().abs().amax()) if wanted.numel() else 0.0
     assert error <= bound * scale, f"{error} > {bound} * {scale}"
