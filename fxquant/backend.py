@@ -19,6 +19,7 @@ from fxquant import codegen, errors, formats, passes, runtime
 from fxquant.codegen import Header
 from fxquant.config import Config
 from fxquant.ledger import Ledger
+from fxquant.online import online
 from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.fuse import Fuse, launch_as, products_and_rows
@@ -57,6 +58,15 @@ def fxquant(
         FolderError: The dump folder or the kernel cache cannot be written.
     """
     config = Config.from_options(options)
+    compile_ = functools.partial(_compile, mode=mode)
+    if config.calibration_steps:
+        return online(gm, example_inputs, config, compile_)
+    return compile_(gm, example_inputs, config)
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, mode: str | None
+) -> CompiledGraph:
     ctx = Context(gm, list(example_inputs), config, STORE.pack, remember=STORE.remember)
     run_pipeline(ctx)
     device = _device_of(ctx)

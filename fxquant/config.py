@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fxquant import errors
+from fxquant.calibration import Calibration
 from fxquant.schemes import Recipe, get_scheme
 from fxquant.schemes.recipe import AUTO, is_alpha, is_threshold
 
@@ -39,6 +41,10 @@ class Config:
             ``"auto"`` (the best on a grid, for each product), or a dict of patterns to either; the
             first that matches wins.
         threshold: LLM.int8()'s in place of the scheme's: magnitudes from here on are outliers.
+        calibration: What `fxquant.calibrate` gave (or the path of its file, which is loaded), for
+            the schemes that have to know activations beforehand.
+        calibration_steps: In place of it: the first so many calls of each compiled graph run in
+            full precision and are observed, then the graph is quantized.
         dump: Folder to write every kernel to; None takes `FXQUANT_DUMP`, or writes none.
         inductor: Options handed on to Inductor.
 
@@ -55,6 +61,8 @@ class Config:
     compute_dtype: str | None = None
     alpha: float | str | Mapping[str, float | str] | None = None
     threshold: float | None = None
+    calibration: Calibration | None = None
+    calibration_steps: int = 0
     dump: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,6 +84,7 @@ class Config:
         self._check_patterns()
         self._check_target()
         self._check_recipe_options()
+        self._check_calibration()
         if not isinstance(self.strict, bool):
             raise errors.ill_typed_option("strict", self.strict, "a bool")
         if isinstance(self.min_coverage, bool) or not isinstance(self.min_coverage, (int, float)):
@@ -120,6 +129,20 @@ class Config:
                 raise errors.bad_option_value("alpha", alpha, expected)
         if self.threshold is not None and not is_threshold(self.threshold):
             raise errors.bad_option_value("threshold", self.threshold, "a number above 0")
+
+    def _check_calibration(self) -> None:
+        given: object = self.calibration
+        steps = self.calibration_steps
+        if isinstance(given, (str, os.PathLike)):
+            object.__setattr__(self, "calibration", Calibration.load(given))
+        elif given is not None and not isinstance(given, Calibration):
+            expected = "what fxquant.calibrate gave, or the path of its file"
+            raise errors.ill_typed_option("calibration", given, expected)
+        if isinstance(steps, bool) or not isinstance(steps, int):
+            raise errors.ill_typed_option("calibration_steps", steps, "a number of calls")
+        if steps < 0 or (steps and given is not None):
+            expected = "0 with a calibration" if steps > 0 else "0 or more"
+            raise errors.bad_option_value("calibration_steps", steps, expected)
 
     def _check_target(self) -> None:
         if not isinstance(self.target, str):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fxquant import errors
+from fxquant.calibration import Calibration
 from fxquant.config import Config
 
 
@@ -51,6 +53,14 @@ def test_unknown_option_lists_the_known_ones() -> None:
         ({"alpha": {3: 0.5}}, "'alpha' must be a dict of patterns"),
         ({"threshold": 0}, "'threshold' must be a number above 0"),
         ({"threshold": "6"}, "'threshold' must be a number above 0"),
+        ({"calibration": 3}, "'calibration' must be what fxquant.calibrate gave"),
+        ({"calibration_steps": -1}, "'calibration_steps' must be 0 or more"),
+        ({"calibration_steps": 2.0}, "'calibration_steps' must be a number of calls"),
+        ({"calibration_steps": True}, "'calibration_steps' must be a number of calls"),
+        (
+            {"calibration_steps": 2, "calibration": Calibration({})},
+            "'calibration_steps' must be 0 with a calibration",
+        ),
         ({"dump": 3}, "'dump' must be a folder"),
         ({"inductor": 3}, "'inductor' must be a dict"),
     ],
@@ -65,6 +75,15 @@ def test_dtypes_and_lists_are_taken() -> None:
     config = Config.from_options({"compute_dtype": torch.bfloat16, "skip": ["a", "b"]})
     assert config.compute_dtype == "bfloat16"
     assert config.skip == ("a", "b")
+
+
+def test_a_calibration_can_be_a_path(tmp_path: Path) -> None:
+    saved = Calibration({})
+    saved.save(tmp_path / "file")
+    for path in (tmp_path / "file", str(tmp_path / "file")):
+        assert Config(calibration=path).calibration == saved
+    with pytest.raises(errors.CheckpointError, match="missing"):
+        Config(calibration=tmp_path / "nothing")
 
 
 def test_backend_reports_unknown_option() -> None:
