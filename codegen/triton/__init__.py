@@ -6,46 +6,81 @@ the epilogue, `launch` the function ``run``, `ops` spells pointwise work. Printi
 
 from __future__ import annotations
 
-from fxquant import errors
 from fxquant.codegen.header import Header
 from fxquant.codegen.indexing import WeightIndex
+from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
-from fxquant.codegen.triton import decode, kernels, launch
+from fxquant.codegen.triton import decode, int8, kernels, launch, outliers, quantize, steps
 from fxquant.codegen.triton.printer import Lines
-from fxquant.codegen.triton.tiles import plan
+from fxquant.codegen.triton.tiles import Plan, plan
+
+_IMPORTS = ("import torch", "import triton", "import triton.language as tl")
 
 
-def render(spec: KernelSpec, header: Header) -> str:
+def render(spec: KernelSpec | QuantizeSpec, header: Header) -> str:
     """The kernels of a spec, as an importable Python module.
 
-    The module has ``run(x, weight, extra, out=None)``; ``prepare(device)`` when levels are read
-    from a table; and for `fxquant.runtime.cubin` ``TYPES``, ``VARIANTS`` and ``REDUCTIONS``.
+    That of a product has ``run(x, weight, extra, out=None)``, to which outliers that are found at
+    run time add ``counter=None`` (int64 ``[2]`` on the device: calls and columns, counted up), and
+    ``prepare(device)`` when levels are read from a table. That of a `QuantizeSpec` has
+    ``run(x, extra)``, to which a limit adds ``counter=None`` (int64 ``[1]``: what was beyond it).
+    For `fxquant.runtime.cubin` there are ``TYPES``, ``VARIANTS``, ``REDUCTIONS`` and ``STEPS``.
 
     Raises:
         KernelError: The epilogue holds an op that the target cannot spell.
-        NotPrintedError: The spec rounds activations to int8.
     """
-    if spec.compute_dtype == "int8":
-        beside = "" if spec.outliers is None else " and outliers"
-        raise errors.not_printed("triton", f"compute_dtype 'int8'{beside}")
-    index = WeightIndex.of(spec.weight)
-    variants = plan(spec, index)
     out = Lines()
     out.add(*header.comment(spec).splitlines(), "")
-    if decode.tables(spec.weight.encoding):
+    if isinstance(spec, QuantizeSpec):
+        _print_quantize(out, spec)
+        return out.text()
+    index = WeightIndex.of(spec.weight)
+    variants = plan(spec, index)
+    if decode.tables(spec.weight.encoding) or outliers.tables(spec):
         out.add("import functools")
-    out.add(*(["import math", ""] if spec.weight.batch is None else [""]))
-    out.add("import torch", "import triton", "import triton.language as tl")
-    decode.print_imports(out, spec.weight.encoding)
-    decode.print_constants(out, spec.weight.encoding)
-    decode.print_decode(out, spec.weight, index, variants, spec.compute_dtype)
-    kernels.print_finish(out, spec, variants)
-    kernels.print_gemv(out, spec, variants)
-    kernels.print_gemm(out, spec, variants)
+    out.add(*(["import math", ""] if spec.weight.batch is None else [""]), *_IMPORTS)
+    if spec.compute_dtype == "int8":
+        _print_int8(out, spec, index, variants)
+    else:
+        decode.print_constants(out, decode.tables(spec.weight.encoding).values())
+        decode.print_decode(out, spec.weight, index, variants, spec.compute_dtype)
+        kernels.print_finish(out, spec, variants)
+        kernels.print_gemv(out, spec, variants)
+        kernels.print_gemm(out, spec, variants)
     if variants.splits:
         kernels.print_reduce(out, spec)
     launch.print_types(out, spec)
     launch.print_variants(out, spec, variants)
     launch.print_reductions(out, spec, variants)
+    if spec.compute_dtype == "int8" and not spec.is_quantized:
+        steps.print_steps(out, steps.rows_of(spec))
+        steps.print_quantize(out, steps.rows_of(spec))
     launch.print_run(out, spec, variants)
     return out.text()
+
+
+def _print_quantize(out: Lines, spec: QuantizeSpec) -> None:
+    rows = quantize.Rows(spec.name, spec.k, scope=spec.scope, clipped=spec.clipped)
+    body = Lines()
+    quantize.print_kernels(body, rows)
+    out.add("import math", "", *_IMPORTS)
+    kernels.print_combine(out, body)
+    out.add(*body.lines())
+    parts = ["parts"] if spec.scope == "tensor" else []
+    types = {"x": spec.x_dtype, **{name: steps.TYPES[name] for name in rows.pointers[1:]}}
+    launch.print_type_table(out, types, ["rows", *parts, *rows.strides])
+    steps.print_steps(out, rows)
+    steps.print_quantize(out, rows)
+    steps.print_run(out, rows)
+
+
+def _print_int8(out: Lines, spec: KernelSpec, index: WeightIndex, variants: Plan) -> None:
+    decode.print_constants(out, int8.tables(spec))
+    body = Lines()
+    if not spec.is_quantized:
+        outliers.print_find(body, spec)
+        quantize.print_kernels(body, steps.rows_of(spec))
+    kernels.print_finish(body, spec, variants)
+    int8.print_gemm(body, spec, index, variants)
+    kernels.print_combine(out, body)
+    out.add(*body.lines())

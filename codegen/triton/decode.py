@@ -1,8 +1,9 @@
-"""Prints ``decode``: one tile of the weight, from codes and scales in memory to registers."""
+"""Prints how a tile of the weight goes from codes and scales in memory to registers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -27,50 +28,89 @@ def batch_index(weight: WeightOperand) -> list[str]:
     return ["e"] if weight.batch else []
 
 
-def tables(encoding: Encoding) -> dict[str, tuple[float, ...]]:
-    """The codebooks that are read from memory: those of 256 levels."""
-    found = {"levels": levels(encoding)}
-    if encoding.scale is not None:
-        found["scale_levels"] = levels(encoding.scale)
-    return {name: book for name, book in found.items() if book and len(book) > SMALL_TABLE}
+def is_wide(weight: WeightOperand) -> bool:
+    """Whether the numbers of its elements, a tile beyond the last included, need 64 bits."""
+    return weight.last + 2**16 > _INT32_LIMIT
 
 
-def print_constants(out: Lines, encoding: Encoding) -> None:
-    """The tables as module constants, in code order."""
-    for name, book in tables(encoding).items():
-        owner = encoding if name == "levels" else encoding.scale
-        assert owner is not None, "scale_levels without an encoding of scales"
-        out.add("", f"# What the codes of {_subject(name)} stand for.")
-        if isinstance(owner.levels, str):
-            out.add(f'{name.upper()} = get_codebook("{owner.levels}").levels')
-        else:
-            out.add(f"{name.upper()} = (", *wrap_items(map(_number, book), 4), ")")
+@dataclass(frozen=True)
+class Table:
+    """A codebook that is read from memory.
+
+    Attributes:
+        name: Of the pointer; in capitals, of the module's constant.
+        book: The levels in code order.
+        origin: The codebook's name, "" for numbers that have to be written out.
+        subject: Whose codes they are.
+    """
+
+    name: str
+    book: tuple[float, ...]
+    origin: str
+    subject: str
 
 
-def print_imports(out: Lines, encoding: Encoding) -> None:
-    """What the constants take from fxquant."""
-    owners = [encoding if name == "levels" else encoding.scale for name in tables(encoding)]
-    if any(owner is not None and isinstance(owner.levels, str) for owner in owners):
+def table_of(
+    name: str, encoding: Encoding | None, subject: str, registers: int = SMALL_TABLE
+) -> list[Table]:
+    """The table of an encoding's levels, unless there are none or they fit into registers."""
+    book = levels(encoding) if encoding is not None else None
+    if encoding is None or book is None or len(book) <= registers:
+        return []
+    origin = encoding.levels if isinstance(encoding.levels, str) else ""
+    return [Table(name, book, origin, subject)]
+
+
+def tables(encoding: Encoding) -> dict[str, Table]:
+    """The tables of an encoding, by name."""
+    found = table_of("levels", encoding, "the weight")
+    found += table_of("scale_levels", encoding.scale, "the scales")
+    return {table.name: table for table in found}
+
+
+def print_constants(out: Lines, found: Iterable[Table]) -> None:
+    """Tables as module constants, in code order, and what they take from fxquant."""
+    found = list(found)
+    if any(table.origin for table in found):
         out.add("", "from fxquant.formats.codebooks import get_codebook")
+    for table in found:
+        out.add("", f"# What the codes of {table.subject} stand for.")
+        if table.origin:
+            out.add(f'{table.name.upper()} = get_codebook("{table.origin}").levels')
+        else:
+            out.add(f"{table.name.upper()} = (", *wrap_items(map(number, table.book), 4), ")")
 
 
 def print_decode(
     out: Lines, weight: WeightOperand, index: WeightIndex, plan: Plan, dtype: str
 ) -> None:
     """The function ``decode`` and the small codebook it looks codes up in."""
-    _Decode(out, weight, index, plan, dtype).print()
+    Decode(out, weight, index, plan, dtype).print()
 
 
-def _subject(table: str) -> str:
-    return "the weight" if table == "levels" else "the scales"
+def print_scale_loads(
+    out: Lines, encoding: Encoding, nested: str, mask: str, coarse_mask: str
+) -> None:
+    """Loads ``scale`` at ``block``; `nested` says where the scale of an encoded scale lies."""
+    if encoding.scale is None:
+        out.add(f"scale = tl.load(scales + block{mask})")
+        return
+    out.add(
+        f"scale_code = tl.load(scales + block{mask}).to(tl.int32)",
+        f"coarse = tl.load(nested + ({nested}){coarse_mask})",
+        "scale = tl.load(scale_levels + scale_code) * coarse",
+    )
+    if encoding.scale.offset:
+        out.add("scale += tl.load(offset)")
 
 
-def _number(value: float) -> str:
-    return repr(float(value)) if math.isfinite(value) else f'float("{value}")'
+def number(value: float) -> str:
+    """A number as source text; integers stay integers."""
+    return repr(value) if math.isfinite(value) else f'float("{value}")'
 
 
 @dataclass
-class _Decode:
+class Decode:
     """The tile lies as it does in memory: `outer` by `inner`, neighbouring codes along `inner`."""
 
     out: Lines
@@ -78,9 +118,12 @@ class _Decode:
     index: WeightIndex
     plan: Plan
     dtype: str
+    name: str = "decode"
 
     def __post_init__(self) -> None:
         self.encoding = self.weight.encoding
+        self.book: Sequence[float] | None = levels(self.encoding)
+        self.unit = 1.0
         self.inner = N if self.plan.axis == N else K
         self.outer = K if self.inner == N else N
         self.sizes = {N: "BLOCK_N", K: "BLOCK_K"}
@@ -90,39 +133,41 @@ class _Decode:
         self.whole = {N: self.plan.whole_n, K: self.plan.whole_k}
 
     def print(self) -> None:
+        """The small codebook, and the function itself."""
         self._print_codebook()
         params = [*parameters(self.encoding), *batch_index(self.weight), "n0", "k0"]
         params += ["BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
         doc = f"The weight at outputs n0 .. and inputs k0 .., [BLOCK_N, BLOCK_K] in {self.dtype}."
-        with self.out.function("decode", params, doc):
+        with self.out.function(self.name, params, doc):
             self._print_indices()
-            if self.plan.axis is None:
-                self._print_single_codes()
-            else:
-                self._print_packed_codes()
+            self._print_codes()
             self._print_level()
             self._print_scale()
             product = f"(level * scale).to(tl.{self.dtype})"
-            self.out.add(f"return {product}{'.trans()' if self.inner == N else ''}")
+            self.out.add(f"return {product}{self._turn()}")
 
-    def _print_codebook(self) -> None:
-        book = levels(self.encoding)
+    def _turn(self) -> str:
+        """From the way it lies to [outputs, inputs]."""
+        return ".trans()" if self.inner == N else ""
+
+    def _print_codebook(self, dtype: str = "float32") -> None:
+        book = self.book
         if book is None or len(book) > SMALL_TABLE:
             return
         called = self.encoding.levels if isinstance(self.encoding.levels, str) else "given"
-        with self.out.function(
-            "codebook", [], f"The level of every code: the codebook {called!r}."
-        ):
+        whole = " in 127ths of the largest" if self.unit != 1.0 or dtype == "int8" else ""
+        doc = f"The level of every code{whole}: the codebook {called!r}."
+        with self.out.function("codebook", [], doc):
             self.out.add(f"code = tl.arange(0, {len(book)})")
-            self.out.add(f"level = tl.full(({len(book)},), {_number(book[0])}, tl.float32)")
+            self.out.add(f"level = tl.full(({len(book)},), {number(book[0])}, tl.{dtype})")
             for code, level in enumerate(book[1:], 1):
-                self.out.add(f"level = tl.where(code == {code}, {_number(level)}, level)")
-            self.out.add("return level")
+                self.out.add(f"level = tl.where(code == {code}, {number(level)}, level)")
+            self.out.add("return level" if dtype == "float32" else f"return level.to(tl.{dtype})")
 
     # --- load ---
 
     def _print_indices(self) -> None:
-        if self.weight.last + 2**16 > _INT32_LIMIT:
+        if is_wide(self.weight):
             self.out.add("n0, k0 = n0.to(tl.int64), k0.to(tl.int64)")
         self.out.add("# load")
         for axis, start in ((N, "n0"), (K, "k0")):
@@ -133,6 +178,12 @@ class _Decode:
 
     def _spread(self, axis: sympy.Symbol) -> str:
         return "[:, None]" if axis == self.outer else "[None, :]"
+
+    def _print_codes(self) -> None:
+        if self.plan.axis is None:
+            self._print_single_codes()
+        else:
+            self._print_packed_codes()
 
     def _print_packed_codes(self) -> None:
         """Whole bytes, each with neighbouring codes, the first in its high bits."""
@@ -191,18 +242,22 @@ class _Decode:
 
     def _print_level(self) -> None:
         self.out.add("# decode")
-        book = levels(self.encoding)
         bits, sign = self.encoding.bits, 2 ** (self.encoding.bits - 1)
-        if book is not None and len(book) > SMALL_TABLE:
-            self.out.add("level = tl.load(levels + code.to(tl.int32))")
-        elif book is not None:
-            rows, cols = self.tile.split(", ")
-            self.out.add(f"flat = code.to(tl.int32).reshape({rows} * {cols})")
-            self.out.add(f"level = tl.gather(codebook(), flat, 0).reshape({self.tile})")
+        if self.book is not None:
+            self._print_lookup()
         elif self.encoding.zero_point or bits == 8:
             self.out.add("level = code.to(tl.float32)")
         else:
             self.out.add(f"level = ((code.to(tl.int8) ^ {sign}) - {sign}).to(tl.float32)")
+
+    def _print_lookup(self) -> None:
+        assert self.book is not None, "uniform levels are looked up nowhere"
+        if len(self.book) > SMALL_TABLE:
+            self.out.add("level = tl.load(levels + code.to(tl.int32))")
+            return
+        rows, cols = self.tile.split(", ")
+        self.out.add(f"flat = code.to(tl.int32).reshape({rows} * {cols})")
+        self.out.add(f"level = tl.gather(codebook(), flat, 0).reshape({self.tile})")
 
     def _print_scale(self) -> None:
         """One load a block: a block is at least as long as what `run_of_block` proves."""
@@ -221,18 +276,10 @@ class _Decode:
         names[self.inner] = name
         mask = self._mask(block, name, extent)
         self.out.add(f"block = {index_text(block, names)}")
-        if self.encoding.scale is None:
-            self.out.add(f"scale = tl.load(scales + block{mask})")
-        else:
-            coarse = self._mask(nested, name, extent)
-            where = index_text(nested, names)
-            self.out.add(
-                f"scale_code = tl.load(scales + block{mask}).to(tl.int32)",
-                f"coarse = tl.load(nested + ({where}){coarse})",
-                "scale = tl.load(scale_levels + scale_code) * coarse",
-            )
-            if self.encoding.scale.offset:
-                self.out.add("scale += tl.load(offset)")
+        coarse = self._mask(nested, name, extent)
+        print_scale_loads(self.out, self.encoding, index_text(nested, names), mask, coarse)
+        if self.unit != 1.0:
+            self.out.add(f"scale *= {number(self.unit)}")
         if self.encoding.zero_point:
             self.out.add(f"zero = tl.load(zeros + block{mask}).to(tl.float32)")
         if run > 1:

@@ -8,9 +8,32 @@ from fxquant.codegen.triton.ops import PRELUDE, TritonOps
 from fxquant.codegen.triton.printer import Lines, call
 from fxquant.codegen.triton.tiles import Plan
 
-_JIT = '(do_not_specialize=["rows"])'
+JIT = '(do_not_specialize=["rows"])'
 _CONSTEXPRS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT")
 REDUCE_BLOCK = 128
+
+COMBINE = {
+    "add": '''
+@triton.jit
+def add(x, y):
+    """What sums are made of."""
+    return x + y
+''',
+    "most": '''
+@triton.jit
+def most(x, y):
+    """What the largest is found with."""
+    return tl.maximum(x, y)
+''',
+}
+"""Functions that reductions take. Those of Triton are not interpreted beside compiled kernels."""
+
+
+def print_combine(out: Lines, body: Lines) -> None:
+    """The functions of `COMBINE` that a text uses."""
+    for name, text in COMBINE.items():
+        if any(f", {name}" in line for line in body.lines()):
+            out.add("", *text.splitlines())
 
 
 def operand_names(spec: KernelSpec) -> list[str]:
@@ -82,16 +105,15 @@ def _is_wrapped(text: str) -> bool:
 
 def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """Few rows: products in registers, summed over the inputs at the end."""
-    with out.function("add", ["x", "y"], "What sums are made of."):
-        out.add("return x + y")
+    out.add("", *COMBINE["add"].splitlines())
     doc = "Few rows: every program streams its share of BLOCK_N outputs' weights once."
-    with out.function(f"{spec.name}_gemv", _parameters(spec), doc, _JIT):
-        _print_start(out, spec)
+    with out.function(f"{spec.name}_gemv", with_constants(parameters(spec)), doc, JIT):
+        print_start(out, spec)
         out.add(
             f"x_rows = {_matrix(spec)} + m[:, None, None] * x_stride_m",
             "sums = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)",
         )
-        with out.block(_loop(spec)):
+        with out.block(loop(spec)):
             _print_decode_call(out, spec)
             out.add("k = k0 + tl.arange(0, BLOCK_K)[None, None, :]")
             mask = "(m < rows)[:, None, None]" + (
@@ -104,26 +126,26 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
             lift = "" if spec.compute_dtype == "float32" else ".to(tl.float32)"
             out.add(f"sums += x_tile{lift} * w[None, :, :]{lift}")
         out.add("acc = tl.reduce(sums, 2, add)")
-        _print_end(out, spec, plan, "m[:, None]", "n[None, :]")
+        print_end(out, spec, plan, "m[:, None]", "n[None, :]")
 
 
 def print_gemm(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """Many rows: the transposed product, so that the decoded weight stays in registers."""
     doc = "Many rows: weight tile by activation tile on tensor cores, acc is [outputs, rows]."
-    with out.function(f"{spec.name}_gemm", _parameters(spec), doc, _JIT):
-        _print_start(out, spec)
+    with out.function(f"{spec.name}_gemm", with_constants(parameters(spec)), doc, JIT):
+        print_start(out, spec)
         out.add(
             f"x_rows = {_matrix(spec)} + m[None, :] * x_stride_m",
             "acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)",
         )
-        with out.block(_loop(spec)):
+        with out.block(loop(spec)):
             _print_decode_call(out, spec)
             out.add("k = k0 + tl.arange(0, BLOCK_K)[:, None]")
             mask = "(m < rows)[None, :]" + ("" if plan.whole_k else f" & (k < {spec.weight.k})")
             out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0){_round_x(spec)}")
             exact = ', input_precision="ieee"' if spec.compute_dtype == "float32" else ""
             out.add("# dot", f"acc = tl.dot(w, x_tile, acc{exact})")
-        _print_end(out, spec, plan, "m[None, :]", "n[:, None]")
+        print_end(out, spec, plan, "m[None, :]", "n[:, None]")
 
 
 def print_reduce(out: Lines, spec: KernelSpec) -> None:
@@ -132,7 +154,7 @@ def print_reduce(out: Lines, spec: KernelSpec) -> None:
     params.append("SPLIT: tl.constexpr")
     n = spec.weight.n
     mask = f", mask=n < {n}, other=0.0" if n % REDUCE_BLOCK else ""
-    with out.function(f"{spec.name}_reduce", params, "Adds the shares of a split.", _JIT):
+    with out.function(f"{spec.name}_reduce", params, "Adds the shares of a split.", JIT):
         if spec.weight.batch:
             out.add("e = tl.program_id(2).to(tl.int64)")
         out.add(
@@ -148,14 +170,20 @@ def print_reduce(out: Lines, spec: KernelSpec) -> None:
         out.add(call("finish", _finish_args(spec)))
 
 
-def _parameters(spec: KernelSpec) -> list[str]:
+def parameters(spec: KernelSpec) -> list[str]:
+    """The pointers, sizes and strides of a product of floats."""
     pointers = ["x", *decode.parameters(spec.weight.encoding), *operand_names(spec)]
-    constants = [f"{name}: tl.constexpr" for name in _CONSTEXPRS]
     strides = ["x_stride_e", "x_stride_m"] if spec.weight.batch else ["x_stride_m"]
-    return [*pointers, "out", "partial", "rows", *strides, *constants]
+    return [*pointers, "out", "partial", "rows", *strides]
 
 
-def _print_start(out: Lines, spec: KernelSpec) -> None:
+def with_constants(params: list[str]) -> list[str]:
+    """Parameters, and behind them the constants of a product."""
+    return [*params, *(f"{name}: tl.constexpr" for name in _CONSTEXPRS)]
+
+
+def print_start(out: Lines, spec: KernelSpec) -> None:
+    """Which rows, outputs, share of the inputs and matrix of a batch a program has."""
     out.add(
         "m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)",
         "n0 = tl.program_id(1) * BLOCK_N",
@@ -170,7 +198,8 @@ def _matrix(spec: KernelSpec) -> str:
     return "x + e * x_stride_e" if spec.weight.batch else "x"
 
 
-def _loop(spec: KernelSpec) -> str:
+def loop(spec: KernelSpec) -> str:
+    """The head of the loop over a share's inputs."""
     return f"for k0 in range(share * BLOCK_K, {spec.weight.k}, BLOCK_K * SPLIT):"
 
 
@@ -184,9 +213,15 @@ def _round_x(spec: KernelSpec) -> str:
     return "" if spec.x_dtype == spec.compute_dtype else f".to(tl.{spec.compute_dtype})"
 
 
-def _print_end(out: Lines, spec: KernelSpec, plan: Plan, m: str, n: str) -> None:
-    mask = "(m < rows)" + ("" if plan.whole_n else f" & (n < {spec.weight.n})")
+def print_end(out: Lines, spec: KernelSpec, plan: Plan, m: str, n: str) -> None:
+    """Makes rows and outputs broadcast, as the sums lie, and prints `print_store`."""
     out.add("# epilogue", "n = n0 + tl.arange(0, BLOCK_N)", f"m, n = {m}, {n}")
+    print_store(out, spec, plan)
+
+
+def print_store(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+    """The epilogue on the sums, or a share of them to memory."""
+    mask = "(m < rows)" + ("" if plan.whole_n else f" & (n < {spec.weight.n})")
     with out.block("if SPLIT == 1:"):
         out.add(call("finish", _finish_args(spec)))
     with out.block("else:"):

@@ -1,10 +1,12 @@
-"""Prints ``run``: picks a variant by the number of rows, allocates and launches."""
+"""Prints ``run`` of a product: picks a variant by the number of rows, allocates and launches."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
 from fxquant.codegen.spec import KernelSpec
-from fxquant.codegen.triton import decode
-from fxquant.codegen.triton.kernels import REDUCE_BLOCK, operand_names
+from fxquant.codegen.triton import decode, int8, outliers, steps
+from fxquant.codegen.triton.kernels import REDUCE_BLOCK, operand_names, parameters
 from fxquant.codegen.triton.printer import Lines, call, wrap_items
 from fxquant.codegen.triton.tiles import Plan
 
@@ -14,6 +16,8 @@ _POINTERS = {
     "float32": "*fp32",
     "uint8": "*u8",
     "int8": "*i8",
+    "int32": "*i32",
+    "int64": "*i64",
     "bool": "*i1",
 }
 
@@ -22,7 +26,8 @@ def print_types(out: Lines, spec: KernelSpec) -> None:
     """``TYPES``: what the arguments are, for compiling on a machine without the device."""
     encoding = spec.weight.encoding
     signed = encoding.is_uniform and encoding.bits == 8 and not encoding.zero_point
-    types = {"x": spec.x_dtype, "out": spec.out_dtype, "partial": "float32"}
+    types = {} if spec.is_quantized else {"x": spec.x_dtype}
+    types |= {"out": spec.out_dtype, "partial": "float32"}
     parts = {
         "codes": "int8" if signed else "uint8",
         "scales": "float32" if encoding.scale is None else "uint8",
@@ -33,8 +38,26 @@ def print_types(out: Lines, spec: KernelSpec) -> None:
     types |= {part: parts[part] for part in encoding.parts}
     types |= dict.fromkeys(decode.tables(encoding), "float32")
     types |= dict(zip(operand_names(spec), (o.dtype for o in spec.epilogue.operands), strict=True))
+    if spec.compute_dtype == "int8":
+        types |= _int8_types(spec)
+    scalars = ["x_stride_e", "x_stride_m"] if spec.weight.batch else ["x_stride_m"]
+    print_type_table(out, types, ["rows", *([] if spec.is_quantized else scalars)])
+
+
+def _int8_types(spec: KernelSpec) -> dict[str, str]:
+    taken = {*int8.parameters(spec)}
+    if not spec.is_quantized:
+        taken |= {*steps.rows_of(spec).pointers}
+    types = {name: dtype for name, dtype in steps.TYPES.items() if name in taken}
+    types |= dict.fromkeys((table.name for table in outliers.tables(spec)), "float32")
+    if spec.outliers is not None and "apart" in taken:
+        types["apart"] = spec.outliers.dtype
+    return types
+
+
+def print_type_table(out: Lines, types: Mapping[str, str], scalars: Iterable[str]) -> None:
+    """``TYPES``, of pointers and of integers."""
     entries = [f'"{name}": "{_POINTERS[dtype]}"' for name, dtype in types.items()]
-    scalars = ("rows", "x_stride_e", "x_stride_m") if spec.weight.batch else ("rows", "x_stride_m")
     entries += [f'"{name}": "i32"' for name in scalars]
     out.add("", "", "# What the kernels take; everything in capitals is a constant.")
     out.add("TYPES = {", *wrap_items(entries, 4), "}")
@@ -72,11 +95,12 @@ def print_reductions(out: Lines, spec: KernelSpec, plan: Plan) -> None:
 
 def print_run(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """``prepare`` (tables of levels on a device) and ``run``."""
-    tables = list(decode.tables(spec.weight.encoding))
+    tables = [*decode.tables(spec.weight.encoding), *(t.name for t in outliers.tables(spec))]
     if tables:
         _print_prepare(out, tables)
+    counter = ", counter=None" if outliers.kind(spec) == "found" else ""
     out.add("", "")
-    with out.block("def run(x, weight, extra, out=None):"):
+    with out.block(f"def run(x, weight, extra, out=None{counter}):"):
         out.add('"""The product: x [.., k] to [.., n] ([e, m, k] to [e, m, n] with a batch)."""')
         _print_views(out, spec)
         _print_arguments(out, spec, tables)
@@ -101,11 +125,15 @@ def _print_views(out: Lines, spec: KernelSpec) -> None:
     with out.block("if out is None:"):
         out.add(f"out = torch.empty(shape, dtype=torch.{spec.out_dtype}, device=x.device)")
     with out.block("if not out.is_contiguous():"):
-        out.add("return out.copy_(run(x, weight, extra))")
+        counter = ", None, counter" if outliers.kind(spec) == "found" else ""
+        out.add(f"return out.copy_(run(x, weight, extra{counter}))")
     if weight.batch is None:
         out.add(f"x = x.reshape(math.prod(x.shape[:-1]), {weight.k})")
-    with out.block("if x.stride(-1) != 1:"):
-        out.add("x = x.contiguous()")
+    if spec.is_quantized:
+        out.add("q = x.contiguous()")
+    else:
+        with out.block("if x.stride(-1) != 1:"):
+            out.add("x = x.contiguous()")
     out.add("rows = x.shape[-2]")
     with out.block("if rows == 0:"):
         out.add("return out")
@@ -116,14 +144,18 @@ def _print_arguments(out: Lines, spec: KernelSpec, tables: list[str]) -> None:
     out.add(f"{parts} = weight")
     if tables:
         out.add(f"{', '.join(tables)}{',' if len(tables) == 1 else ''} = prepare(x.device)")
-    for number, name in enumerate(operand_names(spec)):
+    names = operand_names(spec)
+    if spec.is_quantized:
+        names.append("amax")
+    elif outliers.kind(spec) == "given":
+        names += ["columns", "apart"]
+    for number, name in enumerate(names):
         out.add(f"{name} = extra[{number}].contiguous()")
 
 
 def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
     weight = spec.weight
     batch, operands = weight.batch or 1, operand_names(spec)
-    pointers = [*decode.parameters(weight.encoding), *operands]
     out.add(
         "",
         "most = next((most for most in VARIANTS if rows <= most), max(VARIANTS))",
@@ -139,9 +171,11 @@ def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
             )
     shares = f"{batch} * split" if weight.batch else "split"
     out.add(f'grid = (-(-rows // tile["BLOCK_M"]), -(-{weight.n} // tile["BLOCK_N"]), {shares})')
-    strides = ["x.stride(0)", "x.stride(1)"] if weight.batch else ["x.stride(0)"]
-    args = ["x", *pointers, "out", "partial", "rows", *strides]
+    taken = int8.parameters(spec) if spec.compute_dtype == "int8" else parameters(spec)
+    args = steps.arguments(taken, batched=weight.batch is not None)
     with out.block("with torch.cuda.device_of(x):"):
+        if spec.compute_dtype == "int8" and not spec.is_quantized:
+            out.add(steps.call_quantize(steps.rows_of(spec)))
         out.add("kernel[grid](", *wrap_items([*args, "**tile", "**options"], 4, 88), ")")
         if not splits:
             return

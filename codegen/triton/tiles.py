@@ -12,6 +12,7 @@ from fxquant.codegen.spec import KernelSpec
 
 GEMV_ROWS = (1, 2, 4)
 GEMM_ROWS = (16, 32, 64, 128)
+_INT8_INPUTS, _LEAST_INT8_INPUTS = 128, 32  # the least is one instruction's
 _ENOUGH_PROGRAMS = 512  # about four on every processor of a large GPU
 
 
@@ -48,6 +49,9 @@ class Plan:
         whole_n: Every tile divides the outputs: no mask.
         whole_k: Every tile divides the inputs: no mask.
         run: The shortest tile along `axis`.
+        scaling: What a scale is multiplied with: ``"elements"`` of the weight, the sums of a
+            ``"tile"`` (int8: it lies inside of a block), or those of an ``"output"`` (int8: all its
+            inputs are one block).
     """
 
     tiles: tuple[Tile, ...]
@@ -55,6 +59,7 @@ class Plan:
     whole_n: bool
     whole_k: bool
     run: int
+    scaling: str = "elements"
 
     @property
     def splits(self) -> bool:
@@ -66,9 +71,14 @@ def plan(spec: KernelSpec, index: WeightIndex) -> Plan:
     """The variants for a spec."""
     per_byte = spec.weight.encoding.codes_per_byte
     axis = next((axis for axis in (K, N) if index.packs_along(axis, per_byte)), None)
-    most = 64 if spec.compute_dtype == "float32" else 128
-    tiles = tuple(_gemv(spec, rows, axis) for rows in GEMV_ROWS)
-    tiles += tuple(_gemm(spec, rows) for rows in GEMM_ROWS if rows <= most)
+    if spec.compute_dtype == "int8":
+        scaling, run = _scaling(spec, index)
+        tiles = _int8_tiles(spec, scaling, run)
+    else:
+        scaling = "elements"
+        most = 64 if spec.compute_dtype == "float32" else 128
+        tiles = tuple(_gemv(spec, rows, axis) for rows in GEMV_ROWS)
+        tiles += tuple(_gemm(spec, rows) for rows in GEMM_ROWS if rows <= most)
     n, k = spec.weight.n, spec.weight.k
     return Plan(
         tiles,
@@ -76,7 +86,38 @@ def plan(spec: KernelSpec, index: WeightIndex) -> Plan:
         whole_n=all(n % tile.n == 0 for tile in tiles),
         whole_k=all(k % tile.k == 0 for tile in tiles),
         run=min((tile.n if axis == N else tile.k) for tile in tiles),
+        scaling=scaling,
     )
+
+
+def _scaling(spec: KernelSpec, index: WeightIndex) -> tuple[str, int]:
+    """What an int8 product's scales are multiplied with, and the longest tile that allows it."""
+    encoding = spec.weight.encoding
+    run = index.run_of_block(K, _INT8_INPUTS)
+    # A code less its zero point has nine bits.
+    largest = 255 if encoding.zero_point and encoding.bits == 8 else 128
+    if run == 0 and spec.weight.k * 127 * largest < 2**31:
+        return "output", _INT8_INPUTS
+    if run == 0 or run >= _LEAST_INT8_INPUTS:
+        return "tile", run or _INT8_INPUTS
+    return "elements", 32
+
+
+def _int8_tiles(spec: KernelSpec, scaling: str, run: int) -> tuple[Tile, ...]:
+    """Integer products are all made on tensor cores, where 16 rows take no longer than one.
+
+    The weight is the left operand here too: its codes are decoded in registers. Products of
+    float32 numbers keep to 32 outputs, see `_gemm`.
+    """
+    floats = spec.outliers is not None and spec.outliers.dtype == "float32"
+    narrow = scaling == "elements" or floats
+    tiles = []
+    for rows in GEMM_ROWS[:-1] if narrow else GEMM_ROWS:
+        n = _dividing(spec.weight.n, 32 if narrow else 128 if rows == 128 else 64, 16)
+        k = _dividing(spec.weight.k, run, 16 if scaling == "elements" else _LEAST_INT8_INPUTS)
+        split = _split(spec, n, k) if rows == GEMM_ROWS[0] else 1
+        tiles.append(Tile("gemm", rows, n, k, split, 8 if rows == 128 else 4, 3))
+    return tuple(tiles)
 
 
 def _gemv(spec: KernelSpec, rows: int, axis: sympy.Symbol | None) -> Tile:

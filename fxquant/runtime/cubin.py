@@ -69,10 +69,12 @@ class Binary:
 
 def builds(module: ModuleType) -> Iterator[Build]:
     """All kernels that a module printed by `fxquant.codegen.triton` can launch."""
-    for rows, (kernel, constants, options) in module.VARIANTS.items():
+    for rows, (kernel, constants, options) in getattr(module, "VARIANTS", {}).items():
         yield Build(f"{kernel.__name__}_{rows}", kernel, constants, options)
     for split, (kernel, constants, options) in getattr(module, "REDUCTIONS", {}).items():
         yield Build(f"{kernel.__name__}_{split}", kernel, constants, options)
+    for kernel, constants, options in getattr(module, "STEPS", {}).values():
+        yield Build(kernel.__name__, kernel, constants, options)
 
 
 def compile_for(target: str, module: ModuleType, build: Build) -> Binary:

@@ -16,6 +16,7 @@ import triton.language
 from torch import Tensor
 
 from fxquant.codegen import RENDERERS, Header, KernelSpec
+from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import WeightOperand
 from fxquant.formats import Encoding, pack
 from tests.codegen import plain_int8
@@ -33,7 +34,7 @@ def _interpretation(*, wanted: bool) -> Iterator[None]:
         triton.knobs.runtime.interpret = before
 
 
-def load(spec: KernelSpec, folder: Path, *, interpreted: bool) -> ModuleType:
+def load(spec: KernelSpec | QuantizeSpec, folder: Path, *, interpreted: bool) -> ModuleType:
     """Prints and imports a spec's module; Triton decides at import whether to interpret."""
     name = f"printed_{next(_COUNT)}"
     path = folder / f"{name}.py"
@@ -45,6 +46,11 @@ def load(spec: KernelSpec, folder: Path, *, interpreted: bool) -> ModuleType:
     sys.modules[name] = module
     with _interpretation(wanted=interpreted):
         found.loader.exec_module(module)
+    if interpreted:
+        # The interpreter leaves the reductions that it knows to NumPy; others take it long.
+        for ours, known in (("add", "_sum_combine"), ("most", "_elementwise_max")):
+            if hasattr(module, ours):
+                setattr(module, ours, getattr(triton.language.standard, known))
     return module
 
 
@@ -59,11 +65,13 @@ def activation(spec: KernelSpec, rows: int, seed: int = 1) -> Tensor:
     weight = spec.weight
     shape = (rows, weight.k) if weight.batch is None else (weight.batch, rows, weight.k)
     generator = torch.Generator().manual_seed(seed)
+    if spec.is_quantized:
+        return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
     return torch.randn(shape, generator=generator).to(getattr(torch, spec.x_dtype))
 
 
 def operands(spec: KernelSpec, rows: int, seed: int = 2) -> list[Tensor]:
-    """Random operands of the epilogue, with the sizes of their axes, and of static outliers."""
+    """Random operands of the epilogue, with the sizes of their axes, and of what goes with x."""
     sizes = {"e": spec.weight.batch or 1, "m": rows, "n": spec.weight.n}
     generator = torch.Generator().manual_seed(seed)
     made = []
@@ -78,6 +86,9 @@ def operands(spec: KernelSpec, rows: int, seed: int = 2) -> list[Tensor]:
         shape = (weight.n, count) if weight.batch is None else (weight.batch, weight.n, count)
         apart = torch.randn(shape, generator=generator)
         made += [columns, apart.to(getattr(torch, spec.outliers.dtype))]
+    if spec.is_quantized:
+        shape = (rows,) if spec.weight.batch is None else (spec.weight.batch, rows)
+        made.append(torch.rand(shape, generator=generator) * 4 + 0.1)  # amax
     return made
 
 

@@ -87,9 +87,9 @@ def specs(draw: st.DrawFn, dtypes: tuple[str, ...] = INTERPRETED_DTYPES) -> Kern
 
 
 @st.composite
-def outliers(draw: st.DrawFn, k: int) -> Outliers | None:
+def outliers(draw: st.DrawFn, k: int, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> Outliers | None:
     """None, by thresholds that most, some and no columns reach, and given columns."""
-    dtype = draw(st.sampled_from(FLOAT_DTYPES))
+    dtype = draw(st.sampled_from(dtypes))
     kind = draw(st.sampled_from(("none", "threshold", "columns")))
     if kind == "threshold":
         return Outliers(dtype, threshold=draw(st.sampled_from((0.5, 2.0, 100.0))))
@@ -99,9 +99,10 @@ def outliers(draw: st.DrawFn, k: int) -> Outliers | None:
 
 
 @st.composite
-def int8_specs(draw: st.DrawFn) -> KernelSpec:
+def int8_specs(draw: st.DrawFn, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> KernelSpec:
     """Specs whose activations are rounded to int8, with and without outliers."""
     weight = draw(weights())
-    x, out = draw(st.sampled_from(FLOAT_DTYPES)), draw(st.sampled_from(FLOAT_DTYPES))
+    x, out = draw(st.sampled_from(dtypes)), draw(st.sampled_from(dtypes))
     epilogue = draw(epilogues(batched=weight.batch is not None))
-    return KernelSpec(weight, x, "int8", out, epilogue, "drawn", draw(outliers(weight.k)))
+    left_out = draw(outliers(weight.k, dtypes))
+    return KernelSpec(weight, x, "int8", out, epilogue, "drawn", left_out)

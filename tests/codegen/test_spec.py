@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxquant import errors
-from fxquant.codegen import triton
 from fxquant.codegen.header import Header
 from fxquant.codegen.spec import (
     Epilogue,
@@ -181,16 +180,6 @@ def test_int8_and_outliers_in_words():
         assert "Activation: rounded to int8, with a scale for every row\n" in text
         assert ("Outliers: " in text) == (outliers is not None)
     assert "int8" not in Header().comment(int8(compute="float32"))
-
-
-@pytest.mark.parametrize("outliers", [None, Outliers("float16", 6.0)])
-def test_triton_refuses_int8_by_name(outliers):
-    assert "def run(" in triton.render(int8(compute="float32"), Header())
-    spec = int8(outliers)
-    found = r"target 'triton' prints no kernel for a spec with compute_dtype 'int8'"
-    found += r" and outliers in" if outliers else r" in"
-    with pytest.raises(errors.NotPrintedError, match=rf"{found}.*\.$"):
-        triton.render(spec, Header())
 
 
 def test_header_says_the_encoding_in_words():

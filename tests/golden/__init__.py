@@ -6,11 +6,13 @@ from pathlib import Path
 
 from fxquant.codegen import RENDERERS, Header, cpp
 from fxquant.codegen.cpp.isa import AVX512, PORTABLE
+from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import (
     Epilogue,
     EpilogueNode,
     EpilogueOperand,
     KernelSpec,
+    Outliers,
     WeightOperand,
 )
 from fxquant.formats import Encoding
@@ -65,6 +67,22 @@ SPECS = (
     ),
 )
 
+INT8_SPECS = (
+    KernelSpec(
+        _whole(Encoding(8, block=(1, -1)), 384, 1536),
+        *("bfloat16", "int8", "bfloat16"),
+        BIAS,
+        "llm_int8_linear_384x1536_bias",
+        Outliers("bfloat16", threshold=6.0),
+    ),
+    KernelSpec(
+        _whole(Encoding(4, block=(1, 128), zero_point=True), 512, 512),
+        *("int8", "int8", "float16"),
+        name="w4a8_linear_512x512_group",
+    ),
+    QuantizeSpec(1536, "bfloat16", "tensor", clipped=True, name="quantize_1536_tensor"),
+)
+
 
 CPP_SPECS = (
     (_spec("nf4_linear_384x1536_bias", _whole(NF4, 384, 1536), epilogue=BIAS), AVX512),
@@ -82,12 +100,12 @@ CPP_SPECS = (
 def texts() -> dict[str, str]:
     """The text of every golden file, by its name."""
     found = {}
-    for spec in SPECS:
+    for spec in (*SPECS, *INT8_SPECS):
         found[f"kernel_{spec.name}.py"] = RENDERERS["triton"](spec, _header(spec))
     for spec, isa in CPP_SPECS:
         found[f"kernel_{spec.name}_{isa.name}.cpp"] = cpp.render(spec, _header(spec), isa)
     return found
 
 
-def _header(spec: KernelSpec) -> Header:
+def _header(spec: KernelSpec | QuantizeSpec) -> Header:
     return Header(("golden",), spec.name.split("_")[0])

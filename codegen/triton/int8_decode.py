@@ -1,0 +1,117 @@
+"""Prints the weight of an int8 product: its integers, and what their sums are to be scaled with."""
+
+from __future__ import annotations
+
+from fxquant.codegen.indexing import E, K, N, index_text
+from fxquant.codegen.triton import decode
+from fxquant.codegen.triton.printer import call
+from fxquant.formats import int8_levels
+
+_SIZES = ["BLOCK_N", "BLOCK_K"]
+
+
+class ScaledDecode(decode.Decode):
+    """Integers times their scales in float32: where scales change inside of a tile."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.book, self.unit = int8_levels(self.encoding)
+
+    def call_tile(self) -> str:
+        """A call of ``decode``."""
+        pointers = [*decode.parameters(self.encoding), *decode.batch_index(self.weight)]
+        return call(self.name, [*pointers, "n0", "k0", *_SIZES])
+
+
+class Int8Decode(ScaledDecode):
+    """Integers by themselves, and functions for the scales and zero points of outputs."""
+
+    def print(self) -> None:
+        """``decode``, ``scale_of``, and with zero points ``shift_of``."""
+        self._print_codebook("int8")
+        doc = "The integers of outputs n0 .. and inputs k0 .., [BLOCK_N, BLOCK_K] in int8."
+        params = [*self._tile_arguments(), *(f"{name}: tl.constexpr" for name in _SIZES)]
+        with self.out.function(self.name, params, doc):
+            self._print_indices()
+            self._print_codes()
+            self._print_integer()
+            self.out.add(f"return level{self._turn()}")
+        self._print_scale_of()
+        if self.encoding.zero_point:
+            self._print_shift_of()
+
+    def call_tile(self) -> str:
+        """A call of ``decode``."""
+        return call(self.name, [*self._tile_arguments(), *_SIZES])
+
+    def call_scale(self) -> str:
+        """A call of ``scale_of``."""
+        return call("scale_of", self._scale_arguments())
+
+    def call_shift(self) -> str:
+        """A call of ``shift_of``; "" without zero points."""
+        return call("shift_of", self._place(["zeros"])) if self.encoding.zero_point else ""
+
+    def _tile_arguments(self) -> list[str]:
+        table = ["levels"] if "levels" in decode.tables(self.encoding) else []
+        return ["codes", *table, *decode.batch_index(self.weight), "n0", "k0"]
+
+    def _scale_arguments(self) -> list[str]:
+        apart = ("codes", "zeros", "levels")
+        found = decode.parameters(self.encoding)
+        return self._place([name for name in found if name not in apart])
+
+    def _place(self, pointers: list[str]) -> list[str]:
+        first = ["k0"] if self.index.block.has(K) else []
+        return [*pointers, *decode.batch_index(self.weight), "n", *first]
+
+    def _print_integer(self) -> None:
+        """The level in int8; what does not fit is left to ``shift_of``."""
+        self.out.add("# decode")
+        bits, sign = self.encoding.bits, 2 ** (self.encoding.bits - 1)
+        if self.book is not None:
+            self._print_lookup()
+            if len(self.book) > decode.SMALL_TABLE:
+                self.out.add("level = level.to(tl.int8)")
+        elif bits == 8 and self.encoding.zero_point:
+            self.out.add("level = (code ^ 128).to(tl.int8, bitcast=True)")
+        elif bits == 8:
+            self.out.add("level = code")
+        elif self.encoding.zero_point:
+            self.out.add("level = code.to(tl.int8)")
+        else:
+            self.out.add(f"level = (code.to(tl.int8) ^ {sign}) - {sign}")
+
+    def _print_scale_of(self) -> None:
+        doc = "The scales of outputs n" + (" at inputs k0 .." if self.index.block.has(K) else ".")
+        with self.out.function("scale_of", self._scale_arguments(), doc):
+            mask, nested, coarse_mask = self._print_block()
+            decode.print_scale_loads(self.out, self.encoding, nested, mask, coarse_mask)
+            factor = "" if self.unit == 1.0 else f" * {decode.number(self.unit)}"
+            self.out.add(f"return scale{factor}")
+
+    def _print_shift_of(self) -> None:
+        """Codes of 8 bits were taken as 128 less, so that they fit."""
+        doc = "What to add to the integers of outputs n: ``decode`` leaves the zero points to it."
+        with self.out.function("shift_of", self._place(["zeros"]), doc):
+            mask, *_ = self._print_block()
+            self.out.add(f"zero = tl.load(zeros + block{mask}).to(tl.int32)")
+            self.out.add("return 128 - zero" if self.encoding.bits == 8 else "return -zero")
+
+    def _print_block(self) -> tuple[str, str, str]:
+        """Prints ``block``; the mask of loads there; an encoded scale's place and its mask."""
+        block, nested = self.index.block, self.index.nested
+        if decode.is_wide(self.weight):
+            self.out.add("n = n.to(tl.int64)")
+        if block.has(K):
+            run = min(tile.k for tile in self.plan.tiles)
+            block = self.index.per_run(block, K, run)
+            nested = self.index.per_run(nested, K, run)
+            self.out.add(f"run = k0 // {run}")
+        names = {E: "e", N: "n", K: "run"}
+        self.out.add(f"block = {index_text(block, names)}")
+        masks = [
+            f", mask=n < {self.weight.n}, other=0" if where.has(N) and not self.plan.whole_n else ""
+            for where in (block, nested)
+        ]
+        return masks[0], index_text(nested, names), masks[1]

@@ -1,0 +1,202 @@
+"""Prints what an int8 product does with the columns that it leaves to floats (LLM.int8()).
+
+Columns that are found at run time never leave the device: ``find`` marks them, one more program of
+``quantize`` lists them, and the product loops up to a number that it reads from memory. So nothing
+waits for the host, no shape depends on data, and a CUDA graph can hold all of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fxquant.codegen.indexing import WeightIndex
+from fxquant.codegen.spec import KernelSpec, WeightOperand
+from fxquant.codegen.triton import decode
+from fxquant.codegen.triton.kernels import JIT
+from fxquant.codegen.triton.printer import Lines, call
+from fxquant.codegen.triton.tiles import Plan
+
+AT_ONCE = 16
+"""Columns of one product: the least of a tensor core's."""
+
+_LIST_TILE = 1024
+
+
+def kind(spec: KernelSpec) -> str:
+    """How a spec's columns come about: ``""`` for none, ``"found"`` or ``"given"``."""
+    if spec.outliers is None:
+        return ""
+    return "found" if spec.outliers.columns is None else "given"
+
+
+def tables(spec: KernelSpec) -> list[decode.Table]:
+    """The codebook that found columns are decoded with; its integers take registers enough."""
+    if kind(spec) != "found":
+        return []
+    subject = "the weight, for columns in floats,"
+    return decode.table_of("float_levels", spec.weight.encoding, subject, registers=0)
+
+
+def pointers(spec: KernelSpec) -> list[str]:
+    """What the product takes for its outliers."""
+    found = ["x", "columns", "count", *(table.name for table in tables(spec))]
+    return {"": [], "found": found, "given": ["x", "columns", "apart"]}[kind(spec)]
+
+
+def strides(spec: KernelSpec) -> list[str]:
+    """The activation's strides, where the product reads it."""
+    if not spec.outliers:
+        return []
+    return ["x_stride_e", "x_stride_m"] if spec.weight.batch else ["x_stride_m"]
+
+
+def print_find(out: Lines, spec: KernelSpec) -> None:
+    """``find`` and ``list_columns``, or ``mark`` for given columns."""
+    if kind(spec) == "found":
+        _print_find(out, spec)
+        _print_list(out, spec)
+    elif kind(spec) == "given":
+        _print_mark(out, spec)
+
+
+def _print_find(out: Lines, spec: KernelSpec) -> None:
+    assert spec.outliers is not None, "columns are found by a threshold"
+    k = spec.weight.k
+    params = ["x", "outlier", "rows", *strides(spec)]
+    params += ["BLOCK_M: tl.constexpr", "BLOCK_K: tl.constexpr"]
+    doc = f"Marks the columns with a magnitude of {spec.outliers.threshold} or more."
+    with out.function(f"{spec.name}_find", params, doc, JIT):
+        matrix = "x"
+        if spec.weight.batch:
+            out.add("e = tl.program_id(2).to(tl.int64)", f"outlier += e * {k}")
+            matrix = "x + e * x_stride_e"
+        out.add(
+            "k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]",
+            "m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]",
+            f"mask = (m < rows) & (k < {k})",
+            f"tile = tl.load({matrix} + (m * x_stride_m + k), mask=mask, other=0.0)",
+            f"large = tl.abs(tile.to(tl.float32)) >= {spec.outliers.threshold}",
+            "hit = tl.reduce(large.to(tl.int32), 0, most, keep_dims=True)",
+            "# With more rows than one program's, all marks are 0 beforehand.",
+            f"mask = (k < {k}) & ((hit > 0) | (tl.num_programs(1) == 1))",
+            "tl.store(outlier + k, hit.to(tl.uint8), mask=mask)",
+        )
+
+
+def _print_list(out: Lines, spec: KernelSpec) -> None:
+    k = spec.weight.k
+    doc = "The marked columns in order, and their number; counts calls and columns."
+    with out.function("list_columns", ["outlier", "columns", "count", "counter"], doc):
+        out.add("found = 0")
+        with out.block(f"for k0 in range(0, {k}, {_LIST_TILE}):"):
+            out.add(
+                f"k = k0 + tl.arange(0, {_LIST_TILE})",
+                f"mark = tl.load(outlier + k, mask=k < {k}, other=0).to(tl.int32)",
+                "place = found + tl.associative_scan(mark, 0, add) - 1",
+                "tl.store(columns + place, k, mask=mark > 0)",
+                "found += tl.reduce(mark, 0, add)",
+            )
+        out.add("tl.store(count, found)")
+        with out.block("if counter is not None:"):
+            once = ", mask=tl.program_id(1) == 0" if spec.weight.batch else ""
+            out.add(
+                f'tl.atomic_add(counter, 1{once}, sem="relaxed")',
+                'tl.atomic_add(counter + 1, found.to(tl.int64), sem="relaxed")',
+            )
+
+
+def _print_mark(out: Lines, spec: KernelSpec) -> None:
+    assert spec.outliers is not None, "columns are given by a number"
+    k, count = spec.weight.k, spec.outliers.columns
+    params = ["columns", "outlier", "BLOCK_K: tl.constexpr"]
+    with out.function(f"{spec.name}_mark", params, "Marks the given columns."):
+        out.add(
+            "k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[:, None]",
+            "hit = tl.full((BLOCK_K, 1), 0, tl.int32)",
+        )
+        with out.block(f"for c0 in range(0, {count}, {AT_ONCE}):"):
+            out.add(
+                f"c = c0 + tl.arange(0, {AT_ONCE})[None, :]",
+                f"column = tl.load(columns + c, mask=c < {count}, other=-1)",
+                "same = (k == column).to(tl.int32)",
+                "hit = tl.maximum(hit, tl.reduce(same, 1, most, keep_dims=True))",
+            )
+        out.add(f"tl.store(outlier + k, hit.to(tl.uint8), mask=k < {k})")
+
+
+class ColumnsDecode(decode.Decode):
+    """The weight at some outputs and any inputs, as a number: its levels and scales."""
+
+    def print(self) -> None:
+        """``decode_columns``."""
+        params = [*_decode_pointers(self.weight), "n", "k"]
+        params += ["BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
+        doc = f"The weight at outputs n and inputs k, [BLOCK_N, BLOCK_K] in {self.dtype}."
+        with self.out.function("decode_columns", params, doc):
+            if decode.is_wide(self.weight):
+                self.out.add("n, k = n.to(tl.int64), k.to(tl.int64)")
+            self.out.add("# load")
+            self._print_single_codes()
+            self._print_level()
+            self._print_scale()
+            self.out.add(f"return (level * scale).to(tl.{self.dtype})")
+
+    def _print_lookup(self) -> None:
+        self.out.add("level = tl.load(float_levels + code.to(tl.int32))")
+
+
+def _decode_pointers(weight: WeightOperand) -> list[str]:
+    encoding = weight.encoding
+    parts = [name for name in decode.parameters(encoding) if name != "levels"]
+    table = [] if encoding.is_uniform else ["float_levels"]
+    return [*parts, *table, *decode.batch_index(weight)]
+
+
+def print_decode(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> None:
+    """``decode_columns``, for columns that are found."""
+    if kind(spec) != "found":
+        return
+    assert spec.outliers is not None, "columns are found by a threshold"
+    single = dataclasses.replace(plan, axis=None, whole_k=True, run=1)
+    ColumnsDecode(out, spec.weight, index, single, spec.outliers.dtype).print()
+
+
+def print_products(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+    """Adds the products of the columns to ``acc``, [outputs, rows]."""
+    assert spec.outliers is not None, "a spec without outliers has no such products"
+    weight, dtype = spec.weight, spec.outliers.dtype
+    given = spec.outliers.columns
+    out.add("# outliers")
+    listed = "columns"
+    if given is None:
+        if weight.batch:
+            listed = f"columns + e * {weight.k}"
+        out.add(f"found = tl.load(count{' + e' if weight.batch else ''})")
+    most = "found" if given is None else str(given)
+    matrix = "x + e * x_stride_e" if weight.batch else "x"
+    # Loads at places that are loaded cannot be issued ahead, and the attempt takes registers.
+    steps = f"share * {AT_ONCE}, {most}, {AT_ONCE} * SPLIT, num_stages=1"
+    with out.block(f"for c0 in tl.range({steps}):"):
+        out.add(
+            f"c = c0 + tl.arange(0, {AT_ONCE})",
+            f"k = tl.load({listed} + c, mask=c < {most}, other=0)",
+        )
+        if given is None:
+            pointers = _decode_pointers(weight)
+            arguments = [*pointers, "n", "k[None, :]", "BLOCK_N", str(AT_ONCE)]
+            out.add(
+                f"w = {call('decode_columns', arguments)}",
+                f"w = tl.where(c[None, :] < {most}, w, 0.0)",
+            )
+        else:
+            inside = "" if plan.whole_n else f" & (n < {weight.n})"
+            row = f"(e * {weight.n} + n)" if weight.batch else "n"
+            where = f"apart + ({row} * {given} + c[None, :])"
+            out.add(f"w = tl.load({where}, mask=(c[None, :] < {most}){inside}, other=0.0)")
+        out.add(
+            f"mask = (m < rows) & (c[:, None] < {most})",
+            f"x_tile = tl.load({matrix} + (m * x_stride_m + k[:, None]), mask=mask, other=0.0)",
+        )
+        exact = ', input_precision="ieee"' if dtype == "float32" else ""
+        cast = "" if spec.x_dtype == dtype else f".to(tl.{dtype})"
+        out.add(f"acc = tl.dot(w, x_tile{cast}, acc{exact})")
