@@ -16,6 +16,7 @@ from fxquant.passes.normalize import normalize
 from fxquant.passes.observe import observe
 from fxquant.passes.pack import pack
 from fxquant.passes.plan import plan
+from fxquant.passes.smooth import smooth
 from fxquant.passes.verify import aliases, verify
 
 __all__ = ["OBSERVATION", "PIPELINE", "run_pipeline"]
@@ -23,7 +24,7 @@ __all__ = ["OBSERVATION", "PIPELINE", "run_pipeline"]
 LOG = logging.getLogger("fxquant.passes")
 
 Pass = Callable[[Context], PassReport]
-PIPELINE: tuple[Pass, ...] = (normalize, bind, match, plan, pack)
+PIPELINE: tuple[Pass, ...] = (normalize, bind, match, plan, smooth, pack)
 OBSERVATION: tuple[Pass, ...] = (normalize, bind, match, observe)
 
 

@@ -47,7 +47,7 @@ def expand(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
     inputs = node.all_input_nodes
     if not _gives_tensors(node) or not all(_has_value(given) for given in inputs):
         return None
-    traced = _trace(node, inputs)
+    traced = trace(node, inputs)
     if traced is None:
         return None
     output = traced.graph.output_node().args[0]
@@ -89,7 +89,7 @@ def _takes_piece(user: fx.Node, node: fx.Node, pieces: Any) -> bool:
     )
 
 
-def _trace(node: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule | None:
+def trace(node: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule | None:
     """The call as a graph of its own."""
 
     def call(*given: Any) -> Any:

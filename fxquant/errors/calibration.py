@@ -58,3 +58,11 @@ def no_calibration_file(path: object) -> CheckpointError:
     return CheckpointError(
         f"cannot load {path}: it holds no calibration; name a file that Calibration.save wrote."
     )
+
+
+def needs_calibration(scheme: str, name: str) -> CalibrationError:
+    """A recipe that goes by statistics which are not there."""
+    return CalibrationError(
+        f"the scheme {scheme!r} needs statistics of the activation of {name!r}: pass "
+        f"options={{'calibration': fxquant.calibrate(model, batches)}}."
+    )
