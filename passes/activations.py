@@ -8,7 +8,7 @@ every activation whose scale is more than a row's largest magnitude.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,25 +16,32 @@ from torch import fx
 
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.passes import values
-from fxquant.passes.context import LinearSite
+from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.normalize import GRAD_ENABLED
+from fxquant.passes.sources import Rule
 from fxquant.passes.specs import name_of
+from fxquant.passes.statistics import ColumnNumbers, ColumnWeights, Limit, Observed
+from fxquant.passes.writes import Written
 from fxquant.schemes import Activation
 
 _fxquant = torch.ops.fxquant
+_COLUMNS = 8
 
 
 class Activations:
     """The quantized activations of a graph.
 
     Args:
-        sites: All products that are rewritten.
-        written: Values that the graph writes to: two products of one see two activations.
+        ctx: The graph, with its sites.
+        derive: Adds an input that a rule makes of parameters to the outermost graph.
     """
 
-    def __init__(self, sites: Iterable[LinearSite], written: Container[fx.Node]) -> None:
-        self.readers = Counter(_key(site) for site in sites)
-        self.written = written
+    def __init__(self, ctx: Context, derive: Callable[[str, Rule], fx.Node]) -> None:
+        self.readers = Counter(_key(site) for site in ctx.sites)
+        # Two products of a value that is written to see two activations.
+        self.written = Written(ctx.regions)
+        self.calibration = ctx.config.calibration
+        self.derive = derive
         self.made: dict[Any, tuple[fx.Node, fx.Node, str]] = {}
 
     def quantized(self, site: LinearSite, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -49,12 +56,48 @@ class Activations:
             return None
         key = _key(site) if self._can_share(site) else id(site)
         if key not in self.made:
-            spec = _spec(site.operand.k, x.meta["val"].dtype, activation).to_json()
-            pair = values.emit(site.region.graph, site.node, _fxquant.quantize.default, x, [], spec)
+            spec = _spec(site.operand.k, x.meta["val"].dtype, activation)
+            limit = []
+            if spec.has_limit:
+                rule = Limit(self._observed(site), spec.clipped)
+                limit = [self._brought(site, "limit", rule)]
+            op, text = _fxquant.quantize.default, spec.to_json()
+            pair = values.emit(site.region.graph, site.node, op, x, limit, text)
             codes, amax = values.pieces(pair, 2)
-            self.made[key] = (codes, amax, spec)
+            self.made[key] = (codes, amax, text)
         codes, amax, site.quantize_json = self.made[key]
         return codes, amax
+
+    def columns(
+        self, ctx: Context, site: LinearSite, dtype: torch.dtype
+    ) -> tuple[fx.Node, fx.Node] | None:
+        """Numbers and weight of the columns that calibration found to be outliers, or None.
+
+        Args:
+            ctx: Has the parameters.
+            site: The product.
+            dtype: Of these columns.
+        """
+        rule = site.recipe.outliers if site.recipe is not None else None
+        if rule is None or not rule.static:
+            return None
+        observed, k = self._observed(site), site.operand.k
+        found = int((observed.amax(ctx.inputs, ctx.tools) >= rule.threshold).sum())
+        site.notes.append(f"{found} of {k} columns in {name_of(dtype)}")
+        if not found:
+            return None
+        # Whole groups, so that products which differ little share a kernel.
+        numbers = ColumnNumbers(observed, min(-(-found // _COLUMNS) * _COLUMNS, k))
+        weights = ColumnWeights(numbers, dtype)
+        return self._brought(site, "columns", numbers), self._brought(site, "apart", weights)
+
+    def _observed(self, site: LinearSite) -> Observed:
+        assert self.calibration is not None, "the plan pass asked for it"
+        bound = site.parameter
+        return Observed(bound.index, bound.name, site.operand, self.calibration, site.in_scale)
+
+    def _brought(self, site: LinearSite, what: str, rule: Rule) -> fx.Node:
+        return site.region.bring_in(self.derive(f"{site.parameter.name}_{what}", rule))
 
     def _is_apart(self, site: LinearSite, activation: Activation) -> bool:
         if site.recipe is not None and site.recipe.outliers is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from fxquant.passes.context import BoundParameter, Context, LinearSite, PassRepo
 from fxquant.passes.inputs import add as add_input
 from fxquant.passes.regions import Region
 from fxquant.passes.sources import DerivedPart, PackedPart, Rule, evaluate
-from fxquant.passes.specs import spec_of
-from fxquant.passes.writes import Written
+from fxquant.passes.specs import Asked, outliers_dtype, spec_of
 
 _fxquant = torch.ops.fxquant
 
@@ -23,7 +23,7 @@ _fxquant = torch.ops.fxquant
 def pack(ctx: Context) -> PassReport:
     """Packs the sites' parameters, rewrites the sites, and settles the graph's inputs."""
     inputs = _PackedInputs(ctx)
-    activations = Activations(ctx.sites, Written(ctx.regions))
+    activations = Activations(ctx, inputs.derive)
     for site in ctx.sites:
         weight, name = site.parameter.value, site.parameter.name
         if site.scaled is None:
@@ -31,7 +31,7 @@ def pack(ctx: Context) -> PassReport:
         else:
             site.packed = evaluate(site.scaled, ctx.inputs, ctx.tools)
         packed = inputs.of(site.packed, site.parameter, site.scaled)
-        _rewrite(site, packed, activations, ctx.config.compute_dtype)
+        _rewrite(ctx, site, packed, activations)
     for region in reversed(ctx.regions):
         _drop_dead(ctx, region)
     _dequantize_other_uses(ctx, inputs)
@@ -81,9 +81,16 @@ class _PackedInputs:
             self.placeholders[key] = nodes
         return self.placeholders[key]
 
+    def derive(self, name: str, rule: Rule) -> fx.Node:
+        """A placeholder in the outermost graph for the tensor that a rule makes."""
+        tensor = evaluate(rule, self.ctx.inputs, self.ctx.tools)
+        node = add_input(self.ctx, name, tensor)
+        self.tensors[node] = DerivedPart(rule, 0, tensor)
+        return node
+
 
 def _rewrite(
-    site: LinearSite, packed: list[fx.Node], activations: Activations, compute: str | None
+    ctx: Context, site: LinearSite, packed: list[fx.Node], activations: Activations
 ) -> None:
     node, graph = site.node, site.region.graph
     weight = [site.region.bring_in(part) for part in packed]
@@ -92,12 +99,16 @@ def _rewrite(
         x = adapt.cast(site.x, out_dtype, node)
         x = x if site.to_x is None else site.to_x(x)
         extra = [] if site.bias is None else [adapt.cast(site.bias, out_dtype, node)]
-        biased = bool(extra)
+        asked = Asked(out_dtype, biased=bool(extra), compute=ctx.config.compute_dtype)
         quantized = activations.quantized(site, x)
+        columns = activations.columns(ctx, site, outliers_dtype(x.meta["val"].dtype))
         if quantized is not None:
             x, amax = quantized
             extra.append(amax)
-        spec = spec_of(site, x.meta["val"].dtype, out_dtype, biased=biased, compute=compute)
+        if columns is not None:
+            extra += columns
+            asked = dataclasses.replace(asked, columns=columns[0].meta["val"].numel())
+        spec = spec_of(site, x.meta["val"].dtype, asked)
         site.spec_json = spec.to_json()
         out = values.emit(graph, node, _fxquant.linear.default, x, weight, extra, site.spec_json)
         out = out if site.from_out is None else site.from_out(out)

@@ -47,6 +47,7 @@ def plan(ctx: Context) -> PassReport:
     """Sets scheme, recipe and encoding of every site, and drops those to be left alone.
 
     Raises:
+        CalibrationError: A recipe goes by statistics, and there is no calibration.
         CoverageError: `strict` or `min_coverage` is not met.
     """
     kept = []
@@ -58,6 +59,8 @@ def plan(ctx: Context) -> PassReport:
             ctx.refusals.append(_refusal(site, found))
             continue
         decision = decided.setdefault(id(value), found)
+        if decision.recipe.needs_calibration and ctx.config.calibration is None:
+            raise errors.needs_calibration(decision.scheme, site.parameter.name)
         site.scheme, site.recipe = decision.scheme, decision.recipe
         site.operand = dataclasses.replace(site.operand, encoding=decision.encoding)
         kept.append(site)

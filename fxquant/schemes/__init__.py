@@ -3,9 +3,11 @@
 from fxquant import errors
 from fxquant.schemes.fp4 import FP4
 from fxquant.schemes.int8 import INT8
-from fxquant.schemes.llm_int8 import LLM_INT8
+from fxquant.schemes.llm_int8 import LLM_INT8, LLM_INT8_STATIC
 from fxquant.schemes.nf4 import NF4
+from fxquant.schemes.outlier_suppression import OUTLIER_SUPPRESSION
 from fxquant.schemes.recipe import Activation, OutlierColumns, Recipe, Scheme, Smoothing
+from fxquant.schemes.smoothquant import SMOOTHQUANT, SMOOTHQUANT_LEVELS
 from fxquant.schemes.w8a8 import W8A8
 from fxquant.schemes.zeroquant import ZEROQUANT, ZEROQUANT_W4A8
 
@@ -26,9 +28,13 @@ _SCHEMES = {
         FP4,
         INT8,
         W8A8,
+        SMOOTHQUANT,
+        *SMOOTHQUANT_LEVELS,
         LLM_INT8,
+        LLM_INT8_STATIC,
         ZEROQUANT,
         ZEROQUANT_W4A8,
+        OUTLIER_SUPPRESSION,
     )
 }
 
