@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Container
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,17 +102,25 @@ def _pointers(tensors: list[Tensor]) -> Any:
 
 
 class Builder:
-    """Builds side by side; a kernel that was asked for before is waited for."""
+    """Builds side by side; a kernel that was asked for before is waited for.
 
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(2)
+    Args:
+        whole: Specs whose kernels have panels of all heights. Compilers take half as long for the
+            others, which have some: one whose sums are made in turns, and one whose are not.
+    """
+
+    def __init__(self, whole: Container[KernelSpec] = ()) -> None:
+        self._pool, self._whole = ThreadPoolExecutor(2), whole
         self._asked: dict[tuple[KernelSpec, str, bool], Future[Kernel]] = {}
 
     def start(self, spec: KernelSpec, isa: str, *, openmp: bool = True) -> Future[Kernel]:
         """Begins to build."""
         key = (spec, isa, openmp)
         if key not in self._asked:
-            self._asked[key] = self._pool.submit(Kernel, spec, ISAS[isa], openmp=openmp)
+            made_for = ISAS[isa]
+            if spec not in self._whole:
+                made_for = replace(made_for, few_heights=(6, 1), many_heights=(4, 2))
+            self._asked[key] = self._pool.submit(Kernel, spec, made_for, openmp=openmp)
         return self._asked[key]
 
     def kernel(self, spec: KernelSpec, isa: str, *, openmp: bool = True) -> Kernel:
@@ -146,9 +156,9 @@ def rows_of(
     """
     x, k = harness.activation(spec, count, seed), spec.weight.k
     last = min(count, k + 1)
-    x = x.clamp(-3, 3)
+    x = x if spec.is_quantized else x.clamp(-3, 3)
     x[..., 1:last, :] = 0
-    x[..., range(1, last), range(last - 1)] = 1
+    x[..., range(1, last), range(last - 1)] = 127 if spec.is_quantized else 1
     x[..., 0, list(outliers)] = 40
     return x
 
@@ -177,6 +187,8 @@ def allowed(
         inner = torch.where(outliers, 0, x.double().abs()).nan_to_num(0, 0)
         # A rounded number is larger than itself by half a step at most.
         inner = inner + inner.amax(-1, keepdim=True) / 254
+        if spec.is_quantized:
+            inner = x.double().abs() * extra[-1].double().unsqueeze(-1).nan_to_num(0) / 127
         size = exact.magnitude + 2 * inner @ zeros
         roundings = k + 8 if plan.path == "f32" else 4 if spec.weight.encoding.zero_point else 0
         errors = (own.bound + roundings * UNIT * size, exact.bound)

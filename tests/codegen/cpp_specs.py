@@ -30,16 +30,17 @@ def spec(
     *,
     compute: str = "float32",
     x: str = "",
+    out: str = "",
     epilogue: Epilogue | None = None,
     outliers: Outliers | None = None,
     transposed: bool = False,
 ) -> KernelSpec:
-    """A spec of a whole parameter, or of part of one; x and the result have one dtype."""
+    """A spec of a whole parameter, or of part of one; the result has the dtype of x or its own."""
     weight = encoding
     if isinstance(weight, Encoding):
         weight = WeightOperand.whole(weight, shape, transposed=transposed)
     x = x or compute
-    return KernelSpec(weight, x, compute, x, epilogue or Epilogue(), name, outliers)
+    return KernelSpec(weight, x, compute, out or x, epilogue or Epilogue(), name, outliers)
 
 
 def _every_operand() -> Epilogue:
@@ -156,10 +157,52 @@ SPECS = {
             x="float16",
             outliers=Outliers("float16", threshold=6.0),
         ),
+        # Codes of x: in place where k is whole tiles, padded, and one by one.
+        spec(
+            "codes_int8",
+            CHANNELS,
+            (77, 320),
+            compute="int8",
+            x="int8",
+            out="float32",
+            epilogue=Epilogue.bias("float16"),
+        ),
+        spec(
+            "codes_nf4_batched",
+            NF4,
+            (2, 70, 704),
+            compute="int8",
+            x="int8",
+            out="bfloat16",
+            epilogue=Epilogue.bias("float32", "en"),
+        ),
+        spec(
+            "codes_zero8",
+            Encoding(8, block=(64,), zero_point=True),
+            (66, 200),
+            compute="int8",
+            x="int8",
+            out="float16",
+        ),
+        spec(
+            "codes_fp4_odd",
+            Encoding(4, "fp4", (64,)),
+            (33, 77),
+            compute="int8",
+            x="int8",
+            out="float32",
+        ),
         # More products of bytes than a 32-bit sum holds.
         spec("int8_int8_long", CHANNELS, (2, 33000), compute="int8", x="float32"),
     )
 }
 
-EVERYWHERE = ("nf4_bf16", "int8_int8", "nf4_int8_outliers", "fp4_f32_odd", "int8_int8_long")
-"""Built for every instruction set; the others for one or two."""
+EVERYWHERE = (
+    "nf4_bf16",
+    "int8_int8",
+    "nf4_int8_outliers",
+    "codes_int8",
+    "fp4_f32_odd",
+    "int8_int8_long",
+)
+"""Built for every instruction set, with panels of all heights; the others for one or two."""

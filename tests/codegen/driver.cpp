@@ -1,18 +1,27 @@
 // Calls a printed kernel on memory of exactly the sizes it is promised, for the sanitizers.
 //
-// It is compiled together with the kernel, as one file (-DKERNEL="kernel.cpp"). The first argument
-// is a folder: "parts" holds the names of the stored weight's files, and "calls" a line a call:
-// rows, variant, threads, the strides of x, bytes of the result, its file, x and the operands.
+// It is linked with the kernel. The first argument is a folder: "parts" holds the names of the
+// stored weight's files, and "calls" a line a call: rows, variant, threads, the strides of x, bytes
+// of the result, its file, x and the operands.
 
-#include KERNEL
-
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <iterator>
 #include <sstream>
 #include <string>
 #include <vector>
+
+extern "C" {
+int64_t fxquant_prepared_bytes(void);
+void fxquant_prepare(const void* const* parts, void* prepared, int threads);
+int64_t fxquant_scratch_bytes(int64_t m, int threads);
+void fxquant_run(const void* prepared, const void* x, int64_t x_e, int64_t x_row, int64_t x_col,
+                 int64_t m, void* out, const void* const* extra, void* scratch, int threads,
+                 int variant);
+}
 
 static std::string folder;
 

@@ -102,10 +102,13 @@ def sums(
     rows = x.float().numpy().reshape(e, -1, k)
     outliers, apart = _outliers(spec, rows, weight, extra)
     inner = np.where(outliers[:, None], np.float32(0), rows)
-    with np.errstate(invalid="ignore"):
-        amax = np.maximum(np.abs(inner).max(-1), np.float32(2.0**-100))
-        q = np.rint(inner * (np.float32(127) / amax)[..., None])
-    lost = np.isnan(q).any(-1)
+    if spec.is_quantized:
+        amax, q = extra[-1].numpy().reshape(e, -1), rows
+    else:
+        with np.errstate(invalid="ignore"):
+            amax = np.maximum(np.abs(inner).max(-1), np.float32(2.0**-100))
+            q = np.rint(inner * (np.float32(127) / amax)[..., None])
+    lost = np.isnan(q).any(-1) | np.isnan(amax)
     whole = np.where(lost[..., None], 0, q).astype(np.int64)
 
     exact = np.zeros((e, rows.shape[1], n))

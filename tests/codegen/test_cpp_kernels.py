@@ -50,7 +50,8 @@ DRAWN = cpp_harness.drawn(specs(FLOAT_DTYPES), 4) + cpp_harness.drawn(int8_specs
 
 @pytest.fixture(scope="module")
 def builder() -> Iterator[Builder]:
-    made, threads = Builder(), torch.get_num_threads()
+    made = Builder({SPECS[name] for name in EVERYWHERE})
+    threads = torch.get_num_threads()
     for name, isa in HAND_PICKED:
         made.start(SPECS[name], isa)
     # The reference is small: threads would only wait for each other beside compilers.
@@ -80,6 +81,8 @@ class Case:
             if "m" in operand.dims:
                 axis = operand.dims.index("m")
                 made[number] = made[number].narrow(axis, 0, rows).contiguous()
+        if self.spec.is_quantized:
+            made[-1] = made[-1][..., :rows].contiguous()
         return made
 
     def check(self, got: Tensor) -> None:
@@ -149,12 +152,14 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("isa", ISA_NAMES)
-@pytest.mark.parametrize("name", ["nf4_bf16", "int8_int8", "nf4_int8_outliers"])
+@pytest.mark.parametrize("name", ["nf4_bf16", "int8_int8", "nf4_int8_outliers", "codes_int8"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_of_x(layout: str, name: str, isa: str, builder: Builder) -> None:
     spec = SPECS[name]
     kernel, weight = builder.kernel(spec, isa), spec.weight
     new = functools.partial(torch.randn, dtype=getattr(torch, spec.x_dtype))
+    if spec.is_quantized:
+        new = lambda *shape: torch.randint(-127, 128, shape, dtype=torch.int8)  # noqa: E731
     for rows in (1, 3, 40):
         x = LAYOUTS[layout](new, weight.batch or 1, rows, weight.k)
         one = Case(spec, isa, x if weight.batch else x[0])
@@ -172,12 +177,16 @@ def test_a_row_that_is_not_finite_spoils_no_other(name: str, isa: str, builder: 
     for variant in (FEW, MANY):
         plain = kernel.run(prepared, one.x, one.extra, variant, 2)
         for bad in (torch.nan, torch.inf, -torch.inf):
-            x = one.x.clone()
-            x[..., 7, 5] = bad
+            x, extra = one.x.clone(), list(one.extra)
+            if spec.is_quantized:
+                extra[-1] = extra[-1].clone()
+                extra[-1][..., 7] = bad
+            else:
+                x[..., 7, 5] = bad
             if spec.outliers is not None and not math.isnan(bad):
                 x[..., 0, 5] = 40  # the column is an outlier whatever stands in the row
                 plain = kernel.run(prepared, torch.where(x.isfinite(), x, 1), one.extra, variant)
-            got = kernel.run(prepared, x, one.extra, variant, 2)
+            got = kernel.run(prepared, x, extra, variant, 2)
             assert not got[..., 7, :].isfinite().any()
             got[..., 7, :] = plain[..., 7, :] = 0
             assert torch.equal(got, plain)
