@@ -42,7 +42,14 @@ class Division:
     def multiply(
         self, sites: Sequence[LinearSite], patterns: Sequence[Pattern], scale: Rule
     ) -> None:
-        """Divides an activation in the graph, once for all products that read it."""
+        """Divides an activation in the graph, once for all products that read it.
+
+        Without patterns each product's is divided as the product reads it, ``[.., k]``.
+        """
+        if not patterns:
+            for site in sites:
+                site.to_x = adapt.chain(site.to_x, self._inside(site, scale))
+            return
         made: dict[fx.Node, fx.Node] = {}
         for site, pattern in zip(sites, patterns, strict=True):
             x = site.x
@@ -90,6 +97,16 @@ class Division:
         with x.graph.inserting_before(before):
             out = values.emit(x.graph, x, _mul, x, scale)
             return adapt.cast(out, x.meta["val"].dtype, x)
+
+    def _inside(self, site: LinearSite, scale: Rule) -> adapt.Adapter:
+        spread = Spread(scale, torch.arange(site.operand.k), inverse=True)
+        inverse = self._input("inverse_scale", spread, site.node.graph)
+
+        def run(x: fx.Node) -> fx.Node:
+            out = values.emit(x.graph, x, _mul, x, inverse)
+            return adapt.cast(out, x.meta["val"].dtype, x)
+
+        return run
 
     def _divided(self, user: fx.Node, vector: fx.Node, spreads: list[Spread]) -> fx.Node:
         region = self.regions[user.graph]

@@ -38,7 +38,8 @@ class Activation:
 
     Attributes:
         sites: The products, in the graph's order.
-        patterns: For each, where its channels are in its `x`.
+        patterns: For each, where its channels are in its `x`. None for one product that mixes the
+            elements of `x` before it reads them, as a convolution of patches does.
         root: What every `x` is a view, copy or cast of.
     """
 
@@ -122,7 +123,7 @@ def _activations(ctx: Context, walk: Walk) -> list[Activation]:
             continue
         pattern = flow.channels_of(site)
         if pattern is None:
-            site.notes.append("not smoothed: its activation is more than a view of channels")
+            found[site.node] = Activation([site], [], site.x)
             continue
         root, there = walk.root(site.x, pattern)
         key = (root, tuple(there.shape), tuple(there.flatten().tolist()))
@@ -160,6 +161,8 @@ def _migration(ctx: Context, walk: Walk, written: Written, activation: Activatio
 
 
 def _back(walk: Walk, activation: Activation, found: Found) -> str | None:
+    if not activation.patterns:
+        return "its activation is no view of channels"
     for site, pattern in zip(activation.sites, activation.patterns, strict=True):
         reason = walk.back(site.x, pattern, found)
         if reason is not None:
