@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.codegen import Header, KernelSpec, QuantizeSpec, cpp, reference
+from fxquant.codegen import Header, KernelSpec, QuantizeSpec, cpp, quantize, reference
 from fxquant.codegen.cpp.isa import ISAS, Isa
 from fxquant.codegen.cpp.printer import SUPER_ROWS
 from fxquant.runtime import toolchain
@@ -26,6 +26,7 @@ from tests.codegen import cpp_harness, harness
 from tests.codegen.cpp_specs import SPECS
 
 DRIVER = Path(__file__).with_name("driver.cpp")
+QUANTIZE_DRIVER = DRIVER.with_name("quantize_driver.cpp")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 BEST, SECOND = [*cpp_harness.isas(), "portable"][:2]
 CASES = [
@@ -35,6 +36,11 @@ CASES = [
         (name, SECOND)
         for name in ("int2_f16_value_of_qkv", "int8_int8_given_outliers", "codes_int8")
     ),
+]
+QUANTIZE_CASES = [
+    (QuantizeSpec(77, "float32"), BEST),
+    (QuantizeSpec(33, "float16", "tensor", clipped=True), SECOND),
+    (QuantizeSpec(64, "bfloat16", "static"), "portable"),
 ]
 
 
@@ -72,8 +78,7 @@ pytestmark = pytest.mark.skipif(bool(obstacle()) and not os.environ.get("CI"), r
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Future[Path]]:
     """The drivers of all cases, built side by side."""
-    driver = tmp_path_factory.mktemp("driver") / "driver.o"
-    compiled(ISAS["portable"], "-c", str(DRIVER), "-o", str(driver))
+    driver = object_of(DRIVER, tmp_path_factory.mktemp("driver"))
     with ThreadPoolExecutor(2) as pool:
         return {
             (name, isa): pool.submit(
@@ -81,6 +86,13 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
             )
             for name, isa in CASES
         }
+
+
+def object_of(driver: Path, folder: Path) -> Path:
+    """A driver that kernels can be linked with."""
+    found = folder / "driver.o"
+    compiled(ISAS["portable"], "-c", str(driver), "-o", str(found))
+    return found
 
 
 def compiled(isa: Isa, *arguments: str) -> None:
@@ -93,6 +105,14 @@ def build(spec: KernelSpec | QuantizeSpec, isa: Isa, driver: Path, folder: Path)
     source.write_text(cpp.render(spec, Header(), isa), encoding="utf-8")
     compiled(isa, str(source), str(driver), "-o", str(program))
     return program
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    # Threads of OpenMP live as long as the program: they are no leak of ours.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run(
+        [program, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 class Calls:
@@ -120,11 +140,7 @@ class Calls:
     def run(self, program: Path) -> subprocess.CompletedProcess[str]:
         """Has the driver do all calls."""
         (self.folder / "calls").write_text("\n".join(self.lines), encoding="utf-8")
-        # Threads of OpenMP live as long as the program: they are no leak of ours.
-        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
-        return subprocess.run(
-            [program, self.folder], env=environment, capture_output=True, text=True, check=False
-        )
+        return run(program, str(self.folder))
 
     def result(self, name: str, rows: int) -> Tensor:
         weight = self.spec.weight
@@ -191,4 +207,50 @@ def test_what_is_too_short_is_noticed(
         calls.lines[0] = calls.lines[0].replace(f" {size} ", f" {size - 1} ")
     done = calls.run(programs[name, isa].result())
     assert done.returncode not in (0, 3, 4)
+    assert "heap-buffer-overflow" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def quantizers(tmp_path_factory: pytest.TempPathFactory) -> dict[QuantizeSpec, Path]:
+    driver = object_of(QUANTIZE_DRIVER, tmp_path_factory.mktemp("driver"))
+    return {
+        spec: build(spec, ISAS[isa], driver, tmp_path_factory.mktemp(spec.scope))
+        for spec, isa in QUANTIZE_CASES
+    }
+
+
+@pytest.mark.parametrize("spec", [spec for spec, _ in QUANTIZE_CASES], ids=QuantizeSpec.describe)
+def test_rows_are_rounded_inside_of_their_memory(
+    spec: QuantizeSpec, quantizers: dict[QuantizeSpec, Path], tmp_path: Path
+) -> None:
+    out, given = tmp_path / "out", tmp_path / "x"
+    limit = [torch.tensor([1.5])] if spec.has_limit else []
+    for rows, threads in ((1, 1), (5, 2), (600, 2)):
+        x = torch.randn(rows, spec.k).to(getattr(torch, spec.x_dtype))
+        x[rows // 2, 0] = torch.inf if rows == 5 else 9
+        for step in (1, 3):
+            spread = torch.zeros(rows, spec.k * step, dtype=x.dtype)
+            spread[:, ::step] = x
+            last = spread.flatten()[: spread.numel() - step + 1]
+            given.write_bytes(last.view(torch.uint8).numpy().tobytes())
+            numbers = (rows, spec.k, spec.k * step, step, threads, 1.5)
+            done = run(quantizers[spec], str(given), *map(str, numbers), str(out))
+            assert done.returncode == 0, done.stderr
+            codes, amax = quantize.run(spec, x, limit)
+            beyond = (x.float().abs() > amax[:, None]).sum() if limit else torch.tensor(0)
+            want = [codes.flatten(), amax.nan_to_num(7), beyond]
+            found = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.uint8)
+            parts = found.split([codes.numel(), 4 * rows, 8])
+            got = [part.clone().view(one.dtype) for part, one in zip(parts, want, strict=True)]
+            got[1] = got[1].nan_to_num(7)
+            assert all(torch.equal(a, b.reshape(-1)) for a, b in zip(got, want, strict=True))
+
+
+def test_rows_that_are_too_short_are_noticed(
+    quantizers: dict[QuantizeSpec, Path], tmp_path: Path
+) -> None:
+    spec, given = QUANTIZE_CASES[0][0], tmp_path / "x"
+    given.write_bytes(bytes(4 * (3 * spec.k - 1)))
+    numbers = (3, spec.k, spec.k, 1, 1, 0)
+    done = run(quantizers[spec], str(given), *map(str, numbers), str(tmp_path / "out"))
     assert "heap-buffer-overflow" in done.stderr
