@@ -10,14 +10,16 @@ from torch import fx
 
 from fxquant.passes import adapt
 from fxquant.passes.context import Context, LinearSite, PassReport
+from fxquant.passes.writes import Written
 from fxquant.runtime.observe import observe as count
 
 
 def observe(ctx: Context) -> PassReport:
     """Inserts the calls; a site's number is its place in `Context.sites`."""
+    written = Written(ctx.regions)
     groups: dict[object, list[int]] = {}
     for number, site in enumerate(ctx.sites):
-        groups.setdefault(_activation(site), []).append(number)
+        groups.setdefault(_activation(site, written), []).append(number)
     for numbers in groups.values():
         _insert(ctx.sites[numbers[0]], numbers)
     for region in reversed(ctx.regions):
@@ -25,9 +27,14 @@ def observe(ctx: Context) -> PassReport:
     return PassReport("observe", f"{len(groups)} activations of {len(ctx.sites)} products")
 
 
-def _activation(site: LinearSite) -> object:
-    """Equal for the products that read one activation in one form, as q, k and v do."""
-    return site.node if site.to_x is not None else (site.x, site.node.meta["val"].dtype)
+def _activation(site: LinearSite, written: Written) -> object:
+    """Equal for the products that read one activation in one form, as q, k and v do.
+
+    Two products of a value that is written to may see two activations.
+    """
+    if site.to_x is not None or site.x in written:
+        return site.node
+    return site.x, site.node.meta["val"].dtype
 
 
 def _insert(site: LinearSite, numbers: list[int]) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -75,16 +76,45 @@ def test_dynamo_compiles_once_and_weights_are_packed_once() -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_the_lowered_graph_is_what_a_compile_with_the_calibration_gives() -> None:
+class Normed(TwoLayers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(128)
+        self.norm.weight.data[5] = 40
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(self.norm(x))
+
+
+@pytest.mark.parametrize("scheme", ["smoothquant", "smoothquant_o3", "llm_int8_static"])
+def test_the_lowered_graph_is_what_a_compile_with_the_calibration_gives(scheme: str) -> None:
     torch.manual_seed(1)
-    first, second = frozen(TwoLayers()), frozen(TwoLayers())
+    first, second = frozen(Normed()), frozen(Normed())
     second.load_state_dict(first.state_dict())
     inputs = batches(3)
-    compiled = compile_(first, calibration_steps=2)
+    compiled = compile_(first, scheme=scheme, calibration_steps=2)
     online_out = [compiled(x) for x in inputs][-1]
     stats = calibrate(second, inputs[:2], progress=False)
     torch._dynamo.reset()
-    assert torch.equal(compile_(second, calibration=stats)(inputs[2]), online_out)
+    assert torch.equal(compile_(second, scheme=scheme, calibration=stats)(inputs[2]), online_out)
+    assert not torch.equal(online_out, first(inputs[2]))
+
+
+def test_blocks_that_share_a_graph_get_scales_of_their_own() -> None:
+    torch.manual_seed(1)
+    options = {"scheme": "smoothquant", "calibration_steps": 1}
+    blocks = [frozen(Normed()) for _ in range(2)]
+    blocks[1].norm.weight.data[5] = 1
+    blocks[1].norm.weight.data[7] = 90
+    compiled = [compile_(block, **options) for block in blocks]
+    x = torch.randn(4, 128)
+    for block, run in zip(blocks, compiled, strict=True):
+        assert torch.equal(run(x), torch.compile(block, backend="eager")(x))
+    for block, run in zip(blocks, compiled, strict=True):
+        twin = copy.deepcopy(block)
+        stats = calibrate(twin, [x], progress=False)
+        assert torch.equal(run(x), compile_(twin, scheme="smoothquant", calibration=stats)(x))
+        assert not torch.equal(run(x), block(x))
 
 
 def test_a_graph_without_products_is_lowered_at_once() -> None:

@@ -64,5 +64,6 @@ def needs_calibration(scheme: str, name: str) -> CalibrationError:
     """A recipe that goes by statistics which are not there."""
     return CalibrationError(
         f"the scheme {scheme!r} needs statistics of the activation of {name!r}: pass "
-        f"options={{'calibration': fxquant.calibrate(model, batches)}}."
+        f"options={{'calibration': fxquant.calibrate(model, batches)}}, or 'calibration_steps': n "
+        f"to calibrate in the first n calls."
     )
