@@ -84,6 +84,7 @@ INLINE uint32_t largest_of(@FLAGS@const stored_t* x, int64_t x_col) {
   }
   return largest;
 }
+
 """
 
 _ROUND = """\

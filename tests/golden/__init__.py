@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fxquant.codegen import RENDERERS, Header, cpp
-from fxquant.codegen.cpp.isa import AVX512, PORTABLE
+from fxquant.codegen.cpp.isa import AVX2, AVX512, PORTABLE
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import (
     Epilogue,
@@ -94,6 +94,7 @@ CPP_SPECS = (
         ),
         PORTABLE,
     ),
+    (QuantizeSpec(1536, "float32", clipped=True, name="quantize_1536_clipped"), AVX2),
 )
 
 

@@ -194,6 +194,7 @@ INLINE uint32_t largest_of(const stored_t* x, int64_t x_col) {
   }
   return largest;
 }
+
 // x * factor to the nearest integers, ties to even, from -127 to 127: what is added leaves them in
 // the last bits of the sum. The bounds keep compilers from fusing product and sum, too.
 INLINE void round_row(const stored_t* x, int64_t x_col, float factor, int8_t* q) {
