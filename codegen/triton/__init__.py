@@ -1,7 +1,9 @@
 """The Triton target: for one spec a Python module with its kernels and a launcher.
 
 `tiles` chooses the variants, `decode` prints how codes become numbers, `kernels` the skeletons and
-the epilogue, `launch` the function ``run``, `ops` spells pointwise work. Printing needs no Triton.
+the epilogue, `launch` the function ``run``, `ops` spells pointwise work. Of products in int8,
+`int8_decode` and `int8` print the same, `outliers` what is left to floats, `quantize` the kernels
+that take rows to int8 and `steps` their launches. Printing needs no Triton.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ def plan(spec: KernelSpec, index: WeightIndex) -> Plan:
     axis = next((axis for axis in (K, N) if index.packs_along(axis, per_byte)), None)
     if spec.compute_dtype == "int8":
         scaling, run = _scaling(spec, index)
-        tiles = _int8_tiles(spec, scaling, run)
+        # Turning a tile of bytes takes registers.
+        tiles = _int8_tiles(spec, scaling, min(run, 64) if axis == N else run)
     else:
         scaling = "elements"
         most = 64 if spec.compute_dtype == "float32" else 128

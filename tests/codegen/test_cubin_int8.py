@@ -20,6 +20,7 @@ PRODUCTS = {
     "given": (INT8, Outliers("bfloat16", columns=41)),
     "exact": (INT8, Outliers("float32", threshold=6.0)),
     "short": (Encoding(8, block=(16,)), None),
+    "turned": (Encoding(8, block=(-1, 1)), None),
 }
 # Triton 3.7 has no integer product for Blackwell's own matrix unit: it takes the one before.
 INTEGERS = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "IMMA", "gfx942": "v_mfma_i32_.*"}
@@ -33,6 +34,7 @@ CASES = [
     *(("given", target, 128) for target in ("sm_80", "sm_100")),
     *(("exact", target, 64) for target in ("sm_80", "sm_100")),
     *(("short", target, 64) for target in ("sm_90", "sm_100")),
+    *(("turned", target, 128) for target in ("sm_90", "sm_100")),
     ("found", "sm_100", 16),
     ("codes", "sm_90", 128),
 ]
@@ -43,7 +45,7 @@ def modules(tmp_path_factory):
     folder = tmp_path_factory.mktemp("printed")
     made = {}
     for name, (encoding, outliers) in PRODUCTS.items():
-        weight = harness.whole(encoding, 4096, 4096)
+        weight = harness.whole(encoding, 4096, 4096, transposed=name == "turned")
         x = "int8" if name == "codes" else "bfloat16"
         bias = Epilogue.bias("bfloat16")
         spec = KernelSpec(weight, x, "int8", "bfloat16", bias, name, outliers)

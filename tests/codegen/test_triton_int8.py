@@ -10,10 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fxquant.codegen import reference
+from fxquant.codegen import Header, reference
 from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.quantize import QuantizeSpec
-from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers
+from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers, WeightOperand
+from fxquant.codegen.triton import render
 from fxquant.codegen.triton.tiles import plan
 from fxquant.formats import Encoding, decode_int8
 from tests.bounds import assert_close_within
@@ -60,7 +61,7 @@ def spec_of(encoding, shape, *, x="float32", outliers=None, out="float32", name=
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(int8_specs(INTERPRETED_DTYPES), st.sampled_from((0, 1, 3, 17)), st.integers(0, 2**16))
 def test_drawn_specs(tmp_path, spec, rows, seed):
@@ -188,6 +189,19 @@ def test_what_int32_cannot_hold_goes_to_float32_tile_by_tile():
     assert scaling_of(spec_of(zero, (2, 67_000))) == "tile"
     assert scaling_of(spec_of(INT8, (2, 132_000))) == "output"
     assert scaling_of(spec_of(INT8, (2, 133_000))) == "tile"
+
+
+def test_large_weights_use_wide_indices():
+    big = WeightOperand.whole(Encoding(4, block=(1, 64)), (2**17, 2**15), transposed=False)
+    found = Outliers("float16", threshold=6.0)
+    spec = KernelSpec(big, "float16", "int8", "float16", outliers=found)
+    text = render(spec, Header())
+    text = text[text.index("def decode(") : text.index("def linear_gemm(")]
+    functions = text.split("@triton.jit")
+    assert len(functions) == 4
+    assert all("to(tl.int64)" in function for function in functions[:3])
+    small = render(dataclasses.replace(spec, weight=harness.whole(INT8, 64, 64)), Header())
+    assert "int64" not in small[small.index("def decode(") : small.index("def linear_gemm(")]
 
 
 def test_the_largest_integers_everywhere(tmp_path):

@@ -37,7 +37,7 @@ def check(module, spec, x, limit=1.0):
 
 
 @settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     way=st.sampled_from(WAYS),
