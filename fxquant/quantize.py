@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxquant import errors
 from fxquant.config import Config
 from fxquant.formats import PackedWeight
 from fxquant.passes.bind import is_foreign
@@ -37,6 +38,8 @@ def quantize_(model: nn.Module, config: Config | Mapping[str, Any] | None = None
 
     Raises:
         OptionError: An option is unknown or ill-typed.
+        OptionError: A scheme moves scales into what makes an activation, which only a compile
+            sees; nothing was changed.
         CoverageError: `strict` or `min_coverage` is not met; nothing was changed.
         WeightError: A weight holds NaN or Inf, is empty, or cannot be encoded; weights before it
             stay packed, the model stays usable.
@@ -80,7 +83,8 @@ def release_weights(model: nn.Module) -> int:
     Their modules get the packed form in place of the original, so `state_dict` and eager calls
     keep working, and become frozen: call it when training is done, or after a training step has
     shown which weights are trained. The next call compiles once more (a parameter was replaced) and
-    packs nothing. A weight that a graph also reads otherwise (a tied embedding) is kept.
+    packs nothing. A weight that a graph also reads otherwise (a tied embedding) is kept, and so is
+    one that was packed with scales of its activation (`smoothquant`): without them it is another.
 
     Args:
         model: A module, or what `torch.compile` made of it.
@@ -147,6 +151,7 @@ def _plan(model: nn.Module, config: Config) -> list[list[tuple[_Weight, Decision
     """What to do with each weight, those of one parameter together.
 
     Raises:
+        OptionError: A scheme moves scales into what makes an activation.
         CoverageError: `strict` or `min_coverage` is not met.
     """
     known = {weight.name: weight for weight in _weights(model)}
@@ -165,6 +170,8 @@ def _plan(model: nn.Module, config: Config) -> list[list[tuple[_Weight, Decision
         else:
             patterns = (weight.path, weight.name)
             found = decide(config, value, patterns, weight.n_dims, weight.k_dims)
+            if isinstance(found, Decision) and found.recipe.smoothing is not None:
+                raise errors.smoothing_needs_a_graph(found.scheme, weight.name)
         groups.setdefault(id(value), []).append((weight, found))
     planned = [item for group in groups.values() for item in group]
     done = [math.prod(w.shape) for w, found in planned if isinstance(found, Decision)]

@@ -28,11 +28,13 @@ class Decision:
             parameter that arrived packed.
         recipe: What the scheme stands for.
         encoding: Of the parameter as it is stored.
+        unsmoothed: Whether it was packed before, without the scales that the scheme asks for.
     """
 
     scheme: str
     recipe: Recipe
     encoding: Encoding
+    unsmoothed: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ def plan(ctx: Context) -> PassReport:
         if decision.recipe.needs_calibration and ctx.config.calibration is None:
             raise errors.needs_calibration(decision.scheme, site.parameter.name)
         site.scheme, site.recipe = decision.scheme, decision.recipe
+        if decision.unsmoothed:
+            site.notes.append("not smoothed: the weight was packed before")
         site.operand = dataclasses.replace(site.operand, encoding=decision.encoding)
         kept.append(site)
     ctx.sites = kept
@@ -106,7 +110,7 @@ def decide(
     if isinstance(value, PackedWeight):
         # What was packed stays as it is; the activations are still the recipe's to say.
         kept = dataclasses.replace(recipe, weight=value.encoding, smoothing=None)
-        return Decision("packed", kept, value.encoding)
+        return Decision("packed", kept, value.encoding, unsmoothed=recipe.smoothing is not None)
     encoding = recipe.weight.oriented(value.ndim, n_dims, k_dims)
     dense = value.numel() * value.element_size()
     small = packed_bytes(encoding, tuple(value.shape))

@@ -124,3 +124,23 @@ def test_quantize_leaves_tied_embeddings_and_heads_alone() -> None:
     assert "embed" in reasons["out"]
     assert "skip" in reasons["lm_head"]
     assert model.out.weight is model.embed.weight
+
+
+def test_smoothing_needs_a_compile() -> None:
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64))
+    with pytest.raises(fxquant.errors.OptionError, match=r"'smoothquant' for '1\.weight'.*compile"):
+        fxquant.quantize_(model, {"scheme": "smoothquant"})
+    assert type(model[1].weight) is nn.Parameter
+
+
+def test_int8_activations_of_weights_that_were_packed_ahead() -> None:
+    x = torch.randn(5, 64)
+    model = frozen(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 48)))
+    once = compile_(model, scheme="w8a8")(x)
+    torch._dynamo.reset()
+    fxquant.quantize_(model, {"scheme": "w8a8"})
+    assert torch.equal(compile_(model, scheme="w8a8")(x), once)
+    torch._dynamo.reset()
+    weights_only = compile_(model)(x)
+    assert not torch.equal(weights_only, once)
+    torch.testing.assert_close(weights_only, model(x), rtol=1e-4, atol=1e-5)

@@ -28,3 +28,12 @@ def bad_option_value(name: str, value: object, expected: str) -> OptionError:
 def unknown_scheme(name: str, known: Iterable[str]) -> OptionError:
     """A scheme that is not registered."""
     return OptionError(f"unknown quantization scheme {name!r}: the schemes are {listed(known)}.")
+
+
+def smoothing_needs_a_graph(scheme: str, name: str) -> OptionError:
+    """A scheme with smoothing where only modules are seen."""
+    return OptionError(
+        f"quantize_ cannot use the scheme {scheme!r} for {name!r}: it moves scales into what makes "
+        f"the activation, which only a compile sees; use torch.compile(model, backend='fxquant', "
+        f"options={{'scheme': {scheme!r}, ...}})."
+    )
