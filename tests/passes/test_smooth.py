@@ -191,8 +191,7 @@ class Attention(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["sdpa gqa", "sdpa", "written out", "repeat"])
-@pytest.mark.parametrize("shared", [1, 2, 4])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("shared", "dynamic"), [(1, False), (2, True), (4, False)])
 def test_values_to_the_output_of_attention(how, shared, dynamic) -> None:
     torch.manual_seed(0)
     model = Attention(shared, how).requires_grad_(requires_grad=False)
