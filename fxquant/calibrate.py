@@ -11,6 +11,7 @@ import copy
 import functools
 import inspect
 import logging
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
@@ -37,6 +38,8 @@ from fxquant.runtime.store import STORE
 
 LOG = logging.getLogger("fxquant.calibrate")
 
+# What is put aside is so for the whole process: one calibration at a time.
+_TURN = threading.RLock()
 # A model of many shapes may be compiled as often as it likes: what runs without being compiled
 # would not be counted.
 _COMPILES = 1 << 20
@@ -73,13 +76,14 @@ def calibrate(
         raise errors.single_batch(type(batches).__name__)
     plain = getattr(model, "_orig_mod", model)
     if isinstance(plain, nn.Module) and any(module.training for module in plain.modules()):
-        LOG.warning("calibrating a model in train mode: dropout and the like count; eval() it?")
+        LOG.warning("calibrating a model in train mode, dropout and all: eval() it if not meant")
     console = Console(stderr=True)
     shows = progress and (console.is_terminal or console.is_jupyter)
     collector = Collector(moments=moments, names=_names(plain))
     total = len(batches) if isinstance(batches, Sized) else None
     number = -1
     with (
+        _TURN,
         torch.no_grad(),
         _compiled(plain) as compiled,
         bar(console, disable=not shows) as shown,

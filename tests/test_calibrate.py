@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import sys
+import threading
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
@@ -245,6 +246,26 @@ def test_later_compiles_start_from_nothing(kind: type[TwoLayers]) -> None:
     assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(code)) == 1
 
 
+def test_one_calibration_at_a_time() -> None:
+    models = [TwoLayers().eval() for _ in range(4)]
+    found: dict[int, Calibration] = {}
+
+    def run(number: int) -> None:
+        found[number] = calibrate(models[number], BATCHES[number % 3 :])
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(4):
+        check(found[number].stats["up.weight"], torch.cat(BATCHES[number % 3 :]))
+    # Nothing is left in force: the next compile is the user's.
+    counter = Counter()
+    torch.compile(models[0], backend=counter)(BATCHES[0])
+    assert counter.graphs == 1
+
+
 # --- how a model may be compiled and called --------------------------------------------------
 
 
@@ -312,7 +333,7 @@ def test_blocks_compiled_one_by_one(breaks: bool) -> None:
     wanted = Hooked(plain).stats(lambda: plain(TOKENS))
     counter = Counter()
     torch.manual_seed(0)
-    model = Shared(lambda block: torch.compile(block, backend=counter)).eval()
+    model = Shared(lambda block: torch.compile(block, backend=counter, fullgraph=True)).eval()
     model.breaks = breaks
     with torch.no_grad():
         model(TOKENS)
