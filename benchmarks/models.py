@@ -48,6 +48,21 @@ def _fxquant_nf4(model: nn.Module) -> Callable[..., Any]:
     return torch.compile(model, backend="fxquant", options={"scheme": "nf4"})
 
 
+def _fxquant(scheme: str) -> Builder:
+    """int8 activations, with statistics of MiniLM on the demo's other sentences where need be."""
+
+    def build(model: nn.Module) -> Callable[..., Any]:
+        from fxquant.demo import calibration_sentences, load_minilm
+
+        options: dict[str, Any] = {"scheme": scheme}
+        if fxquant.schemes()[scheme].recipe.needs_calibration:
+            batch = load_minilm()[1](calibration_sentences(), padding=True, return_tensors="pt")
+            options["calibration"] = fxquant.calibrate(model, [dict(batch)], progress=False)
+        return torch.compile(model, backend="fxquant", options=options)
+
+    return build
+
+
 def _inductor(model: nn.Module) -> Callable[..., Any]:
     return torch.compile(model)
 
@@ -67,6 +82,9 @@ BUILDERS: dict[str, tuple[torch.dtype, Builder]] = {
     "bitsandbytes nf4": (BF16, bitsandbytes_nf4),
     "bitsandbytes nf4, inductor": (BF16, lambda model: _inductor(bitsandbytes_repacked(model))),
     "fxquant nf4": (BF16, _fxquant_nf4),
+    "fxquant w8a8": (BF16, _fxquant("w8a8")),
+    "fxquant smoothquant": (BF16, _fxquant("smoothquant")),
+    "fxquant llm_int8": (BF16, _fxquant("llm_int8")),
 }
 DECODED = (
     "torch bf16",
@@ -85,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [n for n in BUILDERS if any(fnmatch.fnmatch(n, p) for p in options.contenders)]
     if not names:
         raise SystemExit(f"No contender matches. There are: {'; '.join(BUILDERS)}.")
-    if "fxquant nf4" in names:
+    if any(name.startswith("fxquant") for name in names):
         require_kernels()
     console = results.console()
     machine = Machine(torch.get_num_threads())

@@ -96,11 +96,20 @@ LINEAR = (
     *_lines(SQUARE, f"{_OUTLIERS}, known", _BNB_INT8, {1: 4.5, 16: 7.0, 128: 2.2}),
     *_lines(TALL, "nf4 x bf16", _BNB_NF4, {1: 1.3, 16: 1.4, 128: 1.3}),
 )
+_MANY, _ONE, _TORCHAO = "MiniLM, 64 x 128 tokens", "MiniLM, one sentence", "torchao int8 dynamic"
 MODELS = (
-    Target("MiniLM, 64 x 128 tokens", "fxquant nf4", _BNB_NF4, 1.1),
-    Target("MiniLM, one sentence", "fxquant nf4", _BNB_NF4, 3.0),
+    Target(_MANY, "fxquant nf4", _BNB_NF4, 1.1),
+    Target(_ONE, "fxquant nf4", _BNB_NF4, 3.0),
     Target("Llama 1.1 B, a token", "fxquant nf4", _BNB_NF4, 1.4),
     Target("Llama 1.1 B, a token", "fxquant nf4", "inductor bf16", 2.8),
+    Target(_MANY, "fxquant smoothquant", _TORCHAO, 1.3),
+    Target(_MANY, "fxquant w8a8", _TORCHAO, 1.3),
+    Target(_MANY, "fxquant smoothquant", "inductor fp32", 3.3),
+    Target(_MANY, "fxquant w8a8", "inductor fp32", 3.3),
+    Target(_ONE, "fxquant smoothquant", _TORCHAO, 1.0),
+    Target(_ONE, "fxquant w8a8", _TORCHAO, 1.0),
+    Target(_MANY, "fxquant smoothquant", "fxquant w8a8", 1.03, at_most=True),
+    Target(_MANY, "fxquant llm_int8", "fxquant w8a8", 0.9),
 )
 
 

@@ -168,6 +168,8 @@ def _encode_sentences(console: Console, texts: list[str], batch_size: int, dump:
         measure("fp32, Inductor", torch.compile(model), Report(()))
         reports = {}
         for scheme in SCHEMES:
+            # So many compiles of one function are more than Dynamo keeps.
+            torch._dynamo.reset()
             # Each scheme has its own copy, so that its report is about nothing else.
             clone = copy.deepcopy(model)
             options = {**_options(scheme, dump), "calibration": calibration}
