@@ -79,7 +79,7 @@ def _compile(
     ledger = Ledger(ctx, choices)
     ledger.file()
     compiled = _lower(ctx, choices, device, mode)
-    return CompiledGraph(compiled, *_sources(ctx), kernels, ledger.meet)
+    return CompiledGraph(compiled, *_sources(ctx, ledger), kernels, ledger.meet)
 
 
 def _device_of(ctx: Context) -> torch.device:
@@ -119,7 +119,7 @@ def _print_kernels(
     return kernels
 
 
-def _sources(ctx: Context) -> tuple[list[Source], list[Slot | Derived]]:
+def _sources(ctx: Context, ledger: Ledger) -> tuple[list[Source], list[Slot | Derived]]:
     """The rewritten graph's inputs, as positions among Dynamo's and as parts of slots."""
     slots: dict[object, int] = {}
     made: list[Slot | Derived] = []
@@ -131,17 +131,23 @@ def _sources(ctx: Context) -> tuple[list[Source], list[Slot | Derived]]:
         key = source.rule if isinstance(source, DerivedPart) else (source.index, source.encoding)
         if key not in slots:
             slots[key] = len(made)
-            made.append(_slot(source, ctx.tools))
+            made.append(_slot(source, ctx.tools, ledger))
         sources.append((slots[key], source.part))
     return sources, made
 
 
-def _slot(source: PackedPart | DerivedPart, tools: Tools) -> Slot | Derived:
+def _slot(source: PackedPart | DerivedPart, tools: Tools, ledger: Ledger) -> Slot | Derived:
     if isinstance(source, PackedPart):
         return Slot(source.index, source.encoding, source.name)
     rule = source.rule
     weight = None if source.packs is None else Slot(*source.packs)
-    return Derived(rule.indices, lambda inputs: evaluate(rule, inputs, tools), weight)
+
+    def compute(inputs: Sequence[Any]) -> Any:
+        result = evaluate(rule, inputs, tools)
+        ledger.made(rule, inputs, result)
+        return result
+
+    return Derived(rule.indices, compute, weight)
 
 
 def _lower(

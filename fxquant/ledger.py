@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
-from collections.abc import Mapping
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import PackedWeight, anchor_of
 from fxquant.passes.context import Context, LinearSite
-from fxquant.report import LEFT_ALONE, QUANTIZED, Row, remember
-from fxquant.runtime import launch
+from fxquant.passes.sources import Rule
+from fxquant.report import LEFT_ALONE, QUANTIZED, Row, gauge, remember
+from fxquant.runtime import counters, launch
 from fxquant.runtime.graph import Slot
 from fxquant.runtime.store import STORE
 from fxquant.runtime.targets import Choice
@@ -30,10 +34,15 @@ class Ledger:
 
     def __init__(self, ctx: Context, choices: Mapping[str, Choice]) -> None:
         self.rows: dict[int, list[Row]] = {}
+        self.outliers: dict[int, list[tuple[Row, str]]] = {}
+        self.limits: dict[Rule, list[tuple[Row, int]]] = {}
         for site in ctx.sites:
-            self.rows.setdefault(site.parameter.index, []).append(
-                _row(site, choices[site.spec_json])
-            )
+            row, index = _row(site, choices), site.parameter.index
+            self.rows.setdefault(index, []).append(row)
+            if _finds_outliers(site) and choices[site.spec_json].runs != "torch":
+                self.outliers.setdefault(index, []).append((row, site.spec_json))
+            if site.limit is not None:
+                self.limits.setdefault(site.limit, []).append((row, index))
         bound = ctx.parameters.values()
         self.values = {b.index: b.value for b in bound}
         self.names = {b.name: b.value for b in bound}
@@ -71,6 +80,11 @@ class Ledger:
 
     def meet(self, slot: Slot, parameter: Tensor, packed: PackedWeight) -> None:
         """Files a parameter that the graph serves, unless the compile itself has."""
+        codes = packed.tensors()[0]
+        for row, text in self.outliers.get(slot.index, []):
+            if not codes.is_cpu:
+                counters.of(codes, 2)
+            gauge(row, parameter, functools.partial(_mean_outliers, text, weakref.ref(codes)))
         error = STORE.error_db(packed)
         own = self.rows.get(slot.index, [])
         rows = [dataclasses.replace(row, error_db=error) for row in own]
@@ -80,11 +94,37 @@ class Ledger:
         if slot.index in self.read_dense:
             STORE.keep(parameter)
 
+    def made(self, rule: Rule, inputs: Sequence[Any], result: Any) -> None:
+        """Notes what a rule made of the parameters that arrived: counters belong to limits."""
+        for row, index in self.limits.get(rule, []):
+            counters.of(result, 1)
+            gauge(row, inputs[index], functools.partial(_saturated, weakref.ref(result)))
 
-def _row(site: LinearSite, choice: Choice) -> Row:
+
+def _finds_outliers(site: LinearSite) -> bool:
+    outliers = launch.parse_spec(site.spec_json).outliers
+    return outliers is not None and outliers.threshold is not None
+
+
+def _mean_outliers(text: str, codes: weakref.ref[Tensor]) -> str:
+    known = codes()
+    counts = None if known is None else launch.outlier_counts(text, known)
+    if counts is None:
+        return ""
+    calls, columns = counts
+    return f"outlier columns: {columns / calls:.1f} a call in {calls} calls"
+
+
+def _saturated(limit: weakref.ref[Tensor]) -> str:
+    known = limit()
+    return "" if known is None else f"saturated elements: {launch.saturated(known)}"
+
+
+def _row(site: LinearSite, choices: Mapping[str, Choice]) -> Row:
     assert site.packed is not None, "the pack pass ran"
-    said = ["dequantize + matmul fallback"] if choice.runs == "torch" else []
-    said += [choice.note] if choice.note else []
+    kernel = _kernel(site.spec_json, choices, "dequantize + matmul fallback")
+    if site.quantize_json:
+        kernel += f" after {_kernel(site.quantize_json, choices, 'torch operations')}"
     return Row(
         module=site.module,
         parameter=site.parameter.name,
@@ -93,7 +133,27 @@ def _row(site: LinearSite, choice: Choice) -> Row:
         scheme=site.scheme,
         bits=site.packed.bits_per_weight,
         error_db=STORE.error_db(site.packed),
-        kernel=f"{choice.runs}:{launch.parse_spec(site.spec_json).name}"
-        + (f" ({': '.join(said)})" if said else ""),
+        kernel=kernel,
         where=site.where,
+        activation=_activation(site),
+        notes=tuple(site.notes),
     )
+
+
+def _kernel(text: str, choices: Mapping[str, Choice], fallback: str) -> str:
+    choice = choices[text]
+    said = [fallback] if choice.runs == "torch" else []
+    said += [choice.note] if choice.note else []
+    return f"{choice.runs}:{launch.parse(text).name}" + (f" ({': '.join(said)})" if said else "")
+
+
+def _activation(site: LinearSite) -> str:
+    recipe, spec = site.recipe, launch.parse_spec(site.spec_json)
+    if recipe is None or recipe.activation is None:
+        # `compute_dtype` asks for it without a recipe.
+        return "int8 per token" if spec.compute_dtype == "int8" else ""
+    if spec.outliers is None:
+        return str(recipe.activation)
+    columns, threshold = spec.outliers.columns, spec.outliers.threshold
+    which = f"columns from {threshold:g}" if columns is None else f"{columns} columns"
+    return f"{recipe.activation}, {which} in {spec.outliers.dtype}"

@@ -8,7 +8,7 @@ import io
 import json
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import anchor_of
 
@@ -40,6 +41,9 @@ class Row:
         kernel: ``target:name`` of the kernel, or ``""``; says so where it is a fallback.
         reason: Why it was left alone, or ``""``.
         where: ``file:line`` in the user's source, or ``""``.
+        activation: How its activation is quantized, as in ``"int8 per token"``, or ``""``.
+        notes: What else was done, a clause each: where scales went, and what kernels had counted
+            when the report was made.
     """
 
     module: str
@@ -52,6 +56,8 @@ class Row:
     kernel: str = ""
     reason: str = ""
     where: str = ""
+    activation: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -99,10 +105,13 @@ class Report:
     def table(self) -> Table:
         """The report for `rich.print`."""
         table = Table(title=self.summary(), title_justify="left")
+        # Of weights alone there is nothing to say about activations.
+        has_activations = any(row.activation for row in self.rows)
         for name, justify in (
             ("module", "left"),
             ("shape", "right"),
             ("scheme", "left"),
+            *([("activation", "left")] if has_activations else []),
             ("bits", "right"),
             ("error dB", "right"),
             ("kernel, or why it was left alone", "left"),
@@ -114,9 +123,10 @@ class Report:
                 escape(row.module or row.parameter),
                 "x".join(map(str, row.shape)),
                 row.scheme or "-",
+                *([row.activation or "-"] if has_activations else []),
                 f"{row.bits:.3f}" if row.bits else "-",
                 "-" if row.error_db is None else f"{row.error_db:.1f}",
-                escape(said),
+                escape("\n".join([said, *row.notes])),
             )
         return table
 
@@ -149,7 +159,7 @@ class Report:
         head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
         body = "".join(
             "<tr>"
-            + "".join(f"<td>{html.escape(str(getattr(row, name)))}</td>" for name in names)
+            + "".join(f"<td>{html.escape(_text(getattr(row, name)))}</td>" for name in names)
             + "</tr>\n"
             for row in self.rows
         )
@@ -159,6 +169,12 @@ class Report:
             "td,th{border:1px solid #ccc;padding:2px 6px;text-align:left}</style>"
             f"<h1>{html.escape(self.summary())}</h1><table><tr>{head}</tr>\n{body}</table>\n"
         )
+
+
+def _text(value: object) -> str:
+    """A field of a row for a page; shapes keep their brackets."""
+    is_notes = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    return "; ".join(value) if is_notes else str(value)  # type: ignore[arg-type]
 
 
 class _Record:
@@ -204,7 +220,14 @@ class _Record:
                 full = names[id(about)]
                 prefix = full.removesuffix(row.parameter) if full.endswith(row.parameter) else ""
                 module = f"{prefix}{row.module}" if row.module else prefix.rstrip(".")
-                yield dataclasses.replace(row, module=module, parameter=prefix + row.parameter)
+                read = _gauges.get(about, {}).get(row.site)
+                counted = read() if read is not None else ""
+                yield dataclasses.replace(
+                    row,
+                    module=module,
+                    parameter=prefix + row.parameter,
+                    notes=(*row.notes, counted) if counted else row.notes,
+                )
 
 
 def _ref(tensor: Tensor) -> weakref.ref[Any]:
@@ -212,6 +235,8 @@ def _ref(tensor: Tensor) -> weakref.ref[Any]:
 
 
 _records: list[_Record] = []
+_gauges: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""By the anchor of a parameter, then by product: what reads a counter, as a note."""
 _watchers: list[list[Row]] = []
 _lock = threading.Lock()
 
@@ -242,6 +267,18 @@ def watch() -> Iterator[list[Row]]:
     finally:
         with _lock:
             _watchers[:] = [watcher for watcher in _watchers if watcher is not rows]
+
+
+def gauge(row: Row, parameter: Tensor, read: Callable[[], str]) -> None:
+    """Adds a note to a product that is read anew for every report, in place of an earlier one.
+
+    Args:
+        row: The product, as it was remembered.
+        parameter: The product's; the note dies with it.
+        read: Gives the note, ``""`` for none. It must not hold the parameter.
+    """
+    with _lock:
+        _gauges.setdefault(anchor_of(parameter), {})[row.site] = read
 
 
 def follow(old: Tensor, new: Tensor) -> None:

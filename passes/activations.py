@@ -42,7 +42,7 @@ class Activations:
         self.written = Written(ctx.regions)
         self.calibration = ctx.config.calibration
         self.derive = derive
-        self.made: dict[Any, tuple[fx.Node, fx.Node, str]] = {}
+        self.made: dict[Any, tuple[fx.Node, fx.Node, str, Rule | None]] = {}
 
     def quantized(self, site: LinearSite, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Codes and amax of a site's activation, or None if its kernel takes it as it is.
@@ -57,15 +57,13 @@ class Activations:
         key = _key(site) if self._can_share(site) else id(site)
         if key not in self.made:
             spec = _spec(site.operand.k, x.meta["val"].dtype, activation)
-            limit = []
-            if spec.has_limit:
-                rule = Limit(self._observed(site), spec.clipped)
-                limit = [self._brought(site, "limit", rule)]
+            rule = Limit(self._observed(site), spec.clipped) if spec.has_limit else None
+            limit = [] if rule is None else [self._brought(site, "limit", rule)]
             op, text = _fxquant.quantize.default, spec.to_json()
             pair = values.emit(site.region.graph, site.node, op, x, limit, text)
             codes, amax = values.pieces(pair, 2)
-            self.made[key] = (codes, amax, text)
-        codes, amax, site.quantize_json = self.made[key]
+            self.made[key] = (codes, amax, text, rule)
+        codes, amax, site.quantize_json, site.limit = self.made[key]
         return codes, amax
 
     def columns(

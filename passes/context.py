@@ -92,6 +92,7 @@ class LinearSite:
         spec_json: Set by `pack`.
         quantize_json: What quantizes the activation apart from the product, or ``""``. Set by
             `pack`.
+        limit: What that saturates at, a rule that gives float32 ``[1]``, or None. Set by `pack`.
     """
 
     node: fx.Node
@@ -114,6 +115,7 @@ class LinearSite:
     packed: PackedWeight | None = None
     spec_json: str = ""
     quantize_json: str = ""
+    limit: Rule | None = None
 
 
 @dataclass(frozen=True)

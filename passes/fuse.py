@@ -1,9 +1,9 @@
 """After autograd: what each `fxquant::linear` and `fxquant::quantize` left in a graph becomes.
 
 On targets with kernels of their own that is `fxquant::launch` (`launch_quantize`), which names the
-target. On the
-``torch`` target it is the ops of its reference, which Inductor then compiles with everything around
-them: a fallback (dequantize and multiply) that the report names as one.
+target. On the ``torch`` target it is the ops of its reference, which Inductor then compiles with
+everything around them: a fallback (dequantize and multiply) that the report names as one. Rows with
+a limit are launched there too, since what lies beyond the limit is counted.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Fuse(CustomGraphPass):
         tables = _Tables(graph)
         for node in products_and_rows(graph):
             target = self.targets.get(str(node.args[-1]), "auto")
-            if target == "torch":
+            if target == "torch" and not _counts(node):
                 _inline_reference(graph, node, tables)
             else:
                 launch_as(node, target)
@@ -77,6 +77,11 @@ def products_and_rows(graph: fx.Graph) -> list[fx.Node]:
     """The ops of a graph that become kernels."""
     ops = [_op(name) for name in _LAUNCHES]
     return [node for op in ops for node in graph.find_nodes(op="call_function", target=op)]
+
+
+def _counts(node: fx.Node) -> bool:
+    """Whether a node quantizes rows and is given a limit."""
+    return node.target is _op("quantize") and bool(node.args[1])
 
 
 def launch_as(node: fx.Node, target: str) -> None:

@@ -232,21 +232,33 @@ def _runner(spec: str, target: str, device: torch.device) -> Runner:
     elif target == "cpp":
         found = _cpp_kernel(spec).run
     else:
-        parsed = parse(spec)
-        define = quantize.run if isinstance(parsed, QuantizeSpec) else reference.run
-        found = functools.partial(define, parsed)
+        found = _torch_runner(parse(spec))
     _runners[spec, target, device.type == "cpu"] = found
     return found
+
+
+def _torch_runner(spec: Spec) -> Runner:
+    if isinstance(spec, KernelSpec):
+        return functools.partial(reference.run, spec)
+    return functools.partial(_count_saturated if spec.has_limit else quantize.run, spec)
+
+
+def _count_saturated(
+    spec: QuantizeSpec, x: Tensor, extra: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    codes, amax = quantize.run(spec, x, extra)
+    counters.of(extra[0], 1).add_((x.abs() > amax.unsqueeze(-1)).sum())
+    return codes, amax
 
 
 def _triton_runner(spec: str) -> Runner:
     parsed, run_ = parse(spec), _triton_module(spec).run
     if isinstance(parsed, QuantizeSpec):
         if not parsed.has_limit:
-            return run_  # type: ignore[no-any-return]
+            return run_
         return lambda x, extra: run_(x, extra, counter=counters.of(extra[0], 1))
     if parsed.outliers is None or parsed.outliers.threshold is None:
-        return run_  # type: ignore[no-any-return]
+        return run_
     return lambda x, weight, extra: run_(x, weight, extra, counter=counters.of(weight[0], 2))
 
 
@@ -318,6 +330,38 @@ def load_module(name: str, source: str) -> ModuleType:
 
 def _write_module(folder: Path, name: str, source: str) -> None:
     (folder / f"{name}.py").write_text(source, encoding="utf-8")
+
+
+# --- what kernels counted -------------------------------------------------------------------
+
+
+def saturated(limit: Tensor) -> int:
+    """How many elements were beyond a limit, by the tensor that quantize kernels are given.
+
+    Waits for the device. NaN and Inf, whose rows are lost, are not counted.
+    """
+    found = counters.read(limit)
+    return found[0] if found is not None else 0
+
+
+def outlier_counts(spec: str, codes: Tensor) -> tuple[int, int] | None:
+    """The calls of a weight, and the outlier columns that were found in them, summed.
+
+    Waits for the device.
+
+    Args:
+        spec: A product whose outliers have a threshold, as JSON.
+        codes: The weight's.
+
+    Returns:
+        None if nothing counted: the product was not called, or torch code computed it.
+    """
+    kernel = getattr(_runners.get((spec, "cpp", codes.is_cpu)), "__self__", None)
+    if isinstance(kernel, CppKernel):
+        calls, columns = kernel.outlier_counts(codes)
+    else:
+        calls, columns = counters.read(codes) or (0, 0)
+    return (calls, columns) if calls else None
 
 
 # --- the record of what ran ------------------------------------------------------------------
