@@ -85,9 +85,7 @@ class OnlineGraph:
             return lowered(*args) if self.fits(args) else self.graph(None, args)
         out = self.graph(met.collector, args)
         with self.lock:
-            met.left -= 1
-            if met.left == 0:
-                self._finish(met)
+            self._count(met)
         return out
 
     def _met(self, weights: Sequence[Tensor]) -> _Met:
@@ -104,13 +102,17 @@ class OnlineGraph:
                 self.met[key] = _Met(self.steps, held)
             return self.met[key]
 
-    def _finish(self, met: _Met) -> None:
+    def _count(self, met: _Met) -> None:
+        """Notes that a call was observed; other threads may have made the last one meanwhile."""
         name = met.collector.not_finite()
         if name:
+            number = self.steps - met.left
             met.left, met.collector = self.steps, Collector()
-            raise errors.not_finite(name, self.steps - 1)
-        self.calibration.update(met.collector.calibration())
-        met.collector = Collector()
+            raise errors.not_finite(name, number)
+        met.left -= 1
+        if met.left == 0:
+            self.calibration.update(met.collector.calibration())
+            met.collector = Collector()
 
     def _lowered(self, args: Sequence[Any]) -> Callable[..., Any]:
         with self.lock:
