@@ -70,3 +70,65 @@ def test_model_runs_on_interpreted_kernels(dtype: str, tolerance: str, tmp_path:
     assert len(list((tmp_path / "dump").glob("triton_*.py"))) == 3
     assert not list((tmp_path / "dump").glob("torch_*.py"))
     assert len(list((tmp_path / "cache" / "triton").iterdir())) == 3
+
+
+ACTIVATIONS = """
+import torch
+from torch import nn
+import fxquant
+from fxquant.formats import Encoding
+from fxquant.schemes import Activation, OutlierColumns, Recipe
+from fxquant.testing import run_and_get_kernels
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(48, 32) for _ in range(3))
+
+    def forward(self, x):
+        return self.a(x), self.b(x), self.c(x)
+
+torch.manual_seed(0)
+channel = Encoding(8, block=(1, -1))
+recipes = {
+    "c": Recipe(channel, Activation(), outliers=OutlierColumns(6.0)),
+    "*": Recipe(channel, Activation("static")),
+}
+model = Model().eval().requires_grad_(False)
+x = torch.randn(5, 48).clamp(-2.5, 2.5)
+x[2, 7] = x[1, 9] = 6.5
+statistics = fxquant.calibrate(model, [x], progress=False)
+outs, notes = [], []
+for target in ("triton", "torch"):
+    torch._dynamo.reset()
+    twin = Model().eval().requires_grad_(False)
+    twin.load_state_dict(model.state_dict())
+    options = {"overrides": recipes, "calibration": statistics, "target": target}
+    compiled = torch.compile(twin, backend="fxquant", options=options)
+    with torch.no_grad():
+        compiled(x)
+        out, kernels = run_and_get_kernels(compiled, 2 * x)
+    assert [kernel.target for kernel in kernels] == [target] * 3, kernels
+    outs.append(out)
+    notes.append([row.notes for row in fxquant.report(twin).rows])
+for out in outs[1:]:
+    # Both products of the same integers; outliers in float16 may be a rounding apart.
+    torch.testing.assert_close(out[:2], outs[0][:2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[2], outs[0][2], rtol=5e-3, atol=5e-3)
+counted = [("saturated elements: 2",)] * 2 + [("outlier columns: 2.0 a call in 2 calls",)]
+assert notes == [counted, [*counted[:2], ()]], notes
+print("ok")
+"""
+
+
+def test_activations_are_rounded_and_counted_alike_on_triton_and_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ACTIVATIONS],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == "ok"
