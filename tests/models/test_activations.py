@@ -1,0 +1,71 @@
+"""int8 activations in random transformers with planted outliers: coverage, and smoothing.
+
+The rewritten graphs run op by op, by the definition of every kernel: what is asked here is what
+the passes make of a model, and kernels have tests of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxquant
+from tests.passes.harness import Captured
+from tests.passes.test_smooth_models import made
+
+KINDS = ("llama", "gpt2", "opt", "bert", "t5", "mixtral", "vit")
+
+
+def model_of(call: Callable[..., Any]) -> nn.Module:
+    """The model that a function of `made` closes over."""
+    return next(c.cell_contents for c in call.__closure__ if isinstance(c.cell_contents, nn.Module))
+
+
+def plant(model: nn.Module) -> None:
+    """Two channels of what every norm gives become fifty times as large."""
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if "norm" in type(module).__name__.lower() and isinstance(weight, Tensor):
+            weight.data[:2] *= 50
+
+
+def decibels(found: Tensor, exact: Tensor) -> float:
+    """Signal over error, each channel counting the same: the last norm's are planted too."""
+    scale = exact.flatten(0, -2).square().mean(0).sqrt()
+    error = (found - exact) / scale
+    return -10 * float(torch.log10(error.square().mean()))
+
+
+def outputs(call: Callable[..., Any], data: Tensor, scheme: str, calibration: Any) -> Any:
+    torch._dynamo.reset()
+    captured = Captured(scheme=scheme, calibration=calibration)
+    with torch.no_grad():
+        found = torch.compile(call, backend=captured.backend)(data)
+    return found, captured
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_smoothing_is_better_than_plain_int8(kind: str) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    call, data = made(kind)
+    # Enough tokens that a few which a router sends elsewhere do not decide.
+    data = torch.randn(8, 3, 32, 32) if kind == "vit" else torch.randint(1, 99, (8, 24))
+    model = model_of(call)
+    plant(model)
+    with torch.no_grad():
+        exact = call(data)
+    calibration = fxquant.calibrate(model, [lambda _: call(data)], progress=False)
+    plain, first = outputs(call, data, "w8a8", calibration)
+    smooth, second = outputs(call, data, "smoothquant", calibration)
+    assert decibels(smooth, exact) > decibels(plain, exact) + 3
+    for captured in (first, second):
+        assert captured.sites
+        # Experts behind `grouped_mm` are no product of one weight yet.
+        assert all("grouped_mm" in refusal.op for refusal in captured.losses)
+        assert bool(captured.losses) == (kind == "mixtral")
+    assert {site.parameter.name for site in second.sites} == {s.parameter.name for s in first.sites}
