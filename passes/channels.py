@@ -162,12 +162,12 @@ def _added(node: fx.Node, pattern: Pattern, _: Ties) -> Ways:
 def _mixed(node: fx.Node, pattern: Pattern, _: Ties) -> Ways:
     """``mixing @ values``: a scale of the values' columns, or of a matrix of the batch."""
     values = node.args[1]
-    rank = len(shape_of(values))  # type: ignore[arg-type]
+    rank = len(shape_of(values))
     mixing = node.args[0].meta["val"].ndim  # type: ignore[union-attr]
     if min(rank, mixing) < 2 or pattern.shape[-2] != 1:
         return []
-    result = (*shape_of(node)[:-2], *shape_of(values)[-2:])  # type: ignore[arg-type]
-    pulled = broadcast_back(pattern, result, shape_of(values), None)  # type: ignore[arg-type]
+    result = (*shape_of(node)[:-2], *shape_of(values)[-2:])
+    pulled = broadcast_back(pattern, result, shape_of(values), None)
     return [] if pulled is None else [[Need(values, pulled)]]  # type: ignore[arg-type]
 
 
@@ -178,7 +178,7 @@ def _attended(node: fx.Node, pattern: Pattern, ties: Ties) -> Ways:
         return []
     grouped = bool(node.kwargs.get("enable_gqa"))
     if grouped and pattern.shape[-3] > 1:
-        heads, shared = shape_of(query)[-3], shape_of(values)[-3]  # type: ignore[arg-type]
+        heads, shared = shape_of(query)[-3], shape_of(values)[-3]
         if not isinstance(heads, int) or not isinstance(shared, int) or heads % shared:
             return []
         split = pattern.unflatten(-3, (shared, heads // shared))
@@ -187,7 +187,7 @@ def _attended(node: fx.Node, pattern: Pattern, ties: Ties) -> Ways:
             return []
         pattern = joined.squeeze(pattern.ndim - 2)
     elif not grouped:
-        pulled = broadcast_back(pattern, shape_of(node), shape_of(values), None)  # type: ignore[arg-type]
+        pulled = broadcast_back(pattern, shape_of(node), shape_of(values), None)
         if pulled is None:
             return []
         pattern = pulled

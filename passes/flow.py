@@ -324,7 +324,7 @@ def _inside(node: fx.Node, pattern: Pattern, ties: Ties, *, exact: bool) -> Ways
 def _call_of(node: fx.Node) -> tuple[fx.Node, int | None]:
     """The call behind a value, and which of its results the value is."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        source, number = node.args[:2]
+        source, number = node.args[0], node.args[1]
         if _gives_pieces(source) and isinstance(number, int):
             return source, number
     return node, None

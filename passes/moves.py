@@ -19,7 +19,7 @@ def _reshape(node: fx.Node, pattern: Pattern, _: Ties) -> Ways:
     operand = node.args[0]
     if node.meta["val"].dtype != operand.meta["val"].dtype:  # type: ignore[union-attr]
         return []
-    moved = reshaped(pattern, shape_of(node), shape_of(operand))  # type: ignore[arg-type]
+    moved = reshaped(pattern, shape_of(node), shape_of(operand))
     return [] if moved is None else [[Need(operand, moved)]]  # type: ignore[arg-type]
 
 
@@ -79,10 +79,12 @@ def _matched(old: tuple[Any, ...], new: tuple[Any, ...]) -> list[_Runs] | None:
 
 def _permute(node: fx.Node, pattern: Pattern, _: Ties) -> Ways:
     operand = node.args[0]
-    rank = len(shape_of(operand))  # type: ignore[arg-type]
+    rank = len(shape_of(operand))
     # Unlike sizes: the strides of the result name the dimensions of the operand.
     stand_in = torch.empty(tuple(range(2, rank + 2)), device="meta")
-    call = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+    call: Any = node.target
+    if node.op == "call_method":
+        call = getattr(torch.Tensor, str(node.target))
     moved = call(stand_in, *node.args[1:], **node.kwargs)
     order = [stand_in.stride().index(stride) for stride in moved.stride()]
     back = [order.index(dim) for dim in range(rank)]
@@ -91,7 +93,7 @@ def _permute(node: fx.Node, pattern: Pattern, _: Ties) -> Ways:
 
 def _expand(node: fx.Node, pattern: Pattern, ties: Ties) -> Ways:
     operand = node.args[0]
-    pulled = broadcast_back(pattern, shape_of(node), shape_of(operand), ties)  # type: ignore[arg-type]
+    pulled = broadcast_back(pattern, shape_of(node), shape_of(operand), ties)
     return [] if pulled is None else [[Need(operand, pulled)]]  # type: ignore[arg-type]
 
 
@@ -146,10 +148,10 @@ def picked(node: fx.Node, call: fx.Node) -> tuple[int, Tensor | None]:
         call: The slice, selection or split.
     """
     operand, *rest = call.args
-    shape = shape_of(operand)  # type: ignore[arg-type]
+    shape = shape_of(operand)
     names = [argument.name for argument in call.target._schema.arguments]  # type: ignore[union-attr]
     given = {**dict(zip(names, call.args, strict=False)), **call.kwargs}
-    dim = int(given.get("dim", 0)) % len(shape)  # type: ignore[call-overload]
+    dim = int(given.get("dim", 0)) % len(shape)
     if any(isinstance(value, fx.Node) for value in rest) or not isinstance(shape[dim], int):
         return dim, None
     sizes = [1] * len(shape)
@@ -163,7 +165,7 @@ def picked(node: fx.Node, call: fx.Node) -> tuple[int, Tensor | None]:
 def _embedded(node: fx.Node, call: fx.Node, pattern: Pattern) -> Ways:
     """A part of a value: scaled on its own, or together with the rest."""
     operand = call.args[0]
-    shape = shape_of(operand)  # type: ignore[arg-type]
+    shape = shape_of(operand)
     dim, rows = picked(node, call)
     if pattern.ndim < len(shape):
         pattern = pattern.unsqueeze(dim)
