@@ -2,7 +2,8 @@
 
 MiniLM encodes sentences, and a decoder of Llama's shape (1.1 billion random weights) makes tokens
 with a static cache, one at a time. Everyone in one process, interleaved, from cold caches; medians
-and quartiles. Written to ``benchmarks/results/models.json``.
+and quartiles. Written to ``benchmarks/results/models.json``, where cases that were measured before
+on the same machine stay: ``--models llama`` measures one alone.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from benchmarks.ours import require_kernels
 from benchmarks.peers import quiet
 from benchmarks.timing import Run, interleave
 
-ROUNDS = 21
+ROUNDS = {"minilm": 11, "sentence": 21, "llama": 11}
+"""The cases, and how often every contender is timed: packing and compiling takes most of the time
+of the larger ones."""
 BF16 = torch.bfloat16
 LEAST_COSINE = 0.5
 """Of a result to that of the dense model, where unrelated ones have about 0. (4 bits a weight leave
@@ -107,34 +110,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         require_kernels()
     console = results.console()
     machine = Machine(torch.get_num_threads())
-    cases: list[dict[str, Any]] = []
-    if "minilm" in options.models:
-        cases += _minilm(names, options, machine, console)
-    if "llama" in options.models:
-        decoding = [name for name in names if name in DECODED]
-        cases.append(_llama(decoding, options, machine, console))
+    timed: list[dict[str, Any]] = []
+    for case in options.models:
+        options.turns = options.rounds or (5 if options.quick else ROUNDS[case])
+        if case == "llama":
+            decoding = [name for name in names if name in DECODED]
+            timed.append(_llama(decoding, options, machine, console))
+        else:
+            timed.append(_minilm(case, names, options, machine, console))
+    found = results.circumstances(machine.rates())
+    measured = [{**case, "commit": found["commit"], "time": found["time"]} for case in timed]
+    cases = results.merged(options.output, found, measured)
     judged = [target.judge(_seconds(cases)) for target in targets.MODELS]
     console.print(targets.table(judged))
-    found = results.circumstances(machine.rates())
     results.write(options.output, {**found, "cases": cases, "targets": judged})
     console.print(f"written to {options.output}")
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    known = ("minilm", "llama")
-    parser.add_argument("--models", nargs="+", choices=known, default=known)
+    parser.add_argument("--models", nargs="+", choices=tuple(ROUNDS), default=tuple(ROUNDS))
     parser.add_argument(
         "--contenders", nargs="+", default=["*"], help="patterns of names, as 'torch*'"
     )
-    parser.add_argument("--rounds", type=int, help=f"default {ROUNDS}")
+    listed = ", ".join(f"{case} {count}" for case, count in ROUNDS.items())
+    parser.add_argument("--rounds", type=int, help=f"default: {listed}")
     parser.add_argument("--layers", type=int, default=22, help="of the decoder (default 22)")
     parser.add_argument("--quick", action="store_true", help="5 rounds, small cases")
     parser.add_argument(
         "--output", type=Path, default=results.FOLDER / "models.json", help="where to write"
     )
     options = parser.parse_args(arguments)
-    options.rounds = options.rounds or (5 if options.quick else ROUNDS)
     options.layers = 2 if options.quick else options.layers
     options.sentences = 8 if options.quick else 64
     return options
@@ -144,39 +150,40 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _minilm(
-    names: Sequence[str], options: argparse.Namespace, machine: Machine, console: Console
-) -> list[dict[str, Any]]:
-    """Many sentences at once, and one."""
+    case: str,
+    names: Sequence[str],
+    options: argparse.Namespace,
+    machine: Machine,
+    console: Console,
+) -> dict[str, Any]:
+    """Many sentences at once, or one."""
     from fxquant.demo import load_minilm, sentences
 
     model, tokenizer = load_minilm()
     listed = sentences()
-    # Sixteen sentences in a row are more than 128 tokens: nothing is padded.
-    texts = [" ".join(listed[start : start + 16]) for start in range(options.sentences)]
-    batches = {
-        f"MiniLM, {options.sentences} x 128 tokens": tokenizer(
-            texts, max_length=128, truncation=True, return_tensors="pt"
-        ),
-        "MiniLM, one sentence": tokenizer(listed[:1], return_tensors="pt"),
-    }
-    cases = []
-    for title, batch in batches.items():
-        # A graph of its own for each case: static shapes are the best case for everyone.
-        torch._dynamo.reset()
-        exact = _encoded(model, batch)
-        runs: dict[str, list[Run]] = {}
-        cosines = {}
-        for name in names:
-            dtype, build = BUILDERS[name]
-            with console.status(f"{title}: {name}"):
-                # Two, because packed weights fit into the caches: they take turns.
-                copies = [build(copy.deepcopy(model).to(dtype)) for _ in range(2)]
-                for built in copies:
-                    cosines[name] = _alike(name, _encoded(built, batch), exact)
-            runs[name] = [_call(built, batch) for built in copies]
-        cases.append(_time(title, runs, cosines, options.rounds, machine))
-        console.print(_table(cases[-1]))
-    return cases
+    if case == "sentence":
+        title, batch = "MiniLM, one sentence", tokenizer(listed[:1], return_tensors="pt")
+    else:
+        title = f"MiniLM, {options.sentences} x 128 tokens"
+        # Sixteen sentences in a row are more than 128 tokens: nothing is padded.
+        texts = [" ".join(listed[start : start + 16]) for start in range(options.sentences)]
+        batch = tokenizer(texts, max_length=128, truncation=True, return_tensors="pt")
+    # A graph of its own for each case: static shapes are the best case for everyone.
+    torch._dynamo.reset()
+    exact = _encoded(model, batch)
+    runs: dict[str, list[Run]] = {}
+    cosines = {}
+    for name in names:
+        dtype, build = BUILDERS[name]
+        with console.status(f"{title}: {name}"):
+            # Two, because packed weights fit into the caches: they take turns.
+            copies = [build(copy.deepcopy(model).to(dtype)) for _ in range(2)]
+            for built in copies:
+                cosines[name] = _alike(name, _encoded(built, batch), exact)
+        runs[name] = [_call(built, batch) for built in copies]
+    timed = _time(title, runs, cosines, options.turns, machine)
+    console.print(_table(timed))
+    return timed
 
 
 def _call(model: Callable[..., Any], batch: Mapping[str, Tensor]) -> Run:
@@ -224,7 +231,7 @@ def _llama(
     model = _make_llama(options.layers)
     warmup = 3
     # `interleave` makes one call ahead, and two in a round.
-    length = warmup + 1 + 2 * options.rounds
+    length = warmup + 1 + 2 * options.turns
     runs: dict[str, list[Run]] = {}
     cosines = {}
     exact = Decoder(model, model.config, 1)
@@ -245,7 +252,7 @@ def _llama(
         runs[name] = [decoder]
     weights = sum(p.numel() for p in model.parameters())
     title = "Llama 1.1 B, a token" if options.layers == 22 else f"Llama {weights / 1e9:.1f} B"
-    case = _time(title, runs, cosines, options.rounds, machine)
+    case = _time(title, runs, cosines, options.turns, machine)
     for line in case["contenders"]:
         line["tokens_per_second"] = 1e3 / line["median_ms"]
     console.print(_table(case))

@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import distributions, version
 from pathlib import Path
@@ -44,6 +44,23 @@ def write(path: Path, result: Mapping[str, Any]) -> None:
     """Writes a result as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def merged(
+    path: Path, found: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Cases that were just measured, after those in a file that were measured before.
+
+    Args:
+        path: The file; it may not be there.
+        found: The circumstances now: cases of another device or number of threads are dropped.
+        measured: Each with its name as ``"case"``.
+    """
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if any(before.get(key) != found[key] for key in ("device", "threads")):
+        return list(measured)
+    again = {case["case"] for case in measured}
+    return [*(case for case in before["cases"] if case["case"] not in again), *measured]
 
 
 def console() -> Console:
