@@ -1,11 +1,10 @@
-"""Calibration: what it sees against forward hooks, and that nothing else notices it."""
+"""Calibration: what it sees against forward hooks, on every kind of model and batch."""
 
 from __future__ import annotations
 
 import io
 import logging
 import sys
-import threading
 from collections import UserDict
 from collections.abc import Callable
 from typing import Any
@@ -14,60 +13,23 @@ import pytest
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.nn.functional import gelu, linear
+from torch.nn.functional import linear
 
 from fxquant import errors
 from fxquant.calibrate import calibrate as calibrate_with_bar
-from fxquant.calibration import SAMPLE, Calibration, SiteStats
+from fxquant.calibration import SAMPLE, Calibration
+from tests.calibrating import (
+    BATCHES,
+    Counter,
+    Hooked,
+    calibrate,
+    check,
+    check_like_hooks,
+    state_of,
+)
 from tests.helpers import TwoLayers
 
 pytestmark = pytest.mark.usefixtures("fresh")
-
-
-def calibrate(model: Any, batches: Any, **options: Any) -> Calibration:
-    return calibrate_with_bar(model, batches, progress=False, **options)
-
-
-class Hooked:
-    """Inputs of the Linears of a model, by the names of their weights, as hooks see them."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.rows: dict[str, list[Tensor]] = {}
-        self.handles = [
-            module.register_forward_pre_hook(lambda _, args, name=name: self.see(name, args[0]))
-            for name, module in model.named_modules(remove_duplicate=False)
-            if isinstance(module, nn.Linear)
-        ]
-
-    def see(self, name: str, x: Tensor) -> None:
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        self.rows.setdefault(f"{name}.weight", []).append(rows)
-
-    def stats(self, run: Callable[[], object]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            run()
-        for handle in self.handles:
-            handle.remove()
-        return {name: torch.cat(rows) for name, rows in self.rows.items()}
-
-
-def check(found: SiteStats, rows: Tensor) -> None:
-    assert found.tokens == len(rows)
-    assert torch.equal(found.amax, rows.abs().amax(0))
-    assert (found.low, found.high) == (float(rows.min()), float(rows.max()))
-    if len(rows) <= SAMPLE:
-        assert torch.equal(found.token_amax, rows.abs().amax(1).sort().values)
-
-
-def check_like_hooks(model: nn.Module, batches: list[Any], run: Callable[..., object]) -> None:
-    wanted = Hooked(model).stats(lambda: [run(batch) for batch in batches])
-    found = calibrate(model, batches).stats
-    assert found.keys() == wanted.keys()
-    for name, rows in wanted.items():
-        check(found[name], rows)
-
-
-BATCHES = [torch.randn(5, 128), torch.randn(5, 128) * 3, torch.randn(2, 128)]
 
 
 def test_values_are_those_that_hooks_see() -> None:
@@ -156,114 +118,6 @@ def test_more_tokens_than_the_sample_holds() -> None:
     # A stride through the tokens would meet one place of each sequence of 128.
     places = torch.histc(sample % 128, 128, 0, 128)
     assert (places > 0).all()
-
-
-# --- what it must not change -----------------------------------------------------------------
-
-
-def state_of(model: nn.Module) -> list[Any]:
-    return [
-        (name, {key: id(value) for key, value in vars(module).items()}, module.training)
-        for name, module in model.named_modules()
-    ]
-
-
-class Fails(TwoLayers):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.up(x)
-        if x.shape[0] == 3:
-            torch._dynamo.graph_break()
-            raise OverflowError("as the user wrote it")
-        return self.down(gelu(y))
-
-
-def test_the_model_is_untouched_also_after_an_exception() -> None:
-    model = Fails()
-    before = state_of(model)
-    config = torch._dynamo.config.recompile_limit
-    calibrate(model, BATCHES)
-    assert state_of(model) == before
-    with pytest.raises(OverflowError, match="as the user wrote it"):
-        calibrate(model, [BATCHES[0], torch.randn(3, 128)])
-    assert state_of(model) == before
-    assert torch._dynamo.config.recompile_limit == config
-    assert torch.is_grad_enabled()
-    # Nobody is observed any more: a compile of the user's is the user's.
-    counted = Counter()
-    torch.compile(model, backend=counted)(BATCHES[0])
-    assert counted.graphs == 1
-
-
-class Counter:
-    """A backend that counts what it compiles, and remembers which sizes were dynamic."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-        self.dynamic = False
-
-    def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        self.graphs += 1
-        self.dynamic |= any(isinstance(given, (int, torch.SymInt)) for given in inputs)
-        return gm.forward
-
-
-class Breaks(TwoLayers):
-    def forward(self, x: Tensor) -> Tensor:
-        y = gelu(self.up(x))
-        torch._dynamo.graph_break()
-        return self.down(y)
-
-
-@pytest.mark.parametrize("kind", [TwoLayers, Breaks])
-@pytest.mark.parametrize("in_place", [False, True])
-def test_a_compiled_model_stays_compiled(kind: type[TwoLayers], in_place: bool) -> None:
-    model, counter = kind().eval(), Counter()
-    compiled: Any = model
-    if in_place:
-        model.compile(backend=counter)
-    else:
-        compiled = torch.compile(model, backend=counter)
-    with torch.no_grad():
-        wanted = compiled(BATCHES[0])
-        graphs = counter.graphs
-        found = calibrate(compiled, [*BATCHES, lambda m: m(BATCHES[0])])
-        assert torch.equal(compiled(BATCHES[0]), wanted)
-    assert counter.graphs == graphs
-    assert set(found.stats) == {"up.weight", "down.weight"}
-    check(found.stats["up.weight"], torch.cat([*BATCHES, BATCHES[0]]))
-
-
-@pytest.mark.parametrize("kind", [TwoLayers, Breaks])
-def test_later_compiles_start_from_nothing(kind: type[TwoLayers]) -> None:
-    model, counter = kind().eval(), Counter()
-    calibrate(model, [torch.randn(n, 128) for n in range(2, 14)])
-    with torch.no_grad():
-        torch.compile(model, backend=counter)(torch.randn(20, 128))
-    assert counter.graphs == (1 if kind is TwoLayers else 2)
-    # The shapes of the batches would have made this compile dynamic.
-    assert not counter.dynamic
-    code = kind.forward.__code__
-    assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(code)) == 1
-
-
-def test_one_calibration_at_a_time() -> None:
-    models = [TwoLayers().eval() for _ in range(4)]
-    found: dict[int, Calibration] = {}
-
-    def run(number: int) -> None:
-        found[number] = calibrate(models[number], BATCHES[number % 3 :])
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number in range(4):
-        check(found[number].stats["up.weight"], torch.cat(BATCHES[number % 3 :]))
-    # Nothing is left in force: the next compile is the user's.
-    counter = Counter()
-    torch.compile(models[0], backend=counter)(BATCHES[0])
-    assert counter.graphs == 1
 
 
 # --- how a model may be compiled and called --------------------------------------------------
