@@ -192,7 +192,8 @@ def test_wrong_scheme_in_a_script_is_one_sentence(
     assert run("report", script, "nf5") == 1
     message = one_sentence(capsys.readouterr().err)
     assert "unknown quantization scheme 'nf5': the schemes are" in message
-    assert f"{list(schemes())[-1]}): make it run" in message, "a sentence inside a sentence keeps no full stop"
+    last = list(schemes())[-1]
+    assert f"{last}): make it run" in message, "a sentence inside a sentence keeps no full stop"
 
 
 def test_dump_into_an_unwritable_folder_is_one_sentence(

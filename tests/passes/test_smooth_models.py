@@ -39,8 +39,8 @@ def made(kind: str, **more):
             bos_token_id=0, eos_token_id=0, **more,
         ),
         "t5": lambda: transformers.T5Config(
-            d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=2, num_heads=4, vocab_size=99,
-            decoder_start_token_id=0, **more,
+            d_model=32, d_kv=8, d_ff=48, num_layers=1, num_decoder_layers=2, num_heads=4,
+            vocab_size=99, decoder_start_token_id=0, **more,
         ),
         "vit": lambda: transformers.ViTConfig(image_size=32, patch_size=16, **SIZES, **more),
     }  # fmt: skip
