@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,13 +52,17 @@ def static(calibration: Any, target: str = "auto") -> dict[str, Any]:
 
 @pytest.mark.parametrize("target", ["cpp", "torch"])
 @torch.no_grad()
-def test_what_saturates_is_counted_for_every_model_that_a_graph_serves(target: str) -> None:
+def test_what_saturates_is_counted_for_every_model(target: str, tmp_path: Path) -> None:
     first, second = frozen(Pair()), frozen(Pair())
     x = torch.randn(2, 5, 64)
     x[0, 0, 0] = 9.0
     options = static(fxquant.calibrate(first, [x], progress=False), target)
-    compiled = compile_(first, **options)
+    compiled = compile_(first, dump=str(tmp_path), **options)
     compiled(x)
+    (written,) = tmp_path.glob(f"{target}_quantize_64_static_*.json")
+    assert json.loads(written.read_text())["kind"] == "quantize"
+    (source,) = [f for f in tmp_path.glob(written.stem + ".*") if f != written]
+    assert "Modules: a, b" in source.read_text()
     assert counted(first) == [["saturated elements: 0"]] * 2
     x[1, 2, :7] = torch.tensor([9.5, -9.5, 10, -99, 1e4, 9, -9])
     for calls in (1, 2):
