@@ -78,6 +78,9 @@ class Division:
                 pattern = _trimmed(found.ties.of(found.changed[value]))
                 back[value] = self._times(value, Spread(scale, pattern), value.next)
             user.replace_input_with(value, back[value])
+            for site in self.ctx.sites:
+                if site.node is user and site.x is value:
+                    site.x = back[value]
 
     def finish(self) -> None:
         """Divides the vectors and the weights."""
@@ -153,6 +156,11 @@ class Division:
                 for _, own in group:
                     for site in own:
                         site.scaled = rule
+
+
+def reads_once(site: LinearSite, value: fx.Node) -> bool:
+    """Whether a product reads a value as its activation and not otherwise."""
+    return site.x is value and occurrences(site.node, value) == 1
 
 
 def _is_scaled(part: Part) -> bool:

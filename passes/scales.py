@@ -208,7 +208,7 @@ class Folded:
         vector = inputs[self.index].detach()
         out = vector.float()
         for spread in self.spreads:
-            out = out / spread.compute(inputs, tools)
+            out = out / spread.compute(inputs, tools).to(out.device)
         return out.to(vector.dtype)
 
     def key(self, number: Mapping[int, int]) -> Hashable:
@@ -274,9 +274,9 @@ class ScaledWeight:
             where = part.operand
             matrix = torch.as_strided(dense, where.sizes, where.strides, where.offset)
             if part.columns is not None:
-                matrix.mul_(evaluate(part.columns, inputs, tools))
+                matrix.mul_(evaluate(part.columns, inputs, tools).to(dense.device))
             for spread in part.rows:
-                matrix.div_(spread.compute(inputs, tools)[:, None])
+                matrix.div_(spread.compute(inputs, tools).to(dense.device)[:, None])
         return dense
 
     def key(self, number: Mapping[int, int]) -> Hashable:

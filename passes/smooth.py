@@ -221,6 +221,12 @@ def _gamma(ctx: Context, walk: Walk, written: Written, activation: Activation) -
     place = torch.full((activation.k,), -1)
     place[pattern[pattern >= 0]] = torch.arange(len(pattern))[pattern >= 0]
     others = tuple(walk.others(found, activation.readers))
+    sites = {site.node: site for site in ctx.sites}
+    for value, reader in others:
+        site = sites.get(reader)
+        if site is not None and not divide.reads_once(site, value):
+            # Its adapters hold on to what it adds to the product.
+            return _Plan(activation, None, reason=f"{_title(site)} adds it to its product")
     return _Plan(activation, Gamma(index, tuple(place.tolist())), found, others)
 
 

@@ -26,6 +26,7 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.a, self.b = nn.Linear(D, H), nn.Linear(D, H)
         self.down = nn.Linear(H, D)
+        self.square = nn.Parameter(torch.randn(D, D))
         self.kernel = nn.Parameter(torch.randn(D, D, 3))
         self.gamma = nn.Parameter(torch.randn(D))
         self.register_buffer("gain", torch.rand(D) + 0.5)
@@ -256,12 +257,11 @@ def test_parts_of_one_weight_get_scales_of_their_own() -> None:
 
 
 def test_a_weight_of_two_products_has_two_packings_where_they_differ() -> None:
-    model = Block()
-    model.square = nn.Linear(D, D).requires_grad_(requires_grad=False)
-    found = run(lambda x: model.square(torch.tanh(model.square(torch.sin(x)))), X)
+    own = nn.Linear(D, D).requires_grad_(requires_grad=False)
+    found = run(lambda x: own(torch.tanh(own(torch.sin(x)))), X)
     first, second = found.sites
     assert first.scaled is not second.scaled
-    again = run(lambda x: model.square(F.relu(model.square(torch.sin(x)))), X)
+    again = run(lambda x: own(F.relu(own(torch.sin(x)))), X)
     assert not any("folded" in note for site in again.sites for note in site.notes), (
         "the rows are read by another product too"
     )
@@ -322,3 +322,21 @@ def test_without_statistics_it_says_what_to_do() -> None:
     with pytest.raises(Exception, match="needs statistics of the activation of 'weight'") as info:
         torch.compile(model.a, backend=smoothed.backend)(X)
     assert isinstance(info.value.inner_exception, errors.CalibrationError)
+
+
+def test_inside_the_branches_of_cond() -> None:
+    model = Block()
+
+    def forward(x: Tensor) -> Tensor:
+        def one(y: Tensor) -> Tensor:
+            return model.down(F.relu(model.a(model.norm(y))))
+
+        def other(y: Tensor) -> Tensor:
+            return model.down(F.gelu(model.b(y)))
+
+        return torch.cond(x.sum() > 0, one, other, (x,))
+
+    for x in (X.abs(), -X.abs()):
+        found = run(forward, x)
+        assert len(found.sites) == 4
+        assert all(site.in_scale is not None for site in found.sites)
