@@ -115,6 +115,7 @@ _STATIC = """\
 """
 
 _ROW_SUMS = """\
+    const int64_t panel_row = row / heights[0] * heights[0];
     xsum_t* sums = call.sums + (e * all + panel_row) * BLOCKS + (row - panel_row);
     const int height = height_of(rows - panel_row, heights);
 """
@@ -138,7 +139,7 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
   const bool is_single = rows == 1 && height_of(1, heights) == 1;
 @NOTHING@@OUTLIERS@  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
   for (int64_t item = of.thread; @UNLESS@item < E * rows; item += of.threads) {
-    const int64_t e = item / rows, row = item % rows, panel_row = row / heights[0] * heights[0];
+    const int64_t e = item / rows, row = item % rows;
     const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
     x_t* line = call.lines + item * ALL_STEPS;
 @FLAGS@@SUMS@@SCALE@@MAKE@@APART@  }

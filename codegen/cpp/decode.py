@@ -81,8 +81,9 @@ _GATHER = {
     "avx512": "return _mm512_i32gather_ps(plain_byte(codes, 8 * place), LEVELS, 4);",
     "avx2": "return _mm256_i32gather_ps(LEVELS, plain_byte(codes, 8 * place), 4);",
     "portable": (
-        "vf out; for (int i = 0; i < LANES; ++i) out[i] = LEVELS[codes[i] >> (8 * place) & 255u]; "
-        "return out;"
+        "vf out;\n"
+        "    for (int i = 0; i < LANES; ++i) out[i] = LEVELS[codes[i] >> (8 * place) & 255u];\n"
+        "    return out;"
     ),
 }
 
@@ -185,7 +186,6 @@ def _bytes(plan: Plan, head: str) -> list[str]:
     if isa == "avx512":
         found = f"_mm512_permutexvar_epi8({taken}, operands)"
     else:
-        found = (
-            f"_mm256_shuffle_epi8(operands, _mm256_and_si256({taken}, _mm256_set1_epi8({mask})))"
-        )
+        low = f"_mm256_and_si256({taken}, _mm256_set1_epi8({mask}))"
+        found = f"_mm256_shuffle_epi8(\n        operands, {low})"
     return [load, head + "  // four bytes at once", f"  return {found};", "}"]

@@ -110,7 +110,8 @@ def _stored_scale(plan: Plan) -> str:
     add = " + *static_cast<const float*>(parts[3])" if inner.offset else ""
     body = (
         "const uint8_t code = static_cast<const uint8_t*>(parts[1])[block];\n"
-        f"  return SCALE_LEVELS[code] * static_cast<const float*>(parts[2])[{where}]{add};"
+        f"  const float nested = static_cast<const float*>(parts[2])[{where}];\n"
+        f"  return SCALE_LEVELS[code] * nested{add};"
     )
     text = _STORED_SCALE.replace("@TABLE@", float_table("SCALE_LEVELS", book) + "\n")
     return text.replace("@BODY@", body)

@@ -137,7 +137,10 @@ def _constant(ctype: str, name: str, value: str | tuple[int, ...], comment: str)
     if isinstance(value, tuple):
         name, value = f"{name}[{len(value)}]", f"{{{', '.join(map(str, value))}}}"
     text = f"constexpr {ctype} {name} = {value};"
-    return f"{text}  // {comment}" if comment else text
+    if not comment:
+        return text
+    line = f"{text}  // {comment}"
+    return line if len(line) <= 100 else f"// {comment}\n{text}"
 
 
 def _conversions(plan: Plan) -> str:

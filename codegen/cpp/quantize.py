@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 from fxquant.codegen.cpp.math import prelude_text
 from fxquant.codegen.cpp.unused import without_unused
 from fxquant.codegen.header import Header
@@ -29,8 +31,18 @@ def row_text(*, flagged: bool = False, scope: str = "token", clipped: bool = Fal
     elif scope == "static":
         text += _STATIC_ROW
     text = text.replace("@TAKEN@", f"flags[k] ? 0.0f : {plain}" if flagged else plain)
+    taken = ["const stored_t* x", "int64_t x_col", "float factor", "int8_t* q"]
+    flags = ["const uint8_t* flags"] if flagged else []
+    text = text.replace("@ROUND_ROW@", signature("INLINE void round_row", flags + taken))
     text = text.replace("@FLAGS@", "const uint8_t* flags, " if flagged else "")
     return text.replace("@GIVEN@", "flags, " if flagged else "")
+
+
+def signature(head: str, parameters: list[str]) -> str:
+    """The start of a function, in lines that fit the page."""
+    whole = ", ".join(parameter.replace(" ", "\0") for parameter in parameters)
+    lines = textwrap.wrap(f"{head}({whole})\0{{", 100, subsequent_indent=" " * (len(head) + 1))
+    return "\n".join(lines).replace("\0", " ")
 
 
 def render_quantize(spec: QuantizeSpec, header: Header) -> str:
@@ -90,7 +102,7 @@ INLINE uint32_t largest_of(@FLAGS@const stored_t* x, int64_t x_col) {
 _ROUND = """\
 // x * factor to the nearest integers, ties to even, from -127 to 127: what is added leaves them in
 // the last bits of the sum. The bounds keep compilers from fusing product and sum, too.
-INLINE void round_row(@FLAGS@const stored_t* x, int64_t x_col, float factor, int8_t* q) {
+@ROUND_ROW@
 #pragma omp simd
   for (int64_t k = 0; k < K; ++k) {
     const float value = @TAKEN@;

@@ -6,11 +6,10 @@ A row becomes a line of dwords, one a step. A panel holds ``height`` lines side 
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass
 
 from fxquant.codegen.cpp.plan import Plan
-from fxquant.codegen.cpp.quantize import row_text
+from fxquant.codegen.cpp.quantize import row_text, signature
 
 
 @dataclass(frozen=True)
@@ -107,27 +106,16 @@ def _lines(plan: Plan) -> str:
         [
             *([_sums(plan)] if plan.keeps_sums else []),
             f"// {title}",
-            _signature(f"INLINE {result} line_of", taken),
+            signature(f"INLINE {result} line_of", taken),
             _body(plan) + "}",
             "",
-            _signature(f"{result} line_of", others),
+            signature(f"{result} line_of", others),
             "  // With the stride a constant the usual case becomes vector instructions.",
             f"  if (call.x_col == 1) return {call.replace('@COL@', '1')};",
             f"  {scale}{call.replace('@COL@', 'call.x_col')};",
             "}",
             "",
         ]
-    )
-
-
-def _signature(head: str, parameters: list[str]) -> str:
-    return "\n".join(
-        textwrap.wrap(
-            f"{head}({', '.join(parameters)}) {{",
-            100,
-            subsequent_indent=" " * (len(head) + 1),
-            break_long_words=False,
-        )
     )
 
 

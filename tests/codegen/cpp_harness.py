@@ -105,11 +105,11 @@ class Builder:
     """Builds side by side; a kernel that was asked for before is waited for.
 
     Args:
-        whole: Specs whose kernels have panels of all heights. Compilers take half as long for the
-            others, which have some: one whose sums are made in turns, and one whose are not.
+        whole: Specs and instruction sets whose kernels have panels of all heights. Compilers take
+            less than half as long for the others, which have some: of one row, and of more.
     """
 
-    def __init__(self, whole: Container[KernelSpec] = ()) -> None:
+    def __init__(self, whole: Container[tuple[KernelSpec, str]] = ()) -> None:
         self._pool, self._whole = ThreadPoolExecutor(2), whole
         self._asked: dict[tuple[KernelSpec, str, bool], Future[Kernel]] = {}
 
@@ -118,8 +118,8 @@ class Builder:
         key = (spec, isa, openmp)
         if key not in self._asked:
             made_for = ISAS[isa]
-            if spec not in self._whole:
-                made_for = replace(made_for, few_heights=(6, 1), many_heights=(4, 2))
+            if (spec, isa) not in self._whole:
+                made_for = replace(made_for, few_heights=(4, 1), many_heights=(2,))
             self._asked[key] = self._pool.submit(Kernel, spec, made_for, openmp=openmp)
         return self._asked[key]
 

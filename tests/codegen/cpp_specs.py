@@ -205,4 +205,4 @@ EVERYWHERE = (
     "fp4_f32_odd",
     "int8_int8_long",
 )
-"""Built for every instruction set, with panels of all heights; the others for one or two."""
+"""Built for every instruction set; the others for one or two."""

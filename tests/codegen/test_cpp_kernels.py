@@ -7,6 +7,7 @@ import functools
 import math
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,12 +46,23 @@ def isas_of(number: int, name: str) -> list[str]:
 
 
 HAND_PICKED = [(name, isa) for number, name in enumerate(SPECS) for isa in isas_of(number, name)]
-DRAWN = cpp_harness.drawn(specs(FLOAT_DTYPES), 4) + cpp_harness.drawn(int8_specs(), 4)
+WHOLE = [
+    *((name, ISA_NAMES[0]) for name in EVERYWHERE),
+    *(("int8_int8", isa) for isa in ISA_NAMES[1:]),
+    *(("nf4_bf16", isa) for isa in ISA_NAMES[1:-1]),
+]
+"""Every height of panels for every way to multiply; compilers take longest for portable floats."""
+CODES = int8_specs().map(lambda spec: replace(spec, x_dtype="int8", outliers=None))
+DRAWN = [
+    *cpp_harness.drawn(specs(FLOAT_DTYPES), 3),
+    *cpp_harness.drawn(int8_specs(), 3),
+    *cpp_harness.drawn(CODES, 2),
+]
 
 
 @pytest.fixture(scope="module")
 def builder() -> Iterator[Builder]:
-    made = Builder({SPECS[name] for name in EVERYWHERE})
+    made = Builder({(SPECS[name], isa) for name, isa in WHOLE})
     threads = torch.get_num_threads()
     for name, isa in HAND_PICKED:
         made.start(SPECS[name], isa)
@@ -113,6 +125,8 @@ def _case(spec: KernelSpec, isa: str, rows: int) -> Case:
 def test_every_variant_number_of_rows_and_of_threads(name: str, isa: str, builder: Builder) -> None:
     spec, kernel = SPECS[name], builder.kernel(SPECS[name], isa)
     counts = ROWS if spec.weight.k < 1000 else ROWS[:6]
+    if name not in EVERYWHERE:
+        counts = counts[:8]
     one = case(spec, isa, counts[-1])
     prepared = [kernel.prepare(one.tensors, threads) for threads in (1, 2)]
     for number, rows in enumerate(counts):

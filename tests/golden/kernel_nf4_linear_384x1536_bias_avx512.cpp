@@ -386,7 +386,7 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
   if (call.is_line && is_single) return;
   const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
   for (int64_t item = of.thread; !call.is_line && item < E * rows; item += of.threads) {
-    const int64_t e = item / rows, row = item % rows, panel_row = row / heights[0] * heights[0];
+    const int64_t e = item / rows, row = item % rows;
     const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
     x_t* line = call.lines + item * ALL_STEPS;
     line_of(call, x, line);
