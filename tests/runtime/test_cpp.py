@@ -81,7 +81,7 @@ def test_only_rows_that_do_not_collapse_are_copied() -> None:
     for layout, make in LAYOUTS.items():
         x = make()
         if x.numel():
-            rows, _, _ = cpp._as_rows(x)
+            rows, _, _ = cpp.as_rows(x)
             copied = rows.data_ptr() != x.data_ptr()
             assert copied == (layout in ("rows that do not collapse", "one row for some"))
 
