@@ -150,7 +150,7 @@ def _operand(view: View, form: Form) -> WeightOperand | str:
         n=n,
         k=k,
         strides=(outer, strides[n_dim], strides[k_dim]),
-        offset=layout.storage_offset(),
+        offset=int(layout.storage_offset()),
     )
 
 
