@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxquant.calibration import SiteStats
 from fxquant.config import Config
 from fxquant.formats import Encoding, pack
-from fxquant.passes import run_pipeline, values
+from fxquant.passes import adapt, run_pipeline, values
 from fxquant.passes.bind import bind
 from fxquant.passes.context import Context, PassReport
 from fxquant.passes.inputs import derive
@@ -76,10 +76,13 @@ def exact(ctx: Context) -> PassReport:
         rule = Dense(site.parameter.index, site.scaled, site.operand)
         weight = site.region.bring_in(derive(ctx, "dense", rule))
         with graph.inserting_before(node):
-            x = site.x if site.to_x is None else site.to_x(site.x)
+            dtype = node.meta["val"].dtype
+            x = adapt.cast(site.x, dtype, node)
+            x = x if site.to_x is None else site.to_x(x)
             out = values.emit(graph, node, _product, x, weight, site.operand.batch is not None)
             if site.bias is not None:
-                out = values.emit(graph, node, torch.ops.aten.add.Tensor, out, site.bias)
+                bias = adapt.cast(site.bias, dtype, node)
+                out = values.emit(graph, node, torch.ops.aten.add.Tensor, out, bias)
             out = out if site.from_out is None else site.from_out(out)
         values.replace(node, out)
     for number, node in enumerate(ctx.regions[0].placeholders):
@@ -90,6 +93,7 @@ def exact(ctx: Context) -> PassReport:
 
 
 def _product(x: Tensor, weight: Tensor, batched: bool) -> Tensor:
+    weight = weight.to(x.dtype)
     return torch.matmul(x, (weight if batched else weight[0]).transpose(-1, -2))
 
 

@@ -86,6 +86,9 @@ ROWS = {
     "a sum": lambda m, x: m.down(m.a(x) + m.b(x)),
     "divided by a token's value": lambda m, x: m.down(m.a(x) / x.abs().sum(-1, keepdim=True)),
     "a bias of its own": lambda m, x: m.down(x @ m.a.weight.T + m.a.bias),
+    "mixed by einsum": lambda m, x: m.down(
+        torch.einsum("ij,bjhd->bihd", x[0] @ x[0].mT, m.a(x).unflatten(-1, (4, 12))).flatten(2)
+    ),
     "heads": lambda m, x: m.down(
         (x[..., :1, None] * m.a(x).unflatten(-1, (4, 12)))
         .transpose(1, 2)
@@ -340,3 +343,15 @@ def test_inside_the_branches_of_cond() -> None:
         found = run(forward, x)
         assert len(found.sites) == 4
         assert all(site.in_scale is not None for site in found.sites)
+
+
+def test_under_autocast() -> None:
+    """Some 10 roundings to bfloat16 on the way, and a few more for the scales."""
+    model = Block()
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model.down(F.relu(model.a(model.norm(x))))
+
+    found = run(forward, X, tol=20 * torch.finfo(torch.bfloat16).eps)
+    assert len(found.folded()) == 2
