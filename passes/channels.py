@@ -87,11 +87,16 @@ def is_free(node: fx.Node, call: fx.Node, pattern: Pattern) -> bool:
 
 
 def _packet(node: fx.Node) -> Any:
-    if node.op == "call_method":
-        return _METHODS.get(str(node.target))
-    if node.op != "call_function":
+    if node.op not in ("call_method", "call_function"):
         return None
-    return getattr(node.target, "overloadpacket", None) or _FUNCTIONS.get(node.target)
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is not None:
+        return packet
+    spelled = _METHODS.get(str(node.target)) if node.op == "call_method" else None
+    spelled = spelled or _FUNCTIONS.get(node.target)
+    # Operands by keyword are put in order by an expansion.
+    least = 2 if spelled in (*_FACTORS, *_SUMS, *_MIXES) else 1
+    return spelled if len(node.args) >= least else None
 
 
 def _is_real(node: Any) -> bool:

@@ -85,6 +85,7 @@ ROWS = {
     "gated the other way round": lambda m, x: m.down(F.gelu(m.a(x)) * m.b(x)),
     "a sum": lambda m, x: m.down(m.a(x) + m.b(x)),
     "divided by a token's value": lambda m, x: m.down(m.a(x) / x.abs().sum(-1, keepdim=True)),
+    "by keyword": lambda m, x: m.down(torch.add(input=m.a(x), other=m.b(x)).mul(other=m.gain[0])),
     "a bias of its own": lambda m, x: m.down(x @ m.a.weight.T + m.a.bias),
     "mixed by einsum": lambda m, x: m.down(
         torch.einsum("ij,bjhd->bihd", x[0] @ x[0].mT, m.a(x).unflatten(-1, (4, 12))).flatten(2)
