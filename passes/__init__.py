@@ -28,13 +28,13 @@ PIPELINE: tuple[Pass, ...] = (normalize, bind, match, plan, smooth, pack)
 OBSERVATION: tuple[Pass, ...] = (normalize, bind, match, observe)
 
 
-def run_pipeline(ctx: Context, steps: Sequence[Pass] = PIPELINE) -> None:
+def run_pipeline(ctx: Context, steps: Sequence[Pass] | None = None) -> None:
     """Runs every pass, and verifies the graph after each.
 
     Args:
         ctx: A graph and its inputs. Afterwards `ctx.gm` takes `ctx.inputs`, which come from
             `ctx.sources`; `ctx.sites` and `ctx.refusals` say what was done.
-        steps: The passes, in order.
+        steps: The passes, in order; None is `PIPELINE`.
 
     Raises:
         CoverageError: `strict` or `min_coverage` is not met.
@@ -42,7 +42,7 @@ def run_pipeline(ctx: Context, steps: Sequence[Pass] = PIPELINE) -> None:
         PassError: A pass broke the graph: a defect.
     """
     before = None
-    for step in steps:
+    for step in PIPELINE if steps is None else steps:
         report = step(ctx)
         if before is None:
             # Dynamo's own nodes have no `val`: the copy that `normalize` makes is compared with.
