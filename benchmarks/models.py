@@ -103,6 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measures, prints the tables and writes the JSON."""
     options = _options(arguments)
     quiet()
+    # Everyone compiles the same function: what Dynamo gave up on would run uncompiled.
+    torch._dynamo.config.recompile_limit = 100
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     names = [n for n in BUILDERS if any(fnmatch.fnmatch(n, p) for p in options.contenders)]
     if not names:
         raise SystemExit(f"No contender matches. There are: {'; '.join(BUILDERS)}.")
