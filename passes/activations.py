@@ -86,7 +86,7 @@ class Activations:
             return None
         # Whole groups, so that products which differ little share a kernel.
         numbers = ColumnNumbers(observed, min(-(-found // _COLUMNS) * _COLUMNS, k))
-        weights = ColumnWeights(numbers, dtype)
+        weights = ColumnWeights(numbers, dtype, site.scaled)
         return self._brought(site, "columns", numbers), self._brought(site, "apart", weights)
 
     def _observed(self, site: LinearSite) -> Observed:

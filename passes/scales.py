@@ -17,7 +17,7 @@ from fxquant.calibration import Calibration, SiteStats
 from fxquant.codegen.spec import WeightOperand
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes.alpha import best_alpha
-from fxquant.passes.sources import Rule, Tools, evaluate
+from fxquant.passes.sources import Rule, Tools, evaluate, key_of
 from fxquant.schemes.recipe import AUTO, Activation
 
 LEAST = 1e-5
@@ -183,7 +183,7 @@ class Spread:
 
     def key(self, number: Mapping[int, int]) -> Hashable:
         """See `Rule.key`."""
-        return (_key(self.scale, number), _frozen(self.pattern), self.inverse)
+        return (key_of(self.scale, number), _frozen(self.pattern), self.inverse)
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,16 +284,12 @@ class ScaledWeight:
         parts = tuple(
             (
                 part.operand,
-                None if part.columns is None else _key(part.columns, number),
+                None if part.columns is None else key_of(part.columns, number),
                 tuple(spread.key(number) for spread in part.rows),
             )
             for part in self.parts
         )
         return (number[self.index], self.name, self.encoding, parts)
-
-
-def _key(rule: Rule, number: Mapping[int, int]) -> Hashable:
-    return (type(rule).__name__, rule.key(number))
 
 
 def _frozen(pattern: Tensor) -> Hashable:

@@ -59,9 +59,14 @@ class Rule(Protocol):
 def evaluate(rule: Rule, inputs: Sequence[Any], tools: Tools) -> Any:
     """What a rule gives, computed once for the parameters that are there."""
     number = {index: position for position, index in enumerate(rule.indices)}
-    key = (type(rule).__name__, rule.key(number))
+    key = key_of(rule, number)
     parameters = [inputs[index] for index in rule.indices]
     return tools.remember(key, parameters, lambda: rule.compute(inputs, tools))
+
+
+def key_of(rule: Rule, number: Mapping[int, int]) -> Hashable:
+    """What tells a rule from all others on the same parameters; `number` as in `Rule.key`."""
+    return (type(rule).__name__, rule.key(number))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,7 +15,8 @@ from torch import Tensor
 from fxquant.calibration import Calibration, SiteStats
 from fxquant.codegen.spec import WeightOperand
 from fxquant.formats import PackedWeight
-from fxquant.passes.sources import Rule, Tools, evaluate
+from fxquant.passes.scales import ScaledWeight
+from fxquant.passes.sources import Rule, Tools, evaluate, key_of
 
 _QUANTILES = 64
 _LEVELS = 127
@@ -61,7 +62,7 @@ class Observed:
     def key(self, number: Mapping[int, int]) -> Hashable:
         """See `Rule.key`."""
         scale = self.in_scale
-        scaled = None if scale is None else (type(scale).__name__, scale.key(number))
+        scaled = None if scale is None else key_of(scale, number)
         return (number[self.index], self.name, self.operand, self.calibration.digest, scaled)
 
 
@@ -168,18 +169,21 @@ class ColumnWeights:
     Attributes:
         numbers: The channels.
         dtype: Of the result.
+        scaled: What scales are in the weight, of its columns and of its rows; None without any.
     """
 
     numbers: ColumnNumbers
     dtype: torch.dtype
+    scaled: ScaledWeight | None = None
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """The product's."""
-        return self.numbers.indices
+        """The product's, and what the scales are made of."""
+        scales = () if self.scaled is None else self.scaled.indices
+        return tuple(dict.fromkeys((*self.numbers.indices, *scales)))
 
     def compute(self, inputs: Sequence[Any], tools: Tools) -> Tensor:
-        """The weight, times what its columns were multiplied by.
+        """The weight, with its scales.
 
         Raises:
             CalibrationError: See `Observed.stats`.
@@ -187,14 +191,16 @@ class ColumnWeights:
         observed = self.numbers.observed
         columns = evaluate(self.numbers, inputs, tools).long()
         value = inputs[observed.index]
-        dense = value.dequantize() if isinstance(value, PackedWeight) else value.detach()
+        if self.scaled is not None:
+            dense = self.scaled.dense(inputs, tools)
+        else:
+            dense = value.dequantize() if isinstance(value, PackedWeight) else value.detach()
         where = observed.operand
         matrix = torch.as_strided(dense.contiguous(), where.sizes, where.strides, where.offset)
-        found = matrix.index_select(-1, columns).float()
-        if observed.in_scale is not None:
-            found = found * evaluate(observed.in_scale, inputs, tools)[columns]
+        found = matrix.index_select(-1, columns)
         return (found if where.batch is not None else found[0]).to(self.dtype).contiguous()
 
     def key(self, number: Mapping[int, int]) -> Hashable:
         """See `Rule.key`."""
-        return (self.numbers.key(number), self.dtype)
+        scaled = None if self.scaled is None else key_of(self.scaled, number)
+        return (self.numbers.key(number), self.dtype, scaled)

@@ -169,3 +169,41 @@ def test_a_clipping_limit_has_the_least_error_of_all_quantiles() -> None:
     found = float(clipping_limit(tokens, k))
     assert error(found) <= min(map(error, tokens.tolist())) * (1 + 1e-6)
     assert found < tokens.max()
+
+
+def test_known_columns_of_a_weight_whose_rows_were_divided() -> None:
+    """smoothquant behind llm_int8_static: the scales of the second are in the rows of the first."""
+
+    class Chain(Two):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    model, x = Chain().eval(), activation()
+    calibration = fxquant.calibrate(model, [x], progress=False)
+    recipes = {
+        "a": Recipe(PER_CHANNEL, Activation(), outliers=OutlierColumns(6.0, True)),
+        "b": Recipe(PER_CHANNEL, Activation(), Smoothing(0.9)),
+    }
+    torch._dynamo.reset()
+    found = run(model, x, overrides=recipes, calibration=calibration, tol=1.0)
+    (apart,) = derived(found, "apart").values()
+    (numbers,) = derived(found, "columns").values()
+    whole = model.a.weight[:, numbers.long()]
+    largest = whole.abs().argmax(1, keepdim=True)
+    scale = whole.gather(1, largest) / apart.float().gather(1, largest)
+    assert (scale - 1).abs().max() > 0.1
+    # One scale a row: it and each element are rounded to float16, some below its normal numbers.
+    wanted = whole / scale
+    assert ((apart.float() - wanted).abs() <= 2.01 * 2**-11 * wanted.abs() + 2**-25).all()
+    exact = model(x)
+    got = compiled_result(model, x, recipes, calibration)
+    assert (got - exact).norm() < 0.05 * exact.norm()
+
+
+def compiled_result(
+    model: nn.Module, x: torch.Tensor, recipes: Any, calibration: Calibration
+) -> torch.Tensor:
+    torch._dynamo.reset()
+    options = {"overrides": recipes, "calibration": calibration, "target": "torch"}
+    with torch.no_grad():
+        return torch.compile(model, backend="fxquant", options=options)(x)
