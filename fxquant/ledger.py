@@ -14,7 +14,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import PackedWeight, anchor_of
 from fxquant.passes.context import Context, LinearSite
-from fxquant.passes.sources import Rule
+from fxquant.passes.sources import DerivedPart, Rule
+from fxquant.passes.statistics import ColumnWeights
 from fxquant.report import LEFT_ALONE, QUANTIZED, Row, gauge, remember
 from fxquant.runtime import counters, launch
 from fxquant.runtime.graph import Slot
@@ -49,6 +50,10 @@ class Ledger:
         self.refusals = ctx.refusals
         self.filed: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.read_dense = {source for source in ctx.sources if isinstance(source, int)}
+        # Columns that stay in 16 bits come from the original: decoded ones would be less exact.
+        derived = [source for source in ctx.sources if isinstance(source, DerivedPart)]
+        columns = [source.rule for source in derived if isinstance(source.rule, ColumnWeights)]
+        self.read_dense |= {rule.numbers.observed.index for rule in columns}
 
     def file(self) -> None:
         """Files the compile itself, and logs what was left alone."""

@@ -84,7 +84,8 @@ def release_weights(model: nn.Module) -> int:
     keep working, and become frozen: call it when training is done, or after a training step has
     shown which weights are trained. The next call compiles once more (a parameter was replaced) and
     packs nothing. A weight that a graph also reads otherwise (a tied embedding) is kept, and so is
-    one that was packed with scales of its activation (`smoothquant`): without them it is another.
+    one that was packed with scales of its activation (`smoothquant`: without them it is another)
+    or of which columns stay in 16 bits (`llm_int8_static`: they come from the original).
 
     Args:
         model: A module, or what `torch.compile` made of it.

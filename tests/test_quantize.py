@@ -144,3 +144,15 @@ def test_int8_activations_of_weights_that_were_packed_ahead() -> None:
     weights_only = compile_(model)(x)
     assert not torch.equal(weights_only, once)
     torch.testing.assert_close(weights_only, model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_release_keeps_what_known_columns_come_from() -> None:
+    x = torch.randn(16, 64)
+    x[:, :2] *= 30
+    model = frozen(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 48)))
+    calibration = fxquant.calibrate(model, [x], progress=False)
+    compiled = compile_(model, scheme="llm_int8_static", calibration=calibration)
+    once = compiled(x)
+    assert fxquant.release_weights(compiled) == model[2].bias.numel() * 64 * 4
+    assert type(model[0].weight) is nn.Parameter
+    assert torch.equal(compiled(x), once)
