@@ -12,6 +12,7 @@ from fxquant.codegen.spec import WeightOperand
 from fxquant.config import Config
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes.regions import Region
+from fxquant.passes.scales import ScaledWeight
 from fxquant.passes.sources import DerivedPart, PackedPart, Remember, Rule, Tools
 from fxquant.schemes import Recipe
 
@@ -110,7 +111,7 @@ class LinearSite:
     scheme: str = ""
     recipe: Recipe | None = None
     in_scale: Rule | None = None
-    scaled: Rule | None = None
+    scaled: ScaledWeight | None = None
     notes: list[str] = field(default_factory=list)
     packed: PackedWeight | None = None
     spec_json: str = ""
