@@ -6,14 +6,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.contenders import THRESHOLD, Contender, Prepared, outlier_columns
-from fxquant.codegen.spec import (
-    Epilogue,
-    EpilogueNode,
-    EpilogueOperand,
-    KernelSpec,
-    Outliers,
-    WeightOperand,
-)
+from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand
+from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import Encoding, pack
 from fxquant.runtime import ops as _registered  # noqa: F401 - torch.ops.fxquant
 from fxquant.runtime import targets

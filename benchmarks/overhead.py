@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fxquant.codegen.spec import Epilogue, KernelSpec, WeightOperand
+from fxquant.codegen.epilogue import Epilogue
+from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import pack
 from fxquant.runtime import launch, ops, toolchain
 from fxquant.runtime.cpp import CppKernel

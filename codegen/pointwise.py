@@ -14,12 +14,7 @@ import torch
 from torch import fx
 
 from fxquant import errors
-from fxquant.codegen.spec import (
-    OPERAND_DTYPES,
-    Epilogue,
-    EpilogueNode,
-    EpilogueOperand,
-)
+from fxquant.codegen.epilogue import OPERAND_DTYPES, Epilogue, EpilogueNode, EpilogueOperand
 
 
 class Ops:
@@ -292,9 +287,14 @@ OPS = tuple(
 
 
 def to_fx(epilogue: Epilogue) -> fx.Graph:
-    """The epilogue as a graph: placeholders ``acc``, ``in0`` .., ATen calls, one output."""
+    """The epilogue as a graph: placeholders ``acc``, ``in0`` .., ATen calls, one output.
+
+    With several weights ``acc1`` .. follow ``acc``; with further results the output is a tuple.
+    """
     graph = fx.Graph()
     nodes = {"%acc": graph.placeholder("acc")}
+    for number in range(1, epilogue.sums):
+        nodes[f"%acc{number}"] = graph.placeholder(f"acc{number}")
     for number in range(len(epilogue.operands)):
         nodes[f"%in{number}"] = graph.placeholder(f"in{number}")
 
@@ -310,7 +310,8 @@ def to_fx(epilogue: Epilogue) -> fx.Graph:
             tuple(map(value_of, node.args)),
             {key: value_of(value) for key, value in node.kwargs},
         )
-    graph.output(nodes[epilogue.result])
+    results = [epilogue.result, *(result.value for result in epilogue.more)]
+    graph.output(nodes[results[0]] if len(results) == 1 else tuple(nodes[r] for r in results))
     return graph
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from fxquant import errors
+from fxquant.codegen.epilogue import FLOAT_DTYPES
 from fxquant.codegen.header import Header
-from fxquant.codegen.spec import FLOAT_DTYPES
 
 SCOPES = ("token", "tensor", "static")
 KIND = "quantize"

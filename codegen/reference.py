@@ -16,30 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxquant.codegen.epilogue import FLOAT_DTYPES, OPERAND_DTYPES, EpilogueNode
 from fxquant.codegen.header import Header
-from fxquant.codegen.spec import (
-    FLOAT_DTYPES,
-    OPERAND_DTYPES,
-    EpilogueNode,
-    KernelSpec,
-    WeightOperand,
-)
+from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import decode
 
 Step = tuple[str, tuple[Any, ...]]
 
 
-def run(spec: KernelSpec, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:
+def run(
+    spec: KernelSpec, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]
+) -> Tensor | tuple[Tensor, ...]:
     """Computes one product.
 
     Args:
         spec: The product.
         x: Activation ``[.., k]``, or ``[batch, m, k]`` with a batch; `spec.x_dtype`.
-        weight: The stored tensors, in the order of ``spec.weight.encoding.parts``.
+        weight: The stored tensors, in the order of ``spec.weight.encoding.parts``, of one weight
+            after the other.
         extra: The epilogue's operands, then those of static outliers or of a quantized x.
 
     Returns:
-        ``[.., n]``, or ``[batch, m, n]``, in `spec.out_dtype`.
+        ``[.., n]``, or ``[batch, m, n]``, in `spec.out_dtype`; a tuple with `spec.epilogue.more`.
     """
     return _compiled(spec)(x, weight, extra)
 
@@ -68,7 +66,10 @@ def render(spec: KernelSpec, header: Header) -> str:
         lines += [*_int8_lines(spec), *_epilogue_lines(spec)]
     else:
         lines += _float_lines(spec)
-    lines.append("return out" if batched else f"return out.reshape(*x.shape[:-1], {stored.n})")
+    results = ["out", *(f"out{number}" for number in range(1, 1 + len(spec.epilogue.more)))]
+    if not batched:
+        results = [f"{name}.reshape(*x.shape[:-1], {stored.n})" for name in results]
+    lines.append(f"return {', '.join(results)}")
     used = [name for name in ("decode", "decode_int8") if any(f"{name}(" in t for t in lines)]
     head = [
         *header.comment(spec).splitlines(),
@@ -145,8 +146,8 @@ def _logical_shape(operand: WeightOperand) -> tuple[int, ...]:
 
 
 def _float_lines(spec: KernelSpec) -> list[str]:
-    weight, dtype = spec.weight, spec.compute_dtype
-    lines = [_viewed("w", f"decode(weight, ENCODING, SHAPE, torch.{dtype})", weight)]
+    dtype = spec.compute_dtype
+    lines = _decoded(spec, "decode", f", torch.{dtype}")
     if spec.x_dtype != dtype:
         lines.append(f"rows = rows.to(torch.{dtype})")
     return lines + (_fused_lines(spec) or _exact_lines(spec))
@@ -160,7 +161,7 @@ def _fused_lines(spec: KernelSpec) -> list[str]:
     """
     nodes, operands = spec.epilogue.nodes, spec.epilogue.operands
     dtype = spec.compute_dtype
-    if spec.out_dtype != dtype:
+    if spec.out_dtype != dtype or spec.weights > 1 or spec.epilogue.more:
         return []
     batched = spec.weight.batch is not None
     turned = f"w.{_turned(spec)}"
@@ -177,7 +178,8 @@ def _fused_lines(spec: KernelSpec) -> list[str]:
 
 def _exact_lines(spec: KernelSpec) -> list[str]:
     lift = "" if spec.compute_dtype == "float32" else ".float()"
-    return [f"acc = rows{lift} @ w{lift}.{_turned(spec)}", *_epilogue_lines(spec)]
+    products = [f"acc{mark} = rows{lift} @ w{mark}{lift}.{_turned(spec)}" for mark in _marks(spec)]
+    return [*products, *_epilogue_lines(spec)]
 
 
 def _int8_lines(spec: KernelSpec) -> list[str]:
@@ -193,8 +195,8 @@ def _int8_lines(spec: KernelSpec) -> list[str]:
     if spec.is_quantized:
         return [
             f"amax = extra[{operands}].reshape(*rows.shape[:-1], 1)",
-            _viewed("w", "decode_int8(weight, ENCODING, SHAPE)", weight),
-            f"acc = ((rows.double() @ w.{_turned(spec)}) * (amax / 127.0)).float()",
+            *_decoded(spec, "decode_int8"),
+            *_int8_products(spec, "rows"),
         ]
     lines, inner = ["rows = rows.float()"], "rows"
     if outliers is not None:
@@ -212,8 +214,8 @@ def _int8_lines(spec: KernelSpec) -> list[str]:
         f"amax = {inner}.abs().amax(-1, keepdim=True).clamp_min(2.0**-100)",
         # A number over a tensor would be torch's reciprocal and a product: two roundings.
         f"q = torch.round({inner} * (torch.full_like(amax, 127.0) / amax))",
-        _viewed("w", "decode_int8(weight, ENCODING, SHAPE)", weight),
-        f"acc = ((q.double() @ w.{_turned(spec)}) * (amax / 127.0)).float()",
+        *_decoded(spec, "decode_int8"),
+        *_int8_products(spec, "q"),
     ]
     if outliers is None:
         return lines
@@ -221,7 +223,7 @@ def _int8_lines(spec: KernelSpec) -> list[str]:
     if outliers.columns is None:
         lines += [
             "rows = torch.where(outlier, rows, 0.0)",
-            _viewed("w", f"decode(weight, ENCODING, SHAPE, {dtype})", weight),
+            *_decoded(spec, "decode", f", {dtype}"),
             "apart = torch.where(outlier, w, 0.0)",
         ]
     else:
@@ -230,9 +232,29 @@ def _int8_lines(spec: KernelSpec) -> list[str]:
     return lines
 
 
-def _viewed(name: str, decoded: str, weight: WeightOperand) -> str:
-    steps = (f".{method}({', '.join(map(str, args))})" for method, args in view_steps(weight))
-    return f"{name} = {decoded}{''.join(steps)}"
+def _marks(spec: KernelSpec) -> list[str]:
+    """What tells the names of several weights and their sums apart."""
+    return [str(number) if number else "" for number in range(spec.weights)]
+
+
+def _int8_products(spec: KernelSpec, codes: str) -> list[str]:
+    scaled = f"(({codes}.double() @ w@.{_turned(spec)}) * (amax / 127.0)).float()"
+    return [f"acc{mark} = {scaled.replace('@.', f'{mark}.')}" for mark in _marks(spec)]
+
+
+def _decoded(spec: KernelSpec, function: str, dtype: str = "") -> list[str]:
+    """Each weight, decoded and viewed as ``[n, k]``."""
+    steps = "".join(
+        f".{method}({', '.join(map(str, args))})" for method, args in view_steps(spec.weight)
+    )
+    parts = len(spec.weight.encoding.parts)
+    lines = []
+    for number, mark in enumerate(_marks(spec)):
+        stored = (
+            f"weight[{number * parts}:{(number + 1) * parts}]" if spec.weights > 1 else "weight"
+        )
+        lines.append(f"w{mark} = {function}({stored}, ENCODING, SHAPE{dtype}){steps}")
+    return lines
 
 
 def _turned(spec: KernelSpec) -> str:
@@ -242,7 +264,7 @@ def _turned(spec: KernelSpec) -> str:
 def _epilogue_lines(spec: KernelSpec) -> list[str]:
     batched = spec.weight.batch is not None
     lines = []
-    names = {"%acc": "acc"}
+    names = {f"%acc{mark}": f"acc{mark}" for mark in _marks(spec)}
     sizes = {
         "e": str(spec.weight.batch),
         "m": "rows.shape[-2]",
@@ -260,8 +282,9 @@ def _epilogue_lines(spec: KernelSpec) -> list[str]:
         to_float = ".float()" if _rounds(node) else ""
         lines.append(f"v{number} = torch.ops.{node.op}({', '.join(args)}){to_float}")
         names[f"%{number}"] = f"v{number}"
-    last = names[spec.epilogue.result]
-    lines.append(f"out = {last}.to(torch.{spec.out_dtype})")
+    lines.append(f"out = {names[spec.epilogue.result]}.to(torch.{spec.out_dtype})")
+    for number, result in enumerate(spec.epilogue.more, start=1):
+        lines.append(f"out{number} = {names[result.value]}.to(torch.{result.dtype})")
     return lines
 
 

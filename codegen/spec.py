@@ -6,22 +6,22 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-import re
 from dataclasses import dataclass
-from typing import Any
 
 from fxquant import errors
+from fxquant.codegen.epilogue import (
+    FLOAT_DTYPES,
+    Epilogue,
+    EpilogueNode,
+    EpilogueOperand,
+    EpilogueResult,
+)
 from fxquant.formats import Encoding
 
-AXES = ("e", "m", "n")
-FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 COMPUTE_DTYPES = (*FLOAT_DTYPES, "int8")
-OPERAND_DTYPES = (*FLOAT_DTYPES, "bool")
-_AXIS_ORDERS = tuple("".join(c) for r in range(4) for c in itertools.combinations(AXES, r))
-_REFERENCE = re.compile(r"%(acc|in(?P<operand>\d+)|(?P<node>\d+))")
+NO_EPILOGUE = Epilogue()
 
 
 @dataclass(frozen=True)
@@ -94,109 +94,6 @@ class WeightOperand:
         if transposed:
             return cls(encoding, shape, batch, cols, rows, (outer, 1, cols))
         return cls(encoding, shape, batch, rows, cols, (outer, cols, 1))
-
-
-@dataclass(frozen=True)
-class EpilogueOperand:
-    """A further tensor that an epilogue reads.
-
-    Attributes:
-        dims: The axes it has, in order, out of ``e`` (batch), ``m`` (rows), ``n`` (outputs): a
-            bias is ``"n"``, a residual ``"mn"`` or ``"emn"``, a scalar ``""``.
-        dtype: Its dtype, as in ``"float32"``.
-    """
-
-    dims: str
-    dtype: str
-
-    def __post_init__(self) -> None:
-        if self.dims not in _AXIS_ORDERS:
-            raise errors.bad_spec(
-                "epilogue operand's dims", self.dims, "letters of 'emn', in order"
-            )
-        if self.dtype not in OPERAND_DTYPES:
-            raise errors.bad_spec(
-                "epilogue operand's dtype", self.dtype, f"one of {', '.join(OPERAND_DTYPES)}"
-            )
-
-
-@dataclass(frozen=True)
-class EpilogueNode:
-    """One call of an FX epilogue graph, in a form that can be hashed and written down.
-
-    Attributes:
-        op: An ATen overload, as in ``"aten.add.Tensor"``.
-        args: Each a number, None, a dtype name, or a reference: ``"%acc"`` (the accumulator,
-            float32), ``"%in0"`` (operand 0), ``"%0"`` (the result of node 0). Integers become
-            floats, so that equal nodes are written alike.
-        kwargs: Sorted pairs, with values like `args`.
-    """
-
-    op: str
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...] = ()
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"aten\.\w+\.\w+", self.op):
-            raise errors.bad_spec("epilogue op", self.op, "an overload, as in 'aten.add.Tensor'")
-        object.__setattr__(self, "args", tuple(map(_canonical, self.args)))
-        pairs = tuple((name, _canonical(value)) for name, value in sorted(self.kwargs))
-        object.__setattr__(self, "kwargs", pairs)
-
-    @property
-    def values(self) -> tuple[Any, ...]:
-        """The arguments, positional and by keyword."""
-        return (*self.args, *(value for _, value in self.kwargs))
-
-
-@dataclass(frozen=True)
-class Epilogue:
-    """Pointwise work on the accumulator: an FX graph of ATen ops, written down.
-
-    The result is the last node (the accumulator when there is none), rounded to the spec's
-    `out_dtype`. `fxquant.codegen.pointwise` turns it into an `fx.Graph` and back.
-    """
-
-    operands: tuple[EpilogueOperand, ...] = ()
-    nodes: tuple[EpilogueNode, ...] = ()
-
-    def __post_init__(self) -> None:
-        for number, node in enumerate(self.nodes):
-            for value in node.values:
-                if isinstance(value, str) and value.startswith("%"):
-                    self._check_reference(value, number)
-        if not self._uses_sums():
-            raise errors.bad_spec("epilogue result", self.result, "made of the sums, '%acc'")
-
-    def _uses_sums(self) -> bool:
-        made = {"%acc"}
-        for number, node in enumerate(self.nodes):
-            if any(value in made for value in node.values if isinstance(value, str)):
-                made.add(f"%{number}")
-        return self.result in made
-
-    def _check_reference(self, value: str, number: int) -> None:
-        match = _REFERENCE.fullmatch(value)
-        known = match is not None
-        if match and match["operand"]:
-            known = int(match["operand"]) < len(self.operands)
-        elif match and match["node"]:
-            known = int(match["node"]) < number
-        if not known:
-            expected = "'%acc', an operand '%in0' or an earlier node '%0'"
-            raise errors.bad_spec(f"epilogue node {number}'s argument", value, expected)
-
-    @property
-    def result(self) -> str:
-        """The reference that names the result."""
-        return f"%{len(self.nodes) - 1}" if self.nodes else "%acc"
-
-    @classmethod
-    def bias(cls, dtype: str, dims: str = "n") -> Epilogue:
-        """Adds operand 0."""
-        return cls(
-            (EpilogueOperand(dims, dtype),), (EpilogueNode("aten.add.Tensor", ("%acc", "%in0")),)
-        )
 
 
 @dataclass(frozen=True)
@@ -281,15 +178,19 @@ class KernelSpec:
             product of the activation's leading dimensions.
         name: What the kernel does, as an identifier; not part of its meaning.
         outliers: The columns that an int8 product leaves to floats.
+        weights: How many weights of this one form x is multiplied with, each with sums of its
+            own: ``"%acc"``, ``"%acc1"`` .. in the epilogue. Their stored tensors follow one
+            another. Several have no outliers.
     """
 
     weight: WeightOperand
     x_dtype: str
     compute_dtype: str
     out_dtype: str
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = NO_EPILOGUE
     name: str = "linear"
     outliers: Outliers | None = None
+    weights: int = 1
 
     def __post_init__(self) -> None:
         for field in ("x_dtype", "compute_dtype", "out_dtype"):
@@ -299,16 +200,24 @@ class KernelSpec:
         if self.is_quantized and self.compute_dtype != "int8":
             raise errors.bad_spec("compute_dtype", self.compute_dtype, "int8, as x_dtype is")
         if self.outliers is not None:
-            if self.compute_dtype != "int8" or self.is_quantized:
-                expected = "None unless compute_dtype is int8 and x_dtype is not"
-                raise errors.bad_spec("outliers", self.outliers, expected)
-            if (self.outliers.columns or 0) > self.weight.k:
-                expected = f"no more than the {self.weight.k} inputs"
-                raise errors.bad_spec("outliers.columns", self.outliers.columns, expected)
+            self._check_outliers(self.outliers)
+        if type(self.weights) is not int or self.weights < max(1, self.epilogue.sums):
+            expected = f"at least {max(1, self.epilogue.sums)}, as the epilogue has sums"
+            raise errors.bad_spec("weights", self.weights, expected)
         if not self.name.isidentifier():
             raise errors.bad_spec("name", self.name, "an identifier")
         if self.weight.batch is None and any("e" in o.dims for o in self.epilogue.operands):
             raise errors.bad_spec("epilogue operand's dims", "e", "absent without a batch")
+
+    def _check_outliers(self, outliers: Outliers) -> None:
+        if self.compute_dtype != "int8" or self.is_quantized:
+            expected = "None unless compute_dtype is int8 and x_dtype is not"
+            raise errors.bad_spec("outliers", outliers, expected)
+        if (outliers.columns or 0) > self.weight.k:
+            expected = f"no more than the {self.weight.k} inputs"
+            raise errors.bad_spec("outliers.columns", outliers.columns, expected)
+        if self.weights != 1:
+            raise errors.bad_spec("weights", self.weights, "1 where outliers are set apart")
 
     @property
     def is_quantized(self) -> bool:
@@ -320,9 +229,11 @@ class KernelSpec:
         batch = "" if self.weight.batch is None else f"{self.weight.batch}, "
         text = f"out[{batch}m, {self.weight.n}] = x[{batch}m, {self.weight.k}] @ weight.T"
         ops = [node.op.split(".")[1].strip("_") for node in self.epilogue.nodes]
+        text += f" for {self.weights} weights" if self.weights > 1 else ""
         text += " in int8" if self.compute_dtype == "int8" else ""
         text += f", {self.outliers.describe()}" if self.outliers else ""
         text += f", then {', '.join(ops)}" if ops else ""
+        text += f", {1 + len(self.epilogue.more)} results" if self.epilogue.more else ""
         return f"{text} ({self.x_dtype} to {self.out_dtype})"
 
     def to_json(self) -> str:
@@ -349,6 +260,10 @@ class KernelSpec:
         }
         if self.outliers is not None:
             data["outliers"] = dataclasses.asdict(self.outliers)
+        if self.weights > 1:
+            data["weights"] = self.weights
+        if self.epilogue.more:
+            data["more"] = [[result.value, result.dtype] for result in self.epilogue.more]
         return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -372,14 +287,11 @@ class KernelSpec:
                 EpilogueNode(op, tuple(args), tuple((k, v) for k, v in kwargs))
                 for op, args, kwargs in written["nodes"]
             )
+            more = tuple(EpilogueResult(value, dtype) for value, dtype in data.pop("more", ()))
             outliers = data.pop("outliers", None)
             if outliers is not None:
                 outliers = Outliers(**outliers)
-            epilogue = Epilogue(operands, nodes)
+            epilogue = Epilogue(operands, nodes, more)
             return cls(weight=operand, epilogue=epilogue, outliers=outliers, **data)
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise errors.bad_spec_text(repr(error)) from error
-
-
-def _canonical(value: Any) -> Any:
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers
+from fxquant.codegen.epilogue import Epilogue
+from fxquant.codegen.spec import KernelSpec, Outliers
 from fxquant.passes.context import LinearSite
 
 

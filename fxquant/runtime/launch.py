@@ -21,6 +21,8 @@ from torch import Tensor
 from fxquant import errors
 from fxquant._version import __version__
 from fxquant.codegen import RENDERERS, Header, Spec, cpp, quantize, reference
+from fxquant.codegen.cpp import layout
+from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
 from fxquant.runtime import cache, counters, toolchain, tuning
@@ -153,6 +155,13 @@ def run(
     if runner is None:
         runner = _usual_runner(spec, device) if target == "auto" else _runner(spec, target, device)
     return runner(x, weight, extra)
+
+
+def run_several(
+    x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor], spec: str, target: str = "auto"
+) -> list[Tensor]:
+    """`run` for a spec with further results: all of them, the main one first."""
+    return list(run(x, weight, extra, spec, target))
 
 
 def run_quantize(
@@ -289,7 +298,8 @@ def _build_once(spec: str, chain: Toolchain) -> CppKernel | CppQuantizer | error
         if isinstance(parsed, QuantizeSpec):
             return CppQuantizer(library, parsed, openmp=chain.openmp)
         few_rows = tuning.few_rows(chain, parsed, library)
-        kernel = CppKernel(library, parsed, openmp=chain.openmp, few_rows=few_rows)
+        form = layout.form(Plan(parsed, chain.isa))
+        kernel = CppKernel(library, parsed, openmp=chain.openmp, few_rows=few_rows, form=form)
     except errors.KernelError as error:
         LOG.warning("target 'torch' runs instead of 'cpp': %s", error)
         return error

@@ -11,6 +11,8 @@ shapes and CUDA graphs like any ATen op. What they compute is defined by
 ``launch(Tensor x, Tensor[] weight, Tensor[] extra, str spec, str target) -> Tensor``
     What `linear` becomes after autograd (`fxquant.passes.fuse`): the kernel of one target, without
     gradient, and with half of the overhead.
+``launch_several(Tensor x, Tensor[] weight, Tensor[] extra, str spec, str target) -> Tensor[]``
+    The same for a spec with more than one result, the main one first.
 ``quantize(Tensor x, Tensor[] extra, str spec) -> (Tensor codes, Tensor amax)``
     Rows of an activation ``[.., k]`` to int8 ``[.., k]``, with one float32 amax ``[..]`` each;
     `extra` is the limit, where the `QuantizeSpec` has one. Without gradient.
@@ -34,7 +36,8 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant.codegen import reference
-from fxquant.codegen.spec import EpilogueOperand, KernelSpec
+from fxquant.codegen.epilogue import EpilogueOperand
+from fxquant.codegen.spec import KernelSpec
 from fxquant.formats import Encoding, decode
 from fxquant.runtime import launch
 
@@ -45,6 +48,10 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "launch(Tensor x, Tensor[] weight, Tensor[] extra, str spec, str target) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "launch_several(Tensor x, Tensor[] weight, Tensor[] extra, str spec, str target) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -85,6 +92,19 @@ def _launch_fake(
     target: str,  # noqa: ARG001
 ) -> Tensor:
     return _linear_fake(x, weight, extra, spec)
+
+
+def _launch_several_fake(
+    x: Tensor,
+    weight: list[Tensor],  # noqa: ARG001
+    extra: list[Tensor],  # noqa: ARG001
+    spec: str,
+    target: str,  # noqa: ARG001
+) -> list[Tensor]:
+    parsed = launch.parse_spec(spec)
+    shape = (*x.shape[:-1], parsed.weight.n)
+    dtypes = [parsed.out_dtype, *(result.dtype for result in parsed.epilogue.more)]
+    return [x.new_empty(shape, dtype=getattr(torch, dtype)) for dtype in dtypes]
 
 
 def _quantize_fake(
@@ -182,6 +202,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 _LIBRARY.impl("linear", launch.run, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch", launch.run, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch", torch.library.fallthrough_kernel, "Autograd")
+_LIBRARY.impl("launch_several", launch.run_several, "CompositeExplicitAutograd")
+_LIBRARY.impl("launch_several", torch.library.fallthrough_kernel, "Autograd")
 _LIBRARY.impl("quantize", launch.run_quantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch_quantize", launch.run_quantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch_quantize", torch.library.fallthrough_kernel, "Autograd")
@@ -189,6 +211,7 @@ _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("table", _table, "CompositeExplicitAutograd")
 torch.library.register_fake("fxquant::linear", _linear_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::launch", _launch_fake, lib=_LIBRARY)
+torch.library.register_fake("fxquant::launch_several", _launch_several_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::quantize", _quantize_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::launch_quantize", _quantize_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::table", _table_fake, lib=_LIBRARY)

@@ -9,15 +9,14 @@ import math
 
 from hypothesis import strategies as st
 
-from fxquant.codegen.spec import (
+from fxquant.codegen.epilogue import (
     FLOAT_DTYPES,
     Epilogue,
     EpilogueNode,
     EpilogueOperand,
-    KernelSpec,
-    Outliers,
-    WeightOperand,
+    EpilogueResult,
 )
+from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import Encoding
 
 INTERPRETED_DTYPES = ("float16", "float32")
@@ -106,3 +105,43 @@ def int8_specs(draw: st.DrawFn, dtypes: tuple[str, ...] = FLOAT_DTYPES) -> Kerne
     epilogue = draw(epilogues(batched=weight.batch is not None))
     left_out = draw(outliers(weight.k, dtypes))
     return KernelSpec(weight, x, "int8", out, epilogue, "drawn", left_out)
+
+
+@st.composite
+def joined_specs(draw: st.DrawFn, dtypes: tuple[str, ...] = INTERPRETED_DTYPES) -> KernelSpec:
+    """Several weights with one x: a gate and what it opens, or results of their own with a bias.
+
+    Also one weight whose sums are a result beside what is made of them; float and int8 products,
+    x with and without codes.
+    """
+    weight = draw(weights())
+    dtype, out = draw(st.sampled_from(dtypes)), draw(st.sampled_from(dtypes))
+    x, compute = draw(st.sampled_from(((dtype, dtype), (dtype, "int8"), ("int8", "int8"))))
+    full = "emn" if weight.batch is not None else "mn"
+    kind = draw(st.sampled_from(("gate", "several", "both")))
+    if kind == "gate":
+        nodes = (
+            EpilogueNode("aten.silu.default", ("%acc",)),
+            EpilogueNode("aten.mul.Tensor", ("%0", "%acc1")),
+        )
+        more = (EpilogueResult("%acc1", draw(st.sampled_from(dtypes))),)
+        epilogue = Epilogue((), nodes, more if draw(st.booleans()) else ())
+        return KernelSpec(weight, x, compute, out, epilogue, "drawn", weights=2)
+    if kind == "both":
+        operand = EpilogueOperand(full, draw(st.sampled_from(dtypes)))
+        nodes = (
+            EpilogueNode("aten.add.Tensor", ("%acc", "%in0")),
+            EpilogueNode("aten.relu.default", ("%0",)),
+        )
+        more = tuple(EpilogueResult(value, dtype) for value in ("%0", "%acc"))
+        return KernelSpec(weight, x, compute, out, Epilogue((operand,), nodes, more), "drawn")
+    biased = tuple(EpilogueOperand("n", dtype) for _ in range(3))
+    sums = ("%acc1", "%acc2", "%acc")
+    nodes = tuple(
+        EpilogueNode("aten.add.Tensor", (name, f"%in{number}")) for number, name in enumerate(sums)
+    )
+    more = (EpilogueResult("%0", out), EpilogueResult("%1", dtype))
+    epilogue = Epilogue(biased, nodes, more)
+    if draw(st.booleans()):
+        epilogue = Epilogue((), (), tuple(EpilogueResult(name, out) for name in sums[:2]))
+    return KernelSpec(weight, x, compute, out, epilogue, "drawn", weights=3)

@@ -2,8 +2,9 @@
 
 import pytest
 
+from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.quantize import QuantizeSpec
-from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers
+from fxquant.codegen.spec import KernelSpec, Outliers
 from fxquant.formats import Encoding
 from fxquant.runtime import cubin
 from tests.codegen import harness

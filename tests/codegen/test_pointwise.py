@@ -6,7 +6,8 @@ from torch import fx
 
 from fxquant import errors
 from fxquant.codegen import Header, pointwise, reference
-from fxquant.codegen.spec import Epilogue, EpilogueNode, EpilogueOperand, KernelSpec
+from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand
+from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import render
 from fxquant.codegen.triton.ops import TritonOps
 from fxquant.formats import Encoding

@@ -5,13 +5,15 @@ import dataclasses
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxquant.codegen import RENDERERS, Header, reference
-from fxquant.codegen.spec import Epilogue, KernelSpec, WeightOperand
+from fxquant.codegen import RENDERERS, Header, pointwise, reference
+from fxquant.codegen.epilogue import Epilogue
+from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import Encoding, decode
 from tests.codegen import harness
-from tests.codegen.specs import specs, weights
+from tests.codegen.specs import joined_specs, specs, weights
 
 NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
 
@@ -102,3 +104,28 @@ def test_source_is_what_runs_and_says_where_it_is_used():
     tensors, x = harness.stored(NF4, (24, 64)), harness.activation(spec, 3)
     assert torch.equal(namespace["run"](x, tensors, []), reference.run(spec, x, tensors, []))
     assert "encoder.0" in text
+
+
+def results(out):
+    return list(out) if isinstance(out, tuple) else [out]
+
+
+@settings(max_examples=60, deadline=None)
+@given(joined_specs())
+def test_several_weights_are_several_products_and_one_epilogue(spec):
+    rows = 3
+    stored = [
+        harness.stored(spec.weight.encoding, spec.weight.shape, seed)
+        for seed in range(spec.weights)
+    ]
+    x, extra = harness.activation(spec, rows), harness.operands(spec, rows)
+    got = results(reference.run(spec, x, [t for one in stored for t in one], extra))
+    operands = len(spec.epilogue.operands)
+    alone = dataclasses.replace(spec, weights=1, epilogue=Epilogue(), out_dtype="float32")
+    sums = [reference.run(alone, x, one, extra[operands:]) for one in stored]
+    graph = fx.GraphModule(torch.nn.Module(), pointwise.to_fx(spec.epilogue))
+    want = results(graph(*sums[: spec.epilogue.sums], *(t.float() for t in extra[:operands])))
+    dtypes = [spec.out_dtype, *(result.dtype for result in spec.epilogue.more)]
+    assert [t.dtype for t in got] == [getattr(torch, dtype) for dtype in dtypes]
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs.to(ours.dtype))

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxquant.codegen import reference
-from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers, WeightOperand
+from fxquant.codegen.epilogue import Epilogue
+from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import Encoding, decode, decode_int8, int8_levels, levels
 from tests.bounds import assert_close_within
 from tests.codegen import harness, plain_int8

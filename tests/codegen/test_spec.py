@@ -6,22 +6,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxquant import errors
+from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand, EpilogueResult
 from fxquant.codegen.header import Header
-from fxquant.codegen.spec import (
-    Epilogue,
-    EpilogueNode,
-    EpilogueOperand,
-    KernelSpec,
-    Outliers,
-    WeightOperand,
-)
+from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import Encoding
-from tests.codegen.specs import int8_specs, specs
+from tests.codegen.specs import int8_specs, joined_specs, specs
 
 FP4 = Encoding(4, "fp4")
 
 
-@given(st.one_of(specs(), int8_specs()))
+@given(st.one_of(specs(), int8_specs(), joined_specs()))
 def test_json_is_an_exact_inverse_and_canonical(spec):
     text = spec.to_json()
     again = KernelSpec.from_json(text)
@@ -201,3 +195,22 @@ def test_epilogue_has_to_use_the_sums():
     node = EpilogueNode("aten.neg.default", ("%in0",))
     with pytest.raises(errors.KernelError, match="made of the sums"):
         Epilogue((EpilogueOperand("n", "float32"),), (node,))
+
+
+def test_sums_and_results_that_are_not_there_are_refused():
+    weight = WeightOperand.whole(FP4, (4, 16), transposed=False)
+    gate = Epilogue((), (EpilogueNode("aten.mul.Tensor", ("%acc", "%acc1")),))
+    assert gate.sums == 2
+    assert Epilogue().sums == 1
+    assert KernelSpec(weight, "float32", "float32", "float32", gate, weights=2).weights == 2
+    with pytest.raises(errors.KernelError, match="weights"):
+        KernelSpec(weight, "float32", "float32", "float32", gate)
+    kept = Outliers("float16", threshold=6.0)
+    with pytest.raises(errors.KernelError, match="weights"):
+        KernelSpec(weight, "float32", "int8", "float32", gate, outliers=kept, weights=2)
+    with pytest.raises(errors.KernelError, match="result"):
+        Epilogue((EpilogueOperand("n", "float32"),), (), (EpilogueResult("%in0", "float32"),))
+    with pytest.raises(errors.KernelError, match="argument"):
+        Epilogue((), (), (EpilogueResult("%0", "float32"),))
+    with pytest.raises(errors.KernelError, match="dtype"):
+        EpilogueResult("%acc", "int8")

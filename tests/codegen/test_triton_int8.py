@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxquant.codegen import Header, reference
+from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.quantize import QuantizeSpec
-from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers, WeightOperand
+from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.codegen.triton import render
 from fxquant.codegen.triton.tiles import plan
 from fxquant.formats import Encoding, decode_int8

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fxquant.codegen import Header, reference
-from fxquant.codegen.spec import Epilogue, EpilogueOperand, KernelSpec, WeightOperand
+from fxquant.codegen.epilogue import Epilogue, EpilogueOperand
+from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.codegen.triton import render
 from fxquant.formats import Encoding
 from tests.codegen import harness

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fxquant.codegen import Header, reference
-from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers
+from fxquant.codegen.epilogue import Epilogue
+from fxquant.codegen.spec import KernelSpec, Outliers
 from fxquant.codegen.triton import render
 from fxquant.formats import Encoding
 from tests.bounds import assert_close_within

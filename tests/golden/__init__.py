@@ -7,14 +7,8 @@ from pathlib import Path
 from fxquant.codegen import RENDERERS, Header, cpp
 from fxquant.codegen.cpp.isa import AVX2, AVX512, PORTABLE
 from fxquant.codegen.quantize import QuantizeSpec
-from fxquant.codegen.spec import (
-    Epilogue,
-    EpilogueNode,
-    EpilogueOperand,
-    KernelSpec,
-    Outliers,
-    WeightOperand,
-)
+from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand
+from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import Encoding
 
 FOLDER = Path(__file__).parent

@@ -10,7 +10,8 @@ from torch import nn
 
 import fxquant
 from fxquant.codegen import KernelSpec, reference
-from fxquant.codegen.spec import Epilogue, WeightOperand
+from fxquant.codegen.epilogue import Epilogue
+from fxquant.codegen.spec import WeightOperand
 from fxquant.formats import Encoding
 from fxquant.runtime.store import STORE
 from fxquant.schemes import get_scheme

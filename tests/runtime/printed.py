@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fxquant.codegen import Header, cpp
-from fxquant.codegen.spec import Epilogue, KernelSpec, WeightOperand
+from fxquant.codegen.epilogue import Epilogue
+from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import Encoding, PackedWeight, pack
 from fxquant.runtime import toolchain
 from fxquant.runtime.cpp import CppKernel

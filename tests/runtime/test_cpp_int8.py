@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant.codegen import Header, cpp, reference
+from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.quantize import QuantizeSpec
-from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers, WeightOperand
+from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import Encoding, pack
 from fxquant.runtime import toolchain
 from fxquant.runtime.cpp import CppKernel

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant.codegen import reference
-from fxquant.codegen.spec import Epilogue, KernelSpec, Outliers, WeightOperand
+from fxquant.codegen.epilogue import Epilogue
+from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import PackedWeight, pack
 from fxquant.runtime import launch, ops
 from fxquant.schemes import get_scheme

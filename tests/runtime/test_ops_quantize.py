@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant.codegen import RENDERERS, Header, KernelSpec, quantize
+from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.quantize import QuantizeSpec
-from fxquant.codegen.spec import Epilogue, Outliers, WeightOperand
+from fxquant.codegen.spec import Outliers, WeightOperand
 from fxquant.formats import Encoding, PackedWeight, pack
 from fxquant.runtime import counters, launch, ops, targets
 

@@ -1,4 +1,4 @@
-"""After autograd: what each `fxquant::linear` and `fxquant::quantize` left in a graph becomes.
+"""What each `fxquant::linear` and `fxquant::quantize` left in a graph becomes.
 
 On targets with kernels of their own that is `fxquant::launch` (`launch_quantize`), which names the
 target. On the ``torch`` target it is the ops of its reference, which Inductor then compiles with
@@ -9,13 +9,12 @@ a limit are launched there too, since what lies beyond the limit is counted.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch._guards import detect_fake_mode
-from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -23,50 +22,24 @@ from fxquant.codegen import quantize, reference
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
 
-
-class Fuse(CustomGraphPass):
-    """Inductor's last graph pass, as fxquant sets it.
-
-    Args:
-        version: Goes into Inductor's cache key.
-        targets: What computes each spec.
-        before: A pass of the user's own, run first.
-    """
-
-    def __init__(
-        self,
-        version: str,
-        targets: Mapping[str, str],
-        before: Callable[[fx.Graph], None] | None = None,
-    ) -> None:
-        self.version = version
-        self.targets = dict(targets)
-        self.before = before
-
-    def __call__(self, graph: fx.Graph) -> None:
-        """Rewrites the graph in place."""
-        if self.before is not None:
-            self.before(graph)
-        tables = _Tables(graph)
-        for node in products_and_rows(graph):
-            target = self.targets.get(str(node.args[-1]), "auto")
-            if target == "torch" and not _counts(node):
-                _inline_reference(graph, node, tables)
-            else:
-                launch_as(node, target)
-
-    def uuid(self) -> Any | None:
-        """What Inductor's cache tells this pass from another by; None if the user's has none."""
-        inner = None
-        if self.before is not None:
-            inner = self.before.uuid() if isinstance(self.before, CustomGraphPass) else None
-            if inner is None:
-                return None
-        return ("fxquant", self.version, tuple(sorted(self.targets.items())), inner)
-
-
 _LAUNCHES = {"linear": "launch", "quantize": "launch_quantize"}
 """What stands in the place of each of our ops; all take the spec last."""
+
+
+def lower(graph: fx.Graph, targets: Mapping[str, str]) -> None:
+    """Rewrites the graph in place.
+
+    Args:
+        graph: After autograd.
+        targets: What computes each spec, as JSON.
+    """
+    tables = _Tables(graph)
+    for node in products_and_rows(graph):
+        target = targets.get(str(node.args[-1]), "auto")
+        if target == "torch" and not _counts(node):
+            _inline_reference(graph, node, tables)
+        else:
+            launch_as(node, target)
 
 
 def _op(name: str) -> Any:
