@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.plan import CTYPES, Plan
+from fxquant.codegen.cpp.quantize import signature
 from fxquant.codegen.cpp.rows import members
 
 
@@ -53,17 +54,35 @@ def entry(plan: Plan) -> str:
     direct = ""
     if plan.reads_directly:
         direct = _DIRECT.replace("@BATCH@", "" if e == 1 else f" && (m > 1 || x_e == {k})")
-    few = plan.is_regular
+    few, several, more = plan.is_regular, plan.spec.weights > 1, plan.result_dtypes[1:]
+    results = ["  call.out = static_cast<out_t*>(out);"]
+    if more:
+        results = ["  call.out = static_cast<out_t*>(outs[0]);"]
+    for number, dtype in enumerate(more, start=1):
+        results.append(f"  call.out{number} = static_cast<{CTYPES[dtype]}*>(outs[{number}]);")
     taken = "\n".join(
         f"  call.{one.name} = memory.take<{one.ctype}>({one.count});" for one in members(plan)
     )
     return (
         _ENTRY.replace("@TAKEN@", taken)
+        .replace("@HEAD@", signature('extern "C" void fxquant_run', _parameters(plan)))
+        .replace("@WEIGHTS@", _WEIGHTS if several else _WEIGHT)
+        .replace("@RESULTS@", "\n".join(results))
         .replace("@DIRECT@", direct)
-        .replace("@VARIANT@", "int variant" if few else "int")
         .replace("@CHOICE@", _CHOICE if few else "")
         .replace("@RUN@", _RUN_EITHER if few else "    run_many(call, first, rows, threads);\n")
     )
+
+
+def _parameters(plan: Plan) -> list[str]:
+    """Of `fxquant_run`: several weights and several results come as arrays of pointers."""
+    return [
+        "const void* prepared" if plan.spec.weights == 1 else "void* const* prepared",
+        *("const void* x", "int64_t x_e", "int64_t x_row", "int64_t x_col", "int64_t m"),
+        "void* const* outs" if plan.spec.epilogue.more else "void* out",
+        *("const void* const* extra", "void* scratch", "int threads"),
+        "int variant" if plan.is_regular else "int",
+    ]
 
 
 _HELPERS = """\
@@ -188,6 +207,15 @@ _RUN_EITHER = """\
       run_many(call, first, rows, threads);
 """
 
+_WEIGHT = """\
+  call.weight.base = static_cast<unsigned char*>(const_cast<void*>(prepared));
+"""
+
+_WEIGHTS = """\
+  for (int i = 0; i < WEIGHTS; ++i)
+    call.weights[i].base = static_cast<unsigned char*>(prepared[i]);
+"""
+
 _ENTRY = """\
 // Scratch memory, dealt out in order; without a base it only counts.
 struct Memory {
@@ -214,14 +242,11 @@ extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
   return set_up(call, nullptr, m, threads);
 }
 
-extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, int64_t x_row,
-                            int64_t x_col, int64_t m, void* out, const void* const* extra,
-                            void* scratch, int threads, @VARIANT@) {
+@HEAD@
   Call call{};
-  call.weight.base = static_cast<unsigned char*>(const_cast<void*>(prepared));
-  call.x = static_cast<const stored_t*>(x);
+@WEIGHTS@  call.x = static_cast<const stored_t*>(x);
   call.x_e = x_e, call.x_row = x_row, call.x_col = x_col, call.m = m;
-  call.out = static_cast<out_t*>(out);
+@RESULTS@
   call.extra = extra;
   set_up(call, static_cast<unsigned char*>(scratch), m, threads);
 @DIRECT@@CHOICE@  for (int64_t first = 0; first < m; first += SUPER_ROWS) {

@@ -18,6 +18,9 @@ def few(plan: Plan) -> str:
         end = f"fma(load(zeros + v * LANES), {xsum}, to_float(sum))"
     # Where there are no zero points the pointer is not followed.
     zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "scale"
+    totals, sums = "totals[FEW_HEIGHTS[0] * TILE]", _SUMS
+    if plan.spec.weights > 1:
+        totals, sums = "totals[WEIGHTS * FEW_HEIGHTS[0] * TILE]", _SUMS_OF_SEVERAL
     heights = "\n".join(
         f"    case {height}: return few_rows<{height}>(w, tile, x, sums, totals);"
         for height in plan.isa.few_heights
@@ -27,8 +30,25 @@ def few(plan: Plan) -> str:
         .replace("@END@", end)
         .replace("@ZEROS@", zeros)
         .replace("@HEIGHTS@", heights)
+        .replace("@TOTALS@", totals)
+        .replace("@SUMS@", sums)
     )
 
+
+_SUMS = """\
+        few_rows(height, call.weight, tile, call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
+                 totals);
+        finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
+"""
+
+_SUMS_OF_SEVERAL = """\
+        constexpr int64_t APART = FEW_HEIGHTS[0] * TILE;
+        for (int i = 0; i < WEIGHTS; ++i)
+          few_rows(height, call.weights[i], tile, call.panels + at * ALL_STEPS,
+                   call.sums + at * BLOCKS, totals + i * APART);
+        finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals,
+               APART);
+"""
 
 _FEW = """\
 // Vectors of outputs whose sums are kept at once.
@@ -120,16 +140,13 @@ void run_few(Call& call, int64_t super_first, int64_t rows, int threads) {
     const Share of(omp_get_thread_num(), omp_get_num_threads());
     pack(call, super_first, rows, FEW_HEIGHTS, of);
     const auto tiles = of.part(E * N_TILES);
-    alignas(64) float totals[FEW_HEIGHTS[0] * TILE];
+    alignas(64) float @TOTALS@;
     for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
       const int64_t e = tile / N_TILES;
       for (int64_t panel = 0; panel < panels; ++panel) {
         const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
         const int height = height_of(rows - row, FEW_HEIGHTS);
-        few_rows(height, call.weight, tile, call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
-                 totals);
-        finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
-      }
+@SUMS@      }
     }
   }
 }

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
+
 from fxquant.codegen.cpp.decode import float_table
 from fxquant.codegen.cpp.ops import epilogue_lines
-from fxquant.codegen.cpp.plan import Plan
-from fxquant.codegen.cpp.quantize import ROW_HELPERS
+from fxquant.codegen.cpp.plan import CTYPES, Plan
+from fxquant.codegen.cpp.quantize import ROW_HELPERS, signature
 from fxquant.codegen.cpp.rows import rounded
-from fxquant.codegen.spec import EpilogueOperand
+from fxquant.codegen.epilogue import EpilogueOperand
 
-_CTYPES = {"float32": "float", "float16": "uint16_t", "bfloat16": "uint16_t", "bool": "uint8_t"}
 _FROM = {"float16": "from_fp16", "bfloat16": "from_bf16"}
+_TO = {"float16": "to_fp16", "bfloat16": "to_bf16"}
 
 
 def finish(plan: Plan) -> str:
     """The text of ``finish``."""
-    outliers = _outliers(plan) if plan.spec.outliers is not None else ""
-    scaled = _ROW_SCALES if plan.is_int8 else ""
-    added = _ADD_OUTLIERS if plan.spec.outliers is not None else ""
-    text = _FINISH.replace("@SCALED@", scaled).replace("@OUTLIERS@", added)
+    has_outliers, several = plan.spec.outliers is not None, plan.sum_marks[1:]
+    outliers = _outliers(plan) if has_outliers else ""
+    each = itertools.pairwise(plan.sum_marks)
+    sums = f"const float{' *' if several else '* '}sums = totals + row * TILE"
+    sums += "".join(f", *sums{mark} = sums{before} + apart" for before, mark in each)
+    given = ["sums", *(f"sums{mark}" for mark in several)]
+    if plan.is_int8 and not has_outliers:
+        given.append("row_scales[row]")
+    text = (
+        _FINISH.replace("@APART@", ", int64_t apart" if several else "")
+        .replace("@LIE@", " The\n// totals of each further weight lie apart." if several else "")
+        .replace("@SCALES@", _ROW_SCALES if plan.is_int8 else "")
+        .replace("@OUTLIERS@", _ADD_OUTLIERS if has_outliers else "")
+        .replace("@SUMS@", sums)
+        .replace("@GIVEN@", ", ".join(given))
+    )
     return "\n".join(part for part in (outliers, _row(plan), text) if part)
 
 
@@ -27,7 +41,7 @@ def prelude(plan: Plan) -> set[str]:
     spec = plan.spec
     names = [f"in{number}" for number in range(len(spec.epilogue.operands))]
     used = set(epilogue_lines(spec.epilogue, names)[2])
-    dtypes = [spec.x_dtype, spec.compute_dtype, spec.out_dtype]
+    dtypes = [spec.x_dtype, spec.compute_dtype, *plan.result_dtypes]
     dtypes += [operand.dtype for operand in spec.epilogue.operands]
     dtypes += [spec.outliers.dtype] if spec.outliers else []
     for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16")):
@@ -38,9 +52,12 @@ def prelude(plan: Plan) -> set[str]:
 
 def _row(plan: Plan) -> str:
     spec = plan.spec
-    pointers, loads, names = [], [], []
+    pointers, names = [], []
+    scaled = plan.is_int8 and spec.outliers is None
+    scale = " * scale" if scaled else ""
+    loads = [f"const float acc{mark} = sums{mark}[i]{scale};" for mark in plan.sum_marks]
     for number, operand in enumerate(spec.epilogue.operands):
-        ctype, name = _CTYPES[operand.dtype], f"in{number}"
+        ctype, name = CTYPES[operand.dtype], f"in{number}"
         start, step = _address(operand)
         pointers.append(
             f"const {ctype}* p{number} = static_cast<const {ctype}*>(call.extra[{number}]){start};"
@@ -52,11 +69,18 @@ def _row(plan: Plan) -> str:
         value += " != 0" if kind == "bool" else ""
         loads.append(f"const {kind} {name} = {value};")
         names.append(name)
-    lines, result, _ = epilogue_lines(spec.epilogue, names)
+    lines, results, _ = epilogue_lines(spec.epilogue, names)
+    for number, (result, dtype) in enumerate(zip(results, plan.result_dtypes, strict=True)):
+        out = f"out{number or ''}"
+        pointers.insert(number, f"{CTYPES[dtype]}* {out} = call.{out} + at;")
+        lines.append(f"{out}[i] = {f'{_TO[dtype]}({result})' if dtype in _TO else result};")
+    taken = ["const Call& call", "int64_t e", "int64_t row", "int64_t n0", "int64_t count"]
+    taken += [f"const float* sums{mark}" for mark in plan.sum_marks]
+    taken += ["float scale"] if scaled else []
     return (
-        _ROW.replace("@POINTERS@", "".join(f"  {line}\n" for line in pointers))
+        _ROW.replace("@HEAD@", signature("INLINE void finish_row", taken))
+        .replace("@POINTERS@", "".join(f"  {line}\n" for line in pointers))
         .replace("@LINES@", "".join(f"    {line}\n" for line in [*loads, *lines]))
-        .replace("@RESULT@", f"out_of({result})")
     )
 
 
@@ -76,7 +100,7 @@ def _outliers(plan: Plan) -> str:
     outliers = plan.spec.outliers
     assert outliers is not None
     if outliers.columns is not None:
-        ctype = _CTYPES[outliers.dtype]
+        ctype = CTYPES[outliers.dtype]
         taken = f"{_FROM.get(outliers.dtype, '')}(weights[column])"
         return _GIVEN.replace("@TYPE@", ctype).replace("@TAKEN@", taken) + _APART
     scale = "scales.at(k / BLOCK)" if plan.is_regular else "gathered"
@@ -176,38 +200,36 @@ void add_outliers(const Call& call, int64_t tile, const float* x, int64_t rows, 
 
 _ROW = """\
 // One row of a tile: epilogue and rounding.
-INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int64_t count,
-                       const float* sums) {
-  out_t* out = call.out + (e * call.m + row) * N + n0;
+@HEAD@
+  const int64_t at = (e * call.m + row) * N + n0;
 @POINTERS@#pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const float acc = sums[i];
-@LINES@    out[i] = @RESULT@;
-  }
+@LINES@  }
 }
 """
 
 _ROW_SCALES = """\
   const float* row_scales = call.row_scales + e * all_rows + panel_row;
-  for (int64_t row = 0; row < rows; ++row)
-    for (int i = 0; i < TILE; ++i) totals[row * TILE + i] *= row_scales[row];
 """
 
 _ADD_OUTLIERS = """\
+  for (int64_t row = 0; row < rows; ++row)
+    for (int i = 0; i < TILE; ++i) totals[row * TILE + i] *= row_scales[row];
   add_outliers(call, tile, call.apart + (e * all_rows + panel_row) * K, rows, totals);
 """
 
 _FINISH = """\
-// The rows from panel_row on of the rows that are under work, which start at super_first.
+// The rows from panel_row on of the rows that are under work, which start at super_first.@LIE@
 void finish(const Call& call, int64_t tile, int64_t super_first, int64_t panel_row, int64_t rows,
-            int64_t all_rows, float* totals) {
+            int64_t all_rows, float* totals@APART@) {
   const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
-@SCALED@@OUTLIERS@  for (int64_t row = 0; row < rows; ++row) {
+@SCALES@@OUTLIERS@  for (int64_t row = 0; row < rows; ++row) {
     const int64_t at = super_first + panel_row + row;
+    @SUMS@;
     if (N - n0 >= TILE)
-      finish_row(call, e, at, n0, TILE, totals + row * TILE);
+      finish_row(call, e, at, n0, TILE, @GIVEN@);
     else
-      finish_row(call, e, at, n0, N - n0, totals + row * TILE);
+      finish_row(call, e, at, n0, N - n0, @GIVEN@);
   }
 }
 """

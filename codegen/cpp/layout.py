@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 from fxquant.codegen.cpp.decode import float_table, table
 from fxquant.codegen.cpp.plan import TILE, Plan
@@ -38,6 +39,14 @@ def segments(plan: Plan) -> list[tuple[str, str, int]]:
     else:
         out.append(("scales", "float", in_tiles))
     return [*out, *([("zeros", "float", in_tiles)] if zeros else [])]
+
+
+def form(plan: Plan) -> Hashable:
+    """What the repacked weight depends on: kernels of one form read each other's."""
+    outliers, isa = plan.spec.outliers, plan.isa.name
+    # Outliers are counted in it, those of one threshold.
+    counted = outliers.threshold if outliers is not None else None
+    return (plan.spec.weight, plan.path, plan.is_int8, isa, counted)
 
 
 _BYTES = {"uint8_t": 1, "uint32_t": 4, "float": 4, "uint64_t": 8, "int64_t": 8}

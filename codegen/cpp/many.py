@@ -23,7 +23,9 @@ def many(plan: Plan) -> str:
     inner = _MANY_BLOCKS if plan.keeps_totals else _MANY
     text = (inner + _HEIGHTS).replace("@BEGIN@", begin).replace("@END@", end)
     text = text.replace("@HEIGHTS@", heights)
-    return f"{_decode(plan)}\n{text}\n{_TILES.replace('@CHUNK@', _chunk(plan))}"
+    whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
+    tiles = _TILES.replace("@WHOLE@", whole).replace("@CHUNK@", _chunk(plan))
+    return f"{_decode(plan)}\n{text}\n{tiles}"
 
 
 def _decode(plan: Plan) -> str:
@@ -214,11 +216,21 @@ void many_rows(int height, const uint32_t* w, int64_t steps, const x_t* x, const
 }
 """
 
+_WHOLE = """\
+      many_tile(call, call.weight, tile, rows, first, last, decoded, totals);
+      finish(call, tile, super_first, first_row, count, rows, totals);
+"""
+
+_WHOLE_OF_SEVERAL = """\
+      for (int i = 0; i < WEIGHTS; ++i)
+        many_tile(call, call.weights[i], tile, rows, first, last, decoded, totals + i * TOTALS);
+      finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
+"""
+
 _TILES = """\
-// One tile of outputs against some panels.
-void many_tile(Call& call, int64_t tile, int64_t super_first, int64_t rows, int64_t first_panel,
+// One tile of outputs against some panels: totals[row][64].
+void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
                int64_t last_panel, uint32_t* decoded, float* totals) {
-  const Weight& w = call.weight;
   const int64_t e = tile / N_TILES, base = e * padded(rows, MANY_HEIGHTS);
   const int64_t first_row = first_panel * MANY_HEIGHTS[0];
   const int64_t last_row = std::min(rows, last_panel * MANY_HEIGHTS[0]);
@@ -238,7 +250,6 @@ void many_tile(Call& call, int64_t tile, int64_t super_first, int64_t rows, int6
                 totals + (row - first_row) * TILE);
     }
   }
-  finish(call, tile, super_first, first_row, last_row - first_row, rows, totals);
 }
 
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
@@ -254,10 +265,11 @@ void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
     const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
     const auto items = of.part(E * N_TILES * parts);
     for (int64_t item = items.first; item < items.last; ++item) {
-      const int64_t part = item % parts;
-      many_tile(call, item / parts, super_first, rows, panels * part / parts,
-                panels * (part + 1) / parts, decoded, totals);
-    }
+      const int64_t tile = item / parts, part = item % parts;
+      const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
+      const int64_t first_row = first * MANY_HEIGHTS[0];
+      const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
+@WHOLE@    }
   }
 }
 """

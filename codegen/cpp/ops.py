@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from fxquant.codegen.epilogue import Epilogue, EpilogueNode
 from fxquant.codegen.pointwise import Ops
-from fxquant.codegen.spec import Epilogue, EpilogueNode
 
 _STANDARD = {
     "abs": "std::fabs",
@@ -198,7 +198,7 @@ class CppOps(Ops):
 
 def epilogue_lines(
     epilogue: Epilogue, operands: Sequence[str], acc: str = "acc"
-) -> tuple[list[str], str, set[str]]:
+) -> tuple[list[str], list[str], set[str]]:
     """An epilogue as C++ statements for one element.
 
     Args:
@@ -206,11 +206,12 @@ def epilogue_lines(
         operands: Names of the operands' elements at that place: ``bool`` for the dtype bool, else
             ``float`` (convert 16-bit ones on loading). Load a bool as ``flags[i] != 0`` through
             ``const uint8_t* flags``: loops with loads through ``const bool*`` stay scalar.
-        acc: Name of the accumulator, a ``float``.
+        acc: Name of the accumulator, a ``float``; those of further weights are ``acc1`` ..
 
     Returns:
         The statements, one a node (``const float v0 = ...;`` or ``const bool v0 = ...;``); the
-        name of the result; the helpers to print with `fxquant.codegen.cpp.math.prelude_text`.
+        names of the results, the main one first; the helpers to print with
+        `fxquant.codegen.cpp.math.prelude_text`.
 
     Raises:
         KernelError: An op that the table does not have.
@@ -222,7 +223,8 @@ def epilogue_lines(
             if operand.dtype == "bool"
         ]
     )
-    names = {"%acc": acc, **{f"%in{number}": name for number, name in enumerate(operands)}}
+    names = {f"%in{number}": name for number, name in enumerate(operands)}
+    names |= {f"%acc{number or ''}": f"{acc}{number or ''}" for number in range(epilogue.sums)}
     lines = []
     for number, node in enumerate(epilogue.nodes):
         result = f"v{number}"
@@ -231,4 +233,5 @@ def epilogue_lines(
         if kind == "bool":
             ops.booleans.add(result)
         names[f"%{number}"] = result
-    return lines, names[epilogue.result], ops.prelude
+    results = [epilogue.result, *(result.value for result in epilogue.more)]
+    return lines, [names[result] for result in results], ops.prelude

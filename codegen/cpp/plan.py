@@ -27,6 +27,15 @@ CHUNK = 256
 LONGEST_SUM = 1 << 15
 """Products of bytes that a 32-bit sum holds for certain: ``255 * 127 * 2**15 < 2**31``."""
 
+CTYPES = {
+    "float32": "float",
+    "float16": "uint16_t",
+    "bfloat16": "uint16_t",
+    "int8": "int8_t",
+    "bool": "uint8_t",
+}
+"""What elements of a dtype are stored as."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,6 +53,16 @@ class Plan:
     def encoding(self) -> Encoding:
         """Of the weight."""
         return self.spec.weight.encoding
+
+    @property
+    def sum_marks(self) -> tuple[str, ...]:
+        """What tells the names of the sums of several weights apart: ``sums``, ``sums1`` .."""
+        return tuple(str(number or "") for number in range(self.spec.weights))
+
+    @property
+    def result_dtypes(self) -> tuple[str, ...]:
+        """Of the results, the main one first."""
+        return (self.spec.out_dtype, *(result.dtype for result in self.spec.epilogue.more))
 
     @property
     def is_int8(self) -> bool:

@@ -6,7 +6,7 @@ from fxquant.codegen.cpp import call, decode, few, finish, layout, many, rows, s
 from fxquant.codegen.cpp.isa import PORTABLE, Isa
 from fxquant.codegen.cpp.math import prelude_text
 from fxquant.codegen.cpp.ops import constant
-from fxquant.codegen.cpp.plan import CHUNK, TILE, Plan
+from fxquant.codegen.cpp.plan import CHUNK, CTYPES, TILE, Plan
 from fxquant.codegen.cpp.unused import without_unused
 from fxquant.codegen.header import Header
 from fxquant.codegen.spec import KernelSpec
@@ -75,10 +75,11 @@ def _sizes(plan: Plan) -> str:
     per_step = {"f32": "float", "bf16": "uint32_t", "int8": "uint32_t"}[plan.path]
     stored = plan.path == "int8" and plan.encoding.bits == 8
     decoded = 0 if stored else chunk // plan.per_step * TILE
+    totals = (SUPER_ROWS + plan.isa.many_heights[0]) * TILE
     heights = (*plan.isa.few_heights, *plan.isa.many_heights)
     lines = [
-        f"using stored_t = {_STORED[spec.x_dtype]};  // the activation, in {spec.x_dtype}",
-        f"using out_t = {_STORED[spec.out_dtype]};  // the result, in {spec.out_dtype}",
+        f"using stored_t = {CTYPES[spec.x_dtype]};  // the activation, in {spec.x_dtype}",
+        f"using out_t = {CTYPES[spec.out_dtype]};  // the result, in {spec.out_dtype}",
         f"using x_t = {per_step};  // the activation, as products take it",
         f"using operand_t = {per_step};  // the weight, as products take it",
         f"using xsum_t = {'int32_t' if plan.path == 'int8' else 'float'};",
@@ -86,6 +87,7 @@ def _sizes(plan: Plan) -> str:
     ]
     counts = (
         ("E", e, "matrices"),
+        ("WEIGHTS", spec.weights, "that are multiplied with the activation"),
         ("N", n, "outputs"),
         ("K", k, "inputs"),
         ("OFFSET", weight.offset, "of the first weight in the stored tensor, in elements"),
@@ -109,7 +111,8 @@ def _sizes(plan: Plan) -> str:
         ("CHUNKS", -(-plan.k_padded // chunk), "in a row"),
         ("DECODED", decoded, "dwords of a decoded chunk"),
         ("SUPER_ROWS", SUPER_ROWS, "rows that are worked off at a time"),
-        ("OWN_BYTES", 4 * (decoded + (SUPER_ROWS + plan.isa.many_heights[0]) * TILE), "a thread"),
+        ("TOTALS", totals, "floats of the sums of one weight, for many rows"),
+        ("OWN_BYTES", 4 * (decoded + spec.weights * totals), "a thread"),
         ("OPERANDS", len(spec.epilogue.operands), "of the epilogue"),
         ("OUTLIERS", spec.outliers.columns or 0 if spec.outliers else 0, "given columns"),
         ("AHEAD", 2048, "dwords of codes that are asked for in advance"),
@@ -130,9 +133,6 @@ def _sizes(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-_STORED = {"float32": "float", "float16": "uint16_t", "bfloat16": "uint16_t", "int8": "int8_t"}
-
-
 def _constant(ctype: str, name: str, value: str | tuple[int, ...], comment: str) -> str:
     if isinstance(value, tuple):
         name, value = f"{name}[{len(value)}]", f"{{{', '.join(map(str, value))}}}"
@@ -144,14 +144,11 @@ def _constant(ctype: str, name: str, value: str | tuple[int, ...], comment: str)
 
 
 def _conversions(plan: Plan) -> str:
-    """From the activation's dtype to floats, and from floats to the result's."""
+    """From the activation's dtype to floats, and to what products take."""
     short = {"bfloat16": "bf16", "float16": "fp16"}
     spec = plan.spec
-    x, out = short.get(spec.x_dtype), short.get(spec.out_dtype)
-    lines = [
-        f"INLINE float x_of(stored_t x) {{ return {f'from_{x}(x)' if x else 'x'}; }}",
-        f"INLINE out_t out_of(float x) {{ return {f'to_{out}(x)' if out else 'x'}; }}",
-    ]
+    x = short.get(spec.x_dtype)
+    lines = [f"INLINE float x_of(stored_t x) {{ return {f'from_{x}(x)' if x else 'x'}; }}"]
     if plan.path == "bf16":
         value = "x" if x == "bf16" else "to_bf16(x_of(x))"
         lines.append(f"INLINE uint16_t half_of(stored_t x) {{ return {value}; }}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.plan import CTYPES, Plan
 from fxquant.codegen.cpp.quantize import row_text, signature
 
 
@@ -83,7 +83,12 @@ def _call(plan: Plan) -> str:
     lines = [f"  {one.ctype}* {one.name};  // {one.comment}" for one in members(plan)]
     if plan.reads_directly:
         lines.append("  bool is_line;  // rows are lines as they are")
-    return _CALL.replace("@MEMBERS@", "\n".join(lines))
+    results = ["  out_t* out;  // [e, m, n]"]
+    for number, dtype in enumerate(plan.result_dtypes[1:], start=1):
+        results.append(f"  {CTYPES[dtype]}* out{number};  // [e, m, n], in {dtype}")
+    weight = "Weight weight" if plan.spec.weights == 1 else "Weight weights[WEIGHTS]"
+    text = _CALL.replace("@WEIGHT@", weight).replace("@RESULTS@", "\n".join(results))
+    return text.replace("@MEMBERS@", "\n".join(lines))
 
 
 def _lines(plan: Plan) -> str:
@@ -154,10 +159,10 @@ def _body(plan: Plan) -> str:
 _CALL = """\
 // One call: its operands, and what is made of the activation in scratch memory.
 struct Call {
-  Weight weight;
+  @WEIGHT@;
   const stored_t* x;  // [e, m, k] with these strides
   int64_t x_e, x_row, x_col, m;
-  out_t* out;  // [e, m, n]
+@RESULTS@
   const void* const* extra;
 
 @MEMBERS@

@@ -1,4 +1,4 @@
-"""Calls C++ kernels: a shared object, weights repacked once for it, and the way from torch to it.
+"""Calls C++ kernels: a shared object, repacked weights, and the way from torch to it.
 
 What a printed kernel exports is told in `fxquant.codegen.cpp`. Everything that can be known before
 a call is: this file is on the path of every product.
@@ -9,9 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-import threading
-import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,9 @@ from torch import Tensor
 from fxquant import errors
 from fxquant.codegen.spec import KernelSpec
 from fxquant.formats.check import misfit
+from fxquant.runtime import repacked
 from fxquant.runtime.memory import Block, Scratch
+from fxquant.runtime.repacked import Repacked, Several
 
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SCRATCH = Scratch()
@@ -35,48 +35,17 @@ class _Process:
     Attributes:
         forked: OpenMP's threads stay with the parent: a parallel region of the child would wait
             for them forever.
-        preparing: Held while a weight is repacked, by threads that the child does not have.
     """
 
     forked = False
-    preparing = threading.Lock()
 
 
 def _after_fork() -> None:
     _Process.forked = True
-    _Process.preparing = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
-
-
-class Prepared:
-    """A weight as one kernel wants it, and what tells whether it still is that weight.
-
-    Args:
-        weight: The stored tensors.
-        size: Bytes of the repacked form.
-    """
-
-    __slots__ = ("_addresses", "_storages", "_versions", "block")
-
-    def __init__(self, weight: Sequence[Tensor], size: int) -> None:
-        self.block = Block(size)
-        # As long as these live, no other storage gets their address.
-        self._storages = [tensor.untyped_storage() for tensor in weight]
-        self._addresses = [tensor.data_ptr() for tensor in weight]
-        counted = not any(tensor.is_inference() for tensor in weight)
-        self._versions = [tensor._version for tensor in weight] if counted else None
-
-    def is_current(self, weight: Sequence[Tensor]) -> bool:
-        """Whether nothing was seen to change since.
-
-        Writes through ``.data`` and to inference tensors leave no trace that could be seen here.
-        """
-        return self._addresses == [tensor.data_ptr() for tensor in weight] and (
-            self._versions is None or self._versions == [tensor._version for tensor in weight]
-        )
 
 
 class CppKernel:
@@ -87,6 +56,8 @@ class CppKernel:
         spec: What it computes.
         openmp: Whether it was built with OpenMP.
         few_rows: Up to how many rows the skeleton for few rows runs.
+        form: Of the repacked weight: kernels of one form share what they repack
+            (`fxquant.codegen.cpp.layout.form`). None shares nothing.
 
     Attributes:
         library: The shared object.
@@ -96,7 +67,15 @@ class CppKernel:
         CompilerError: The library cannot be loaded.
     """
 
-    def __init__(self, library: Path, spec: KernelSpec, *, openmp: bool, few_rows: int) -> None:
+    def __init__(
+        self,
+        library: Path,
+        spec: KernelSpec,
+        *,
+        openmp: bool,
+        few_rows: int,
+        form: Hashable = None,
+    ) -> None:
         self.library = library
         self.few_rows = few_rows
         found = loaded(library, spec.name)
@@ -113,22 +92,28 @@ class CppKernel:
         self._n, self._k, self._batch = weight.n, weight.k, weight.batch
         self._x_dtype = getattr(torch, spec.x_dtype)
         self._out_dtype = getattr(torch, spec.out_dtype)
+        self._more = [getattr(torch, result.dtype) for result in spec.epilogue.more]
+        self._results = _POINTER * (1 + len(self._more))
         self._extra = _operands(spec)
         self._pointers = _POINTER * len(self._extra)
         self._scratch_sizes: dict[tuple[int, int], int] = {}
-        self._prepared: dict[int, Prepared] = {}
-        self._references: dict[int, weakref.ref[Tensor]] = {}
+        self._store = repacked.store(form)
+        self._joined = repacked.Store() if spec.weights > 1 else self._store
+        self._prepared = self._joined.found
 
-    def run(self, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Tensor:
+    def run(
+        self, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]
+    ) -> Tensor | list[Tensor]:
         """Computes the product on CPU tensors.
 
         Args:
             x: ``[.., k]``, or ``[batch, m, k]`` with a batch, any strides.
-            weight: The stored tensors, in the order of ``Encoding.parts``.
+            weight: The stored tensors, in the order of ``Encoding.parts``, weight by weight.
             extra: The epilogue's operands, then the outliers', or the amax of an int8 x.
 
         Returns:
-            ``[.., n]``, or ``[batch, m, n]``, contiguous.
+            ``[.., n]``, or ``[batch, m, n]``, contiguous; a list, the main result first, where the
+            epilogue has more.
 
         Raises:
             KernelError: An operand has another dtype, size or device than the spec says.
@@ -152,7 +137,11 @@ class CppKernel:
             else:
                 x, x_row, x_col = as_rows(x)
         leading.append(self._n)
-        out = x.new_empty(leading, dtype=self._out_dtype)
+        out: Tensor | list[Tensor] = x.new_empty(leading, dtype=self._out_dtype)
+        place: Any = out.data_ptr()
+        if self._more:
+            out = [out, *[x.new_empty(leading, dtype=dtype) for dtype in self._more]]
+            place = self._results(*[result.data_ptr() for result in out])
         if rows == 0:
             return out
         extra = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in extra]
@@ -162,13 +151,13 @@ class CppKernel:
         if size is None:
             size = self._scratch_size(rows, threads)
         self._run(
-            prepared.block.address,
+            prepared.address,
             x.data_ptr(),
             x_e,
             x_row,
             x_col,
             rows,
-            out.data_ptr(),
+            place,
             pointers,
             _SCRATCH.at_least(size),
             threads,
@@ -191,36 +180,36 @@ class CppKernel:
         prepared = self._prepared.get(id(codes))
         if prepared is None:
             return 0, 0
-        calls, columns = (_INT64 * 2).from_address(prepared.block.address)
+        calls, columns = (_INT64 * 2).from_address(prepared.address)
         return calls, columns
 
-    def _prepare_once(self, weight: Sequence[Tensor]) -> Prepared:
-        """Repacks a weight for this kernel; it is dropped when its codes are."""
-        codes = weight[0]
-        key = id(codes)
-        with _Process.preparing:
-            found = self._prepared.get(key)
-            if found is not None and found.is_current(weight):
-                return found
-            stored = self.spec.weight
-            wrong = misfit(weight, stored.encoding, stored.shape)
-            if wrong or not all(tensor.is_cpu for tensor in weight):
-                raise errors.kernel_operand(
-                    self.spec.name, "weight", "as its encoding says", wrong or "another device"
-                )
-            prepared = Prepared(weight, self._size_of_prepared())
-            parts = [tensor.contiguous() for tensor in weight]
-            pointers = (_POINTER * len(parts))(*[part.data_ptr() for part in parts])
-            threads = usable_threads(openmp=not self._is_single)
-            self._prepare(pointers, prepared.block.address, threads)
-            self._references[key] = weakref.ref(codes, lambda _: self._drop(key))
-            self._prepared[key] = prepared
-            return prepared
+    def _prepare_once(self, weight: Sequence[Tensor]) -> Repacked | Several:
+        """What the kernel reads of its weights."""
+        spec = self.spec
+        if spec.weights == 1:
+            return self._store.weight(weight, self._repack)
+        count = len(spec.weight.encoding.parts)
+        if len(weight) != count * spec.weights:
+            expected = f"{spec.weights} of {count} tensors"
+            raise errors.kernel_operand(spec.name, "weights", expected, f"{len(weight)} tensors")
+        firsts = range(0, len(weight), count)
+        parts = [self._store.weight(weight[at : at + count], self._repack) for at in firsts]
+        found = Several(weight, parts)
+        self._joined.keep(weight[::count], found)
+        return found
 
-    def _drop(self, key: int) -> None:
-        # Without the lock: the collector may call this in a thread that holds it.
-        self._prepared.pop(key, None)
-        self._references.pop(key, None)
+    def _repack(self, weight: Sequence[Tensor]) -> Block:
+        stored = self.spec.weight
+        wrong = misfit(weight, stored.encoding, stored.shape)
+        if wrong or not all(tensor.is_cpu for tensor in weight):
+            raise errors.kernel_operand(
+                self.spec.name, "weight", "as its encoding says", wrong or "another device"
+            )
+        block = Block(self._size_of_prepared())
+        parts = [tensor.contiguous() for tensor in weight]
+        pointers = (_POINTER * len(parts))(*[part.data_ptr() for part in parts])
+        self._prepare(pointers, block.address, usable_threads(openmp=not self._is_single))
+        return block
 
     def _scratch_size(self, rows: int, threads: int) -> int:
         if len(self._scratch_sizes) >= _MOST_SIZES:

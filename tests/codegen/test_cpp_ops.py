@@ -17,7 +17,7 @@ from fxquant.codegen import pointwise
 from fxquant.codegen.cpp import math as helpers
 from fxquant.codegen.cpp.isa import ISAS
 from fxquant.codegen.cpp.ops import CppOps, constant, epilogue_lines
-from fxquant.codegen.spec import Epilogue, EpilogueNode, EpilogueOperand
+from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand
 from fxquant.runtime import toolchain
 from tests.codegen.test_pointwise import CASES as SHARED_CASES
 
@@ -142,7 +142,7 @@ def source():
     parts += ["namespace {\n", helpers.prelude_text(helpers.PRELUDE), "}\n"]
     floats = "const float* x, const float* y, const uint8_t* flags"
     for number, nodes in enumerate(CASES.values()):
-        lines, result, used = epilogue_lines(written(nodes), ["in0", "in1"])
+        lines, (result,), used = epilogue_lines(written(nodes), ["in0", "in1"])
         assert used <= helpers.PRELUDE.keys()
         head = "float acc = x[i], in0 = y[i]; bool in1 = flags[i] != 0; (void)in0, (void)in1;"
         parts.append(
@@ -386,13 +386,13 @@ def test_every_op_is_spelled():
 
 def test_lines():
     nodes = [("aten.add.Tensor", (A, B), {"alpha": -2}), ("aten.gt.Scalar", ("%0", 0.1))]
-    lines, result, used = epilogue_lines(written(nodes), ["bias", "mask"], "total")
+    lines, (result,), used = epilogue_lines(written(nodes), ["bias", "mask"], "total")
     assert lines == [
         "const float v0 = (total + (bias * (-2.0f)));",
         "const bool v1 = (v0 > 0.1f);",
     ]
     assert (result, used) == ("v1", set())
-    assert epilogue_lines(Epilogue(), [], "total") == ([], "total", set())
+    assert epilogue_lines(Epilogue(), [], "total") == ([], ["total"], set())
 
 
 def test_unknown_ops_are_errors():

@@ -173,7 +173,7 @@ def test_what_was_repacked_goes_with_the_codes(kernel: cpp.CppKernel) -> None:
     del packed, prepared
     gc.collect()
     assert not kernel._prepared
-    assert not kernel._references
+    assert not kernel._store._references
     assert storage() is None
 
 
