@@ -91,14 +91,15 @@ class Cost:
 
 
 def few_cost(plan: Plan) -> Cost:
-    """Of `few`: codes are decoded in registers again for every panel."""
+    """Of `few`: codes are decoded in registers again for every panel, of each weight."""
     panels = sympy.ceiling(M / plan.isa.few_heights[0])
-    tiles, steps = _tiles(plan), _steps(plan)
+    tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
     at_once = min(plan.block, CHUNK)
     decoded = panels * steps * _operand(plan)
     totals = M * tiles * _vectors(plan) * math.ceil(plan.k_padded / at_once) * _round_trip(plan)
     scales = panels * tiles * plan.blocks * _scales(plan)
-    return Cost(_traffic(plan), M * steps, decoded + totals + scales, _share(tiles))
+    work = weights * (decoded + totals + scales)
+    return Cost(_traffic(plan), M * weights * steps, work, _share(tiles))
 
 
 def many_cost(plan: Plan) -> Cost:
@@ -106,7 +107,7 @@ def many_cost(plan: Plan) -> Cost:
     least, most = plan.isa.many_heights[-1], plan.isa.many_heights[0]
     rows, supers = least * sympy.ceiling(M / least), sympy.ceiling(M / SUPER_ROWS)
     panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS, evaluate=False) / most)
-    tiles, steps = _tiles(plan), _steps(plan)
+    tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
     wanted = sympy.Min(sympy.ceiling(4 * THREADS / tiles), panels, evaluate=False)
     parts = sympy.Max(1, wanted, evaluate=False)
     decoded = supers * parts * steps * _stored_operand(plan)
@@ -115,10 +116,10 @@ def many_cost(plan: Plan) -> Cost:
         each += (plan.blocks - math.ceil(plan.k_padded / plan.chunk)) * (_round_trip(plan) - 2)
     totals = rows * tiles * _vectors(plan) * each
     scales = supers * parts * tiles * plan.blocks * _scales(plan)
-    work = decoded + totals + scales
+    work = weights * (decoded + totals + scales)
     # Codes that are multiplied as they are stored are loaded by the products themselves.
     is_ahead = _stored_operand(plan) > 0
-    return Cost(_traffic(plan), rows * steps, work, _share(tiles * parts), is_ahead)
+    return Cost(_traffic(plan), rows * weights * steps, work, _share(tiles * parts), is_ahead)
 
 
 def threshold(plan: Plan, rates: Rates, threads: int) -> int:
@@ -161,14 +162,15 @@ def _vectors(plan: Plan) -> int:
 
 
 def _steps(plan: Plan) -> int:
-    """Dot products of one row."""
+    """Dot products of one row with one weight."""
     return _tiles(plan) * _vectors(plan) * (plan.k_padded // plan.per_step)
 
 
 def _traffic(plan: Plan) -> sympy.Expr:
     e, n, k = plan.spec.weight.sizes
     spec = plan.spec
-    return prepared_bytes(plan) + e * M * (k * _BYTES[spec.x_dtype] + n * _BYTES[spec.out_dtype])
+    results = n * sum(_BYTES[dtype] for dtype in plan.result_dtypes)
+    return spec.weights * prepared_bytes(plan) + e * M * (k * _BYTES[spec.x_dtype] + results)
 
 
 def _share(items: sympy.Expr | int) -> sympy.Expr:

@@ -25,6 +25,7 @@ from fxquant.codegen.cpp.isa import AVX2, AVX512, ISAS, PORTABLE, Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.cpp.printer import SUPER_ROWS
+from fxquant.codegen.epilogue import Epilogue, EpilogueResult
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import Encoding
 from tests.codegen.specs import specs
@@ -56,6 +57,21 @@ def test_traffic_is_the_packed_weight_once_and_the_rows() -> None:
         assert cost.bytes.subs(M, 3) == prepared_bytes(one) + 3 * (1024 + 512) * 2
     # 4 bits of codes and 8 of a scale for 64 weights, and what nested scales take.
     assert 4.125 < prepared_bytes(one) * 8 / (512 * 1024) < 4.4
+
+
+def test_several_weights_are_work_of_several_and_read_rows_once() -> None:
+    one = plan(512, 1024)
+    more = (EpilogueResult("%acc1", "float32"), EpilogueResult("%acc2", "bfloat16"))
+    spec = dataclasses.replace(one.spec, weights=3, epilogue=Epilogue((), (), more))
+    three = Plan(spec, one.isa)
+    at = {M: 40, THREADS: 2}
+    for cost, single in ((few_cost, few_cost(one)), (many_cost, many_cost(one))):
+        joined = cost(three)
+        assert joined.dots.subs(at) == 3 * single.dots.subs(at)
+        assert joined.operations.subs(at) == 3 * single.operations.subs(at)
+        assert joined.share == single.share
+        traffic = 3 * prepared_bytes(one) + 40 * (1024 * 2 + 512 * (2 + 4 + 2))
+        assert joined.bytes.subs(at) == traffic
 
 
 def test_products_are_counted_in_instructions() -> None:
