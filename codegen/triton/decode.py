@@ -18,9 +18,12 @@ SMALL_TABLE = 16
 _INT32_LIMIT = 2**31 - 1
 
 
-def parameters(encoding: Encoding) -> list[str]:
-    """The pointers that ``decode`` takes: the encoding's parts, then the tables of its levels."""
-    return [*encoding.parts, *tables(encoding)]
+def parameters(encoding: Encoding, marks: Iterable[str] = ("",)) -> list[str]:
+    """The pointers that ``decode`` takes: the encoding's parts, then the tables of its levels.
+
+    `marks` tell the parts of several weights of one encoding apart.
+    """
+    return [*(part + mark for mark in marks for part in encoding.parts), *tables(encoding)]
 
 
 def batch_index(weight: WeightOperand) -> list[str]:

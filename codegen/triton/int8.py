@@ -10,9 +10,11 @@ from fxquant.codegen.triton.int8_decode import Int8Decode, ScaledDecode
 from fxquant.codegen.triton.kernels import (
     JIT,
     loop,
+    marks,
     operand_names,
     print_start,
     print_store,
+    result_names,
     with_constants,
 )
 from fxquant.codegen.triton.printer import Lines
@@ -32,9 +34,9 @@ def tables(spec: KernelSpec) -> list[Table]:
 
 def parameters(spec: KernelSpec) -> list[str]:
     """The product's pointers, sizes and strides."""
-    pointers = ["q", "amax", *decode.parameters(spec.weight.encoding), *operand_names(spec)]
-    pointers += outliers.pointers(spec)
-    return [*pointers, "out", "partial", "rows", *outliers.strides(spec)]
+    weights = decode.parameters(spec.weight.encoding, marks(spec))
+    pointers = ["q", "amax", *weights, *operand_names(spec), *outliers.pointers(spec)]
+    return [*pointers, *result_names(spec), "partial", "rows", *outliers.strides(spec)]
 
 
 def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> None:
@@ -65,7 +67,7 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
             _print_element_sums(out, spec, plan, tiles)
         out.add(
             f"peak = tl.load(amax + {row}, mask=m < rows, other=0.0)",
-            "acc *= tl.div_rn(peak, 127.0)",
+            *(f"acc{mark} *= tl.div_rn(peak, 127.0)" for mark in marks(spec)),
         )
         if spec.outliers is not None:
             outliers.print_products(out, spec, plan)
@@ -73,50 +75,62 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
         print_store(out, spec, plan)
 
 
-def _print_load(out: Lines, spec: KernelSpec, plan: Plan, tiles: ScaledDecode) -> None:
-    """A tile of the weight, and one of the activation's integers."""
+def _print_load(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+    """A tile of the activation's integers."""
     mask = "m < rows" if plan.whole_k else f"(m < rows) & (k < {spec.weight.k})"
     out.add(
-        "# load and decode",
-        f"w = {tiles.call_tile()}",
         "k = k0 + tl.arange(0, BLOCK_K)[:, None]",
         f"q_tile = tl.load(q_rows + k, mask={mask}, other=0)",
-        "# dot",
     )
+
+
+def _print_tile(out: Lines, tiles: ScaledDecode, mark: str) -> None:
+    """A tile of a weight."""
+    out.add("# load and decode", f"w = {tiles.call_tile(mark)}", "# dot")
 
 
 def _print_output_sums(out: Lines, spec: KernelSpec, plan: Plan, tiles: Int8Decode) -> None:
     """One scale an output: integers to the end."""
-    shift = tiles.call_shift()
-    out.add("sums = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)")
-    if shift:
+    shifted = spec.weight.encoding.zero_point
+    out.add(*(f"sums{mark} = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)" for mark in marks(spec)))
+    if shifted:
         out.add("total = tl.full((BLOCK_M,), 0, tl.int32)")
     with out.block(loop(spec)):
-        _print_load(out, spec, plan, tiles)
-        out.add("sums = tl.dot(w, q_tile, sums, out_dtype=tl.int32)")
-        if shift:
+        _print_load(out, spec, plan)
+        for mark in marks(spec):
+            _print_tile(out, tiles, mark)
+            out.add(f"sums{mark} = tl.dot(w, q_tile, sums{mark}, out_dtype=tl.int32)")
+        if shifted:
             out.add("total += tl.reduce(q_tile.to(tl.int32), 0, add)")
     out.add("# scale")
-    if shift:
-        out.add(f"sums += {shift} * total[None, :]")
-    out.add(f"acc = sums.to(tl.float32) * {tiles.call_scale()}")
+    for mark in marks(spec):
+        if shifted:
+            out.add(f"sums{mark} += {tiles.call_shift(mark)} * total[None, :]")
+        out.add(f"acc{mark} = sums{mark}.to(tl.float32) * {tiles.call_scale(mark)}")
 
 
 def _print_tile_sums(out: Lines, spec: KernelSpec, plan: Plan, tiles: Int8Decode) -> None:
     """One scale a tile and output: integers inside of a tile."""
-    shift = tiles.call_shift()
-    out.add("acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)")
+    shifted = spec.weight.encoding.zero_point
+    out.add(*(f"acc{mark} = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)" for mark in marks(spec)))
     with out.block(loop(spec)):
-        _print_load(out, spec, plan, tiles)
-        out.add("sums = tl.dot(w, q_tile, out_dtype=tl.int32)")
-        if shift:
-            out.add(f"sums += {shift} * tl.reduce(q_tile.to(tl.int32), 0, add)[None, :]")
-        out.add("# scale", f"acc += sums.to(tl.float32) * {tiles.call_scale()}")
+        _print_load(out, spec, plan)
+        if shifted:
+            out.add("total = tl.reduce(q_tile.to(tl.int32), 0, add)[None, :]")
+        for mark in marks(spec):
+            _print_tile(out, tiles, mark)
+            out.add("sums = tl.dot(w, q_tile, out_dtype=tl.int32)")
+            if shifted:
+                out.add(f"sums += {tiles.call_shift(mark)} * total")
+            out.add("# scale", f"acc{mark} += sums.to(tl.float32) * {tiles.call_scale(mark)}")
 
 
 def _print_element_sums(out: Lines, spec: KernelSpec, plan: Plan, tiles: ScaledDecode) -> None:
     """Scales that change inside of a tile: products of float32 numbers."""
-    out.add("acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)")
+    out.add(*(f"acc{mark} = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)" for mark in marks(spec)))
     with out.block(loop(spec)):
-        _print_load(out, spec, plan, tiles)
-        out.add('acc = tl.dot(w, q_tile.to(tl.float32), acc, input_precision="ieee")')
+        _print_load(out, spec, plan)
+        for mark in marks(spec):
+            _print_tile(out, tiles, mark)
+            product = f'tl.dot(w, q_tile.to(tl.float32), acc{mark}, input_precision="ieee")'
+            out.add(f"acc{mark} = {product}")

@@ -17,9 +17,9 @@ class ScaledDecode(decode.Decode):
         super().__post_init__()
         self.book, self.unit = int8_levels(self.encoding)
 
-    def call_tile(self) -> str:
-        """A call of ``decode``."""
-        pointers = [*decode.parameters(self.encoding), *decode.batch_index(self.weight)]
+    def call_tile(self, mark: str) -> str:
+        """A call of ``decode``; `mark` says of which weight."""
+        pointers = [*decode.parameters(self.encoding, [mark]), *decode.batch_index(self.weight)]
         return call(self.name, [*pointers, "n0", "k0", *_SIZES])
 
 
@@ -40,25 +40,25 @@ class Int8Decode(ScaledDecode):
         if self.encoding.zero_point:
             self._print_shift_of()
 
-    def call_tile(self) -> str:
-        """A call of ``decode``."""
-        return call(self.name, [*self._tile_arguments(), *_SIZES])
+    def call_tile(self, mark: str) -> str:
+        """A call of ``decode``; `mark` says of which weight."""
+        return call(self.name, [*self._tile_arguments(mark), *_SIZES])
 
-    def call_scale(self) -> str:
+    def call_scale(self, mark: str) -> str:
         """A call of ``scale_of``."""
-        return call("scale_of", self._scale_arguments())
+        return call("scale_of", self._scale_arguments(mark))
 
-    def call_shift(self) -> str:
-        """A call of ``shift_of``; "" without zero points."""
-        return call("shift_of", self._place(["zeros"])) if self.encoding.zero_point else ""
+    def call_shift(self, mark: str) -> str:
+        """A call of ``shift_of``."""
+        return call("shift_of", self._place([f"zeros{mark}"]))
 
-    def _tile_arguments(self) -> list[str]:
+    def _tile_arguments(self, mark: str = "") -> list[str]:
         table = ["levels"] if "levels" in decode.tables(self.encoding) else []
-        return ["codes", *table, *decode.batch_index(self.weight), "n0", "k0"]
+        return [f"codes{mark}", *table, *decode.batch_index(self.weight), "n0", "k0"]
 
-    def _scale_arguments(self) -> list[str]:
-        apart = ("codes", "zeros", "levels")
-        found = decode.parameters(self.encoding)
+    def _scale_arguments(self, mark: str = "") -> list[str]:
+        apart = (f"codes{mark}", f"zeros{mark}", "levels")
+        found = decode.parameters(self.encoding, [mark])
         return self._place([name for name in found if name not in apart])
 
     def _place(self, pointers: list[str]) -> list[str]:

@@ -41,13 +41,23 @@ def operand_names(spec: KernelSpec) -> list[str]:
     return [f"in{number}" for number in range(len(spec.epilogue.operands))]
 
 
+def result_names(spec: KernelSpec) -> list[str]:
+    """The pointers of results, the main one first."""
+    return ["out", *(f"out{number + 1}" for number in range(len(spec.epilogue.more)))]
+
+
+def marks(spec: KernelSpec) -> list[str]:
+    """What tells the names of several weights and their sums apart."""
+    return [str(number) if number else "" for number in range(spec.weights)]
+
+
 def print_finish(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """The function ``finish``: the epilogue, and the store."""
     n = spec.weight.n
     whole_n = plan.whole_n and (n % REDUCE_BLOCK == 0 or not plan.splits)
     tests = {"m": "(m < rows)", "n": "" if whole_n else f"(n < {n})"}
     ops = TritonOps()
-    names = {"%acc": "acc"}
+    names = {f"%acc{mark}": f"acc{mark}" for mark in marks(spec)}
     body = Lines()
     for number, operand in enumerate(spec.epilogue.operands):
         names[f"%in{number}"] = f"value{number}"
@@ -68,20 +78,27 @@ def print_finish(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     doc = "The epilogue on the sums of rows m and outputs n, rounded and stored."
     with out.function("finish", params, doc):
         out.add(*body.lines())
-        result = f"{names[spec.epilogue.result]}.to(out.dtype.element_ty)"
         mask = " & ".join(test for test in tests.values() if test)
         row = "(e * rows + m)" if spec.weight.batch else "m"
-        out.add(f"where = {row} * {n} + n", f"tl.store(out + where, {result}, mask={mask})")
+        out.add(f"where = {row} * {n} + n")
+        values = [spec.epilogue.result, *(result.value for result in spec.epilogue.more)]
+        for name, value in zip(result_names(spec), values, strict=True):
+            rounded = f"{names[value]}.to({name}.dtype.element_ty)"
+            out.add(f"tl.store({name} + where, {rounded}, mask={mask})")
 
 
 def _finish_args(spec: KernelSpec) -> list[str]:
-    return ["acc", *operand_names(spec), "out", *decode.batch_index(spec.weight), "m", "n", "rows"]
+    sums = [f"acc{mark}" for mark in marks(spec)]
+    place = [*decode.batch_index(spec.weight), "m", "n", "rows"]
+    return [*sums, *operand_names(spec), *result_names(spec), *place]
 
 
-def _share_index(spec: KernelSpec) -> str:
-    """Where a partial sum lies, in [shares, (batch,) rows, outputs]."""
-    batch = spec.weight.batch
-    matrix = f"(share * {batch} + e)" if batch else "share"
+def _share_index(spec: KernelSpec, number: int) -> str:
+    """Where a partial sum of a weight lies, in [shares, (weights,) (batch,) rows, outputs]."""
+    batch, matrix = spec.weight.batch, "share"
+    if spec.weights > 1:
+        matrix = f"(share * {spec.weights} + {number})" if number else f"share * {spec.weights}"
+    matrix = f"({matrix} * {batch} + e)" if batch else matrix
     return f"where = ({matrix} * rows + m) * {spec.weight.n} + n"
 
 
@@ -111,10 +128,12 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         print_start(out, spec)
         out.add(
             f"x_rows = {_matrix(spec)} + m[:, None, None] * x_stride_m",
-            "sums = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)",
+            *(
+                f"sums{mark} = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)"
+                for mark in marks(spec)
+            ),
         )
         with out.block(loop(spec)):
-            _print_decode_call(out, spec)
             out.add("k = k0 + tl.arange(0, BLOCK_K)[None, None, :]")
             mask = "(m < rows)[:, None, None]" + (
                 "" if plan.whole_k else f" & (k < {spec.weight.k})"
@@ -124,8 +143,10 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
             if round_x:
                 out.add(f"x_tile = x_tile{round_x}")
             lift = "" if spec.compute_dtype == "float32" else ".to(tl.float32)"
-            out.add(f"sums += x_tile{lift} * w[None, :, :]{lift}")
-        out.add("acc = tl.reduce(sums, 2, add)")
+            for mark in marks(spec):
+                _print_decode_call(out, spec, mark)
+                out.add(f"sums{mark} += x_tile{lift} * w[None, :, :]{lift}")
+        out.add(*(f"acc{mark} = tl.reduce(sums{mark}, 2, add)" for mark in marks(spec)))
         print_end(out, spec, plan, "m[:, None]", "n[None, :]")
 
 
@@ -136,22 +157,23 @@ def print_gemm(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         print_start(out, spec)
         out.add(
             f"x_rows = {_matrix(spec)} + m[None, :] * x_stride_m",
-            "acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)",
+            *(f"acc{mark} = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)" for mark in marks(spec)),
         )
         with out.block(loop(spec)):
-            _print_decode_call(out, spec)
             out.add("k = k0 + tl.arange(0, BLOCK_K)[:, None]")
             mask = "(m < rows)[None, :]" + ("" if plan.whole_k else f" & (k < {spec.weight.k})")
             out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0){_round_x(spec)}")
             exact = ', input_precision="ieee"' if spec.compute_dtype == "float32" else ""
-            out.add("# dot", f"acc = tl.dot(w, x_tile, acc{exact})")
+            for mark in marks(spec):
+                _print_decode_call(out, spec, mark)
+                out.add("# dot", f"acc{mark} = tl.dot(w, x_tile, acc{mark}{exact})")
         print_end(out, spec, plan, "m[None, :]", "n[:, None]")
 
 
 def print_reduce(out: Lines, spec: KernelSpec) -> None:
     """The sum over a split, always in the same order, and the epilogue."""
-    params = ["partial", *operand_names(spec), "out", "rows", "BLOCK_N: tl.constexpr"]
-    params.append("SPLIT: tl.constexpr")
+    params = ["partial", *operand_names(spec), *result_names(spec), "rows"]
+    params += ["BLOCK_N: tl.constexpr", "SPLIT: tl.constexpr"]
     n = spec.weight.n
     mask = f", mask=n < {n}, other=0.0" if n % REDUCE_BLOCK else ""
     with out.function(f"{spec.name}_reduce", params, "Adds the shares of a split.", JIT):
@@ -160,21 +182,22 @@ def print_reduce(out: Lines, spec: KernelSpec) -> None:
         out.add(
             "m = tl.program_id(0).to(tl.int64)",
             "n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]",
-            "acc = tl.full((1, BLOCK_N), 0.0, tl.float32)",
+            *(f"acc{mark} = tl.full((1, BLOCK_N), 0.0, tl.float32)" for mark in marks(spec)),
         )
         with out.block("for share in range(SPLIT):"):
-            out.add(
-                _share_index(spec),
-                f"acc += tl.load(partial + where{mask})",
-            )
+            for number, mark in enumerate(marks(spec)):
+                out.add(
+                    _share_index(spec, number),
+                    f"acc{mark} += tl.load(partial + where{mask})",
+                )
         out.add(call("finish", _finish_args(spec)))
 
 
 def parameters(spec: KernelSpec) -> list[str]:
     """The pointers, sizes and strides of a product of floats."""
-    pointers = ["x", *decode.parameters(spec.weight.encoding), *operand_names(spec)]
+    pointers = ["x", *decode.parameters(spec.weight.encoding, marks(spec)), *operand_names(spec)]
     strides = ["x_stride_e", "x_stride_m"] if spec.weight.batch else ["x_stride_m"]
-    return [*pointers, "out", "partial", "rows", *strides]
+    return [*pointers, *result_names(spec), "partial", "rows", *strides]
 
 
 def with_constants(params: list[str]) -> list[str]:
@@ -203,8 +226,8 @@ def loop(spec: KernelSpec) -> str:
     return f"for k0 in range(share * BLOCK_K, {spec.weight.k}, BLOCK_K * SPLIT):"
 
 
-def _print_decode_call(out: Lines, spec: KernelSpec) -> None:
-    args = [*decode.parameters(spec.weight.encoding), *decode.batch_index(spec.weight)]
+def _print_decode_call(out: Lines, spec: KernelSpec, mark: str) -> None:
+    args = [*decode.parameters(spec.weight.encoding, [mark]), *decode.batch_index(spec.weight)]
     args += ["n0", "k0", "BLOCK_N", "BLOCK_K"]
     out.add("# load and decode", f"w = {call('decode', args)}")
 
@@ -225,7 +248,8 @@ def print_store(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     with out.block("if SPLIT == 1:"):
         out.add(call("finish", _finish_args(spec)))
     with out.block("else:"):
-        out.add(
-            _share_index(spec),
-            f"tl.store(partial + where, acc, mask={mask})",
-        )
+        for number, mark in enumerate(marks(spec)):
+            out.add(
+                _share_index(spec, number),
+                f"tl.store(partial + where, acc{mark}, mask={mask})",
+            )

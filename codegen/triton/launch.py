@@ -6,7 +6,13 @@ from collections.abc import Iterable, Mapping
 
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import decode, int8, outliers, steps
-from fxquant.codegen.triton.kernels import REDUCE_BLOCK, operand_names, parameters
+from fxquant.codegen.triton.kernels import (
+    REDUCE_BLOCK,
+    marks,
+    operand_names,
+    parameters,
+    result_names,
+)
 from fxquant.codegen.triton.printer import Lines, call, wrap_items
 from fxquant.codegen.triton.tiles import Plan
 
@@ -27,7 +33,8 @@ def print_types(out: Lines, spec: KernelSpec) -> None:
     encoding = spec.weight.encoding
     signed = encoding.is_uniform and encoding.bits == 8 and not encoding.zero_point
     types = {} if spec.is_quantized else {"x": spec.x_dtype}
-    types |= {"out": spec.out_dtype, "partial": "float32"}
+    types |= dict(zip(result_names(spec), _result_dtypes(spec), strict=True))
+    types["partial"] = "float32"
     parts = {
         "codes": "int8" if signed else "uint8",
         "scales": "float32" if encoding.scale is None else "uint8",
@@ -35,13 +42,17 @@ def print_types(out: Lines, spec: KernelSpec) -> None:
         "offset": "float32",
         "zeros": "uint8",
     }
-    types |= {part: parts[part] for part in encoding.parts}
+    types |= {part + mark: parts[part] for mark in marks(spec) for part in encoding.parts}
     types |= dict.fromkeys(decode.tables(encoding), "float32")
     types |= dict(zip(operand_names(spec), (o.dtype for o in spec.epilogue.operands), strict=True))
     if spec.compute_dtype == "int8":
         types |= _int8_types(spec)
     scalars = ["x_stride_e", "x_stride_m"] if spec.weight.batch else ["x_stride_m"]
     print_type_table(out, types, ["rows", *([] if spec.is_quantized else scalars)])
+
+
+def _result_dtypes(spec: KernelSpec) -> list[str]:
+    return [spec.out_dtype, *(result.dtype for result in spec.epilogue.more)]
 
 
 def _int8_types(spec: KernelSpec) -> dict[str, str]:
@@ -99,13 +110,21 @@ def print_run(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     if tables:
         _print_prepare(out, tables)
     counter = ", counter=None" if outliers.kind(spec) == "found" else ""
+    given = "" if spec.epilogue.more else ", out=None"
+    what = "products" if spec.weights > 1 else "product"
     out.add("", "")
-    with out.block(f"def run(x, weight, extra, out=None{counter}):"):
-        out.add('"""The product: x [.., k] to [.., n] ([e, m, k] to [e, m, n] with a batch)."""')
+    with out.block(f"def run(x, weight, extra{given}{counter}):"):
+        out.add(f'"""The {what}: x [.., k] to [.., n] ([e, m, k] to [e, m, n] with a batch)."""')
         _print_views(out, spec)
         _print_arguments(out, spec, tables)
         _print_launch(out, spec, splits=plan.splits)
-        out.add("return out")
+        out.add(f"return {_results(spec)}")
+
+
+def _results(spec: KernelSpec) -> str:
+    """What ``run`` gives: a tensor, or a list of them."""
+    names = ", ".join(result_names(spec))
+    return f"[{names}]" if spec.epilogue.more else names
 
 
 def _print_prepare(out: Lines, tables: list[str]) -> None:
@@ -122,11 +141,18 @@ def _print_views(out: Lines, spec: KernelSpec) -> None:
     """The activation as rows whose inputs are contiguous, and a contiguous result."""
     weight = spec.weight
     out.add(f"shape = (*x.shape[:-1], {weight.n})")
-    with out.block("if out is None:"):
-        out.add(f"out = torch.empty(shape, dtype=torch.{spec.out_dtype}, device=x.device)")
-    with out.block("if not out.is_contiguous():"):
-        counter = ", None, counter" if outliers.kind(spec) == "found" else ""
-        out.add(f"return out.copy_(run(x, weight, extra{counter}))")
+    made = [
+        f"{name} = torch.empty(shape, dtype=torch.{dtype}, device=x.device)"
+        for name, dtype in zip(result_names(spec), _result_dtypes(spec), strict=True)
+    ]
+    if spec.epilogue.more:
+        out.add(*made)
+    else:
+        with out.block("if out is None:"):
+            out.add(*made)
+        with out.block("if not out.is_contiguous():"):
+            counter = ", None, counter" if outliers.kind(spec) == "found" else ""
+            out.add(f"return out.copy_(run(x, weight, extra{counter}))")
     if weight.batch is None:
         out.add(f"x = x.reshape(math.prod(x.shape[:-1]), {weight.k})")
     if spec.is_quantized:
@@ -136,12 +162,16 @@ def _print_views(out: Lines, spec: KernelSpec) -> None:
             out.add("x = x.contiguous()")
     out.add("rows = x.shape[-2]")
     with out.block("if rows == 0:"):
-        out.add("return out")
+        out.add(f"return {_results(spec)}")
 
 
 def _print_arguments(out: Lines, spec: KernelSpec, tables: list[str]) -> None:
-    parts = ", ".join(spec.weight.encoding.parts)
-    out.add(f"{parts} = weight")
+    parts = [part + mark for mark in marks(spec) for part in spec.weight.encoding.parts]
+    line = f"{', '.join(parts)} = weight"
+    if len(line) <= 90:
+        out.add(line)
+    else:
+        out.add("(", *wrap_items(parts, 4, 92), ") = weight")
     if tables:
         out.add(f"{', '.join(tables)}{',' if len(tables) == 1 else ''} = prepare(x.device)")
     names = operand_names(spec)
@@ -156,6 +186,7 @@ def _print_arguments(out: Lines, spec: KernelSpec, tables: list[str]) -> None:
 def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
     weight = spec.weight
     batch, operands = weight.batch or 1, operand_names(spec)
+    sizes = [f"{size}, " for size in (spec.weights, batch) if size > 1]
     out.add(
         "",
         "most = next((most for most in VARIANTS if rows <= most), max(VARIANTS))",
@@ -166,7 +197,7 @@ def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
     if splits:
         with out.block("if split > 1:"):
             out.add(
-                f"sums = (split, {f'{batch}, ' if weight.batch else ''}rows, {weight.n})",
+                f"sums = (split, {''.join(sizes)}rows, {weight.n})",
                 "partial = torch.empty(sums, dtype=torch.float32, device=x.device)",
             )
     shares = f"{batch} * split" if weight.batch else "split"
@@ -182,5 +213,5 @@ def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
         with out.block("if split > 1:"):
             out.add("add_shares, tile, options = REDUCTIONS[split]")
             out.add(f'grid = (rows, -(-{weight.n} // tile["BLOCK_N"]), {batch})')
-            args = ["partial", *operands, "out", "rows", "**tile", "**options"]
+            args = ["partial", *operands, *result_names(spec), "rows", "**tile", "**options"]
             out.add(call("add_shares[grid]", args))

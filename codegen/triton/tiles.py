@@ -114,7 +114,7 @@ def _int8_tiles(spec: KernelSpec, scaling: str, run: int) -> tuple[Tile, ...]:
     narrow = scaling == "elements" or floats
     tiles = []
     for rows in GEMM_ROWS[:-1] if narrow else GEMM_ROWS:
-        n = _dividing(spec.weight.n, 32 if narrow else 128 if rows == 128 else 64, 16)
+        n = _dividing(spec.weight.n, 32 if narrow else _outputs(spec, rows), 16)
         k = _dividing(spec.weight.k, run, 16 if scaling == "elements" else _LEAST_INT8_INPUTS)
         split = _split(spec, n, k) if rows == GEMM_ROWS[0] else 1
         tiles.append(Tile("gemm", rows, n, k, split, 8 if rows == 128 else 4, 3))
@@ -124,12 +124,13 @@ def _int8_tiles(spec: KernelSpec, scaling: str, run: int) -> tuple[Tile, ...]:
 def _gemv(spec: KernelSpec, rows: int, axis: sympy.Symbol | None) -> Tile:
     """Few rows: 2048 weights at a time, long along the axis that is contiguous in memory."""
     weight = spec.weight
+    most = 2048 // _fit(spec.weights, 1)
     if axis == N:
         n = min(128, _fit(weight.n, 16))
-        k = max(16, 2048 // n // 4)
+        k = max(16, most // n // 4)
     else:
         k = _dividing(weight.k, 512, 16)
-        n = min(2048 // k, _fit(weight.n, 1))
+        n = min(most // k, _fit(weight.n, 1))
     split = _split(spec, n, k)
     return Tile("gemv", rows, n, k, split, 4, 2)
 
@@ -139,11 +140,16 @@ def _gemm(spec: KernelSpec, rows: int) -> Tile:
     weight = spec.weight
     wide = spec.compute_dtype == "float32"
     # Triton gives float32 tiles of 64 outputs to Blackwell's matrix unit, which rounds to tf32.
-    most = 32 if wide else 128 if rows == 128 else 64
+    most = 32 if wide else _outputs(spec, rows)
     n = _dividing(weight.n, most, 16)
     k = _dividing(weight.k, 32 if wide else 64, 16)
     split = _split(spec, n, k) if rows == GEMM_ROWS[0] else 1
     return Tile("gemm", rows, n, k, split, 8 if rows == 128 else 4, 3)
+
+
+def _outputs(spec: KernelSpec, rows: int) -> int:
+    """Outputs of one program: the sums of all weights have to fit into registers."""
+    return 128 if rows == 128 and spec.weights == 1 else 64
 
 
 def _split(spec: KernelSpec, n: int, k: int) -> int:

@@ -5,12 +5,21 @@ import sys
 import pytest
 
 from fxquant import errors
-from fxquant.codegen.spec import Epilogue, KernelSpec
+from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueResult
+from fxquant.codegen.spec import KernelSpec
 from fxquant.formats import Encoding
 from fxquant.runtime import cubin
 from tests.codegen import harness
 
 NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
+GATED = Epilogue(
+    (),
+    (
+        EpilogueNode("aten.silu.default", ("%acc",)),
+        EpilogueNode("aten.mul.Tensor", ("%0", "%acc1")),
+    ),
+)
+THREE = Epilogue((), (), tuple(EpilogueResult(f"%acc{i}", "bfloat16") for i in (1, 2)))
 SPECS = {
     "nf4": (NF4, "bfloat16", Epilogue.bias("bfloat16")),
     "int8": (Encoding(8, block=(1, -1)), "bfloat16", Epilogue()),
@@ -19,7 +28,10 @@ SPECS = {
     "int2": (Encoding(2, block=(32,), full_range=True), "bfloat16", Epilogue()),
     "experts": (NF4, "bfloat16", Epilogue.bias("bfloat16", "en")),
     "exact": (NF4, "float32", Epilogue()),
+    "gate_up": (NF4, "bfloat16", GATED),
+    "q_k_v": (NF4, "bfloat16", THREE),
 }
+WEIGHTS = {"gate_up": 2, "q_k_v": 3}
 SHAPES = {"experts": (8, 1024, 1024)}
 # Bytes of one program: CUDA C++ programming guide, table of compute capabilities; CDNA3 ISA, LDS.
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
@@ -36,6 +48,9 @@ CASES = [
     *(("fp4", target, 128) for target in cubin.TARGETS),
     ("fp4", "sm_90", 1),
     *(("exact", target, rows) for target, rows in (("sm_80", 1), ("sm_80", 64), ("sm_100", 16))),
+    *(("gate_up", target, rows) for target in ("sm_80", "sm_90", "gfx942") for rows in (1, 128)),
+    *(("q_k_v", target, 128) for target in ("sm_80", "sm_90", "sm_100")),
+    ("q_k_v", "sm_90", 4),
     *(("exact", target, 64) for target in ("sm_90", "sm_100", "gfx942")),
 ]
 
@@ -47,7 +62,13 @@ def modules(tmp_path_factory):
     for name, (encoding, dtype, epilogue) in SPECS.items():
         shape = SHAPES.get(name, (4096, 4096))
         weight = harness.whole(encoding, *shape)
-        spec = KernelSpec(weight, dtype, dtype, dtype, epilogue, f"{name}_{shape[-2]}x{shape[-1]}")
+        spec = KernelSpec(
+            weight,
+            *(dtype,) * 3,
+            epilogue,
+            f"{name}_{shape[-2]}x{shape[-1]}",
+            weights=WEIGHTS.get(name, 1),
+        )
         made[name] = harness.load(spec, folder, interpreted=False)
     return made
 

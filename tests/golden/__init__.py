@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fxquant.codegen import RENDERERS, Header, cpp
 from fxquant.codegen.cpp.isa import AVX2, AVX512, PORTABLE
+from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand, EpilogueResult
 from fxquant.codegen.quantize import QuantizeSpec
-from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand
 from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import Encoding
 
@@ -20,6 +20,24 @@ GATED = Epilogue(
         EpilogueNode("aten.gelu.default", ("%0",), (("approximate", "tanh"),)),
         EpilogueNode("aten.add.Tensor", ("%1", "%in1")),
     ),
+)
+
+
+SWIGLU = Epilogue(
+    (),
+    (
+        EpilogueNode("aten.silu.default", ("%acc",)),
+        EpilogueNode("aten.mul.Tensor", ("%0", "%acc1")),
+    ),
+)
+QKV = Epilogue(
+    (EpilogueOperand("n", "float32"),) * 3,
+    (
+        EpilogueNode("aten.add.Tensor", ("%acc1", "%in1")),
+        EpilogueNode("aten.add.Tensor", ("%acc2", "%in2")),
+        EpilogueNode("aten.add.Tensor", ("%acc", "%in0")),
+    ),
+    (EpilogueResult("%0", "float32"), EpilogueResult("%1", "float32")),
 )
 
 
@@ -89,6 +107,26 @@ CPP_SPECS = (
         PORTABLE,
     ),
     (QuantizeSpec(1536, "float32", clipped=True, name="quantize_1536_clipped"), AVX2),
+    (
+        KernelSpec(
+            _whole(NF4, 5632, 2048),
+            *("bfloat16", "bfloat16", "bfloat16"),
+            SWIGLU,
+            "nf4_gate_up_5632x2048_silu",
+            weights=2,
+        ),
+        AVX512,
+    ),
+    (
+        KernelSpec(
+            _whole(Encoding(8, block=(1, -1)), 384, 384),
+            *("int8", "int8", "float32"),
+            QKV,
+            "w8a8_query_key_value_384x384",
+            weights=3,
+        ),
+        AVX2,
+    ),
 )
 
 

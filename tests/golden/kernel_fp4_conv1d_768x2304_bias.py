@@ -90,10 +90,10 @@ def fp4_conv1d_768x2304_bias_gemv(
     x_rows = x + m[:, None, None] * x_stride_m
     sums = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)
     for k0 in range(share * BLOCK_K, 768, BLOCK_K * SPLIT):
-        # load and decode
-        w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
         k = k0 + tl.arange(0, BLOCK_K)[None, None, :]
         x_tile = tl.load(x_rows + k, mask=(m < rows)[:, None, None], other=0.0)
+        # load and decode
+        w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
         sums += x_tile.to(tl.float32) * w[None, :, :].to(tl.float32)
     acc = tl.reduce(sums, 2, add)
     # epilogue
@@ -118,10 +118,10 @@ def fp4_conv1d_768x2304_bias_gemm(
     x_rows = x + m[None, :] * x_stride_m
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     for k0 in range(share * BLOCK_K, 768, BLOCK_K * SPLIT):
-        # load and decode
-        w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
         k = k0 + tl.arange(0, BLOCK_K)[:, None]
         x_tile = tl.load(x_rows + k, mask=(m < rows)[None, :], other=0.0)
+        # load and decode
+        w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
         # dot
         acc = tl.dot(w, x_tile, acc)
     # epilogue

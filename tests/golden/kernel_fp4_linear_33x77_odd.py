@@ -86,10 +86,10 @@ def fp4_linear_33x77_odd_gemv(
     x_rows = x + m[:, None, None] * x_stride_m
     sums = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)
     for k0 in range(share * BLOCK_K, 77, BLOCK_K * SPLIT):
-        # load and decode
-        w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
         k = k0 + tl.arange(0, BLOCK_K)[None, None, :]
         x_tile = tl.load(x_rows + k, mask=(m < rows)[:, None, None] & (k < 77), other=0.0)
+        # load and decode
+        w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
         sums += x_tile * w[None, :, :]
     acc = tl.reduce(sums, 2, add)
     # epilogue
@@ -114,10 +114,10 @@ def fp4_linear_33x77_odd_gemm(
     x_rows = x + m[None, :] * x_stride_m
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     for k0 in range(share * BLOCK_K, 77, BLOCK_K * SPLIT):
-        # load and decode
-        w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
         k = k0 + tl.arange(0, BLOCK_K)[:, None]
         x_tile = tl.load(x_rows + k, mask=(m < rows)[None, :] & (k < 77), other=0.0)
+        # load and decode
+        w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
         # dot
         acc = tl.dot(w, x_tile, acc, input_precision="ieee")
     # epilogue

@@ -183,10 +183,10 @@ def llm_int8_linear_384x1536_bias_gemm(
     q_rows = q + m * 1536
     sums = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
     for k0 in range(share * BLOCK_K, 1536, BLOCK_K * SPLIT):
-        # load and decode
-        w = decode(codes, n0, k0, BLOCK_N, BLOCK_K)
         k = k0 + tl.arange(0, BLOCK_K)[:, None]
         q_tile = tl.load(q_rows + k, mask=m < rows, other=0)
+        # load and decode
+        w = decode(codes, n0, k0, BLOCK_N, BLOCK_K)
         # dot
         sums = tl.dot(w, q_tile, sums, out_dtype=tl.int32)
     # scale

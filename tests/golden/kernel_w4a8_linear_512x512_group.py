@@ -79,13 +79,14 @@ def w4a8_linear_512x512_group_gemm(
     q_rows = q + m * 512
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     for k0 in range(share * BLOCK_K, 512, BLOCK_K * SPLIT):
-        # load and decode
-        w = decode(codes, n0, k0, BLOCK_N, BLOCK_K)
         k = k0 + tl.arange(0, BLOCK_K)[:, None]
         q_tile = tl.load(q_rows + k, mask=m < rows, other=0)
+        total = tl.reduce(q_tile.to(tl.int32), 0, add)[None, :]
+        # load and decode
+        w = decode(codes, n0, k0, BLOCK_N, BLOCK_K)
         # dot
         sums = tl.dot(w, q_tile, out_dtype=tl.int32)
-        sums += shift_of(zeros, n, k0) * tl.reduce(q_tile.to(tl.int32), 0, add)[None, :]
+        sums += shift_of(zeros, n, k0) * total
         # scale
         acc += sums.to(tl.float32) * scale_of(scales, n, k0)
     peak = tl.load(amax + m, mask=m < rows, other=0.0)
