@@ -141,7 +141,6 @@ template <int I, int COUNT, typename T> INLINE T& at(Sums<COUNT, T>& sums) {
 }
 
 INLINE float x_of(stored_t x) { return x; }
-INLINE out_t out_of(float x) { return x; }
 
 struct Decoder {
   INLINE vi operand(vi codes, int step) const {
@@ -312,12 +311,13 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
 
 // One row of a tile: epilogue and rounding.
 INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int64_t count,
-                       const float* sums) {
-  out_t* out = call.out + (e * call.m + row) * N + n0;
+                       const float* sums, float scale) {
+  const int64_t at = (e * call.m + row) * N + n0;
+  float* out = call.out + at;
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i) {
-    const float acc = sums[i];
-    out[i] = out_of(acc);
+    const float acc = sums[i] * scale;
+    out[i] = acc;
   }
 }
 
@@ -326,14 +326,13 @@ void finish(const Call& call, int64_t tile, int64_t super_first, int64_t panel_r
             int64_t all_rows, float* totals) {
   const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
   const float* row_scales = call.row_scales + e * all_rows + panel_row;
-  for (int64_t row = 0; row < rows; ++row)
-    for (int i = 0; i < TILE; ++i) totals[row * TILE + i] *= row_scales[row];
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t at = super_first + panel_row + row;
+    const float* sums = totals + row * TILE;
     if (N - n0 >= TILE)
-      finish_row(call, e, at, n0, TILE, totals + row * TILE);
+      finish_row(call, e, at, n0, TILE, sums, row_scales[row]);
     else
-      finish_row(call, e, at, n0, N - n0, totals + row * TILE);
+      finish_row(call, e, at, n0, N - n0, sums, row_scales[row]);
   }
 }
 
@@ -485,10 +484,9 @@ void many_rows(int height, const uint32_t* w, int64_t steps, const x_t* x, const
   }
 }
 
-// One tile of outputs against some panels.
-void many_tile(Call& call, int64_t tile, int64_t super_first, int64_t rows, int64_t first_panel,
+// One tile of outputs against some panels: totals[row][64].
+void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
                int64_t last_panel, uint32_t* decoded, float* totals) {
-  const Weight& w = call.weight;
   const int64_t e = tile / N_TILES, base = e * padded(rows, MANY_HEIGHTS);
   const int64_t first_row = first_panel * MANY_HEIGHTS[0];
   const int64_t last_row = std::min(rows, last_panel * MANY_HEIGHTS[0]);
@@ -509,7 +507,6 @@ void many_tile(Call& call, int64_t tile, int64_t super_first, int64_t rows, int6
                 totals + (row - first_row) * TILE);
     }
   }
-  finish(call, tile, super_first, first_row, last_row - first_row, rows, totals);
 }
 
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
@@ -525,9 +522,12 @@ void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
     const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
     const auto items = of.part(E * N_TILES * parts);
     for (int64_t item = items.first; item < items.last; ++item) {
-      const int64_t part = item % parts;
-      many_tile(call, item / parts, super_first, rows, panels * part / parts,
-                panels * (part + 1) / parts, decoded, totals);
+      const int64_t tile = item / parts, part = item % parts;
+      const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
+      const int64_t first_row = first * MANY_HEIGHTS[0];
+      const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
+      many_tile(call, call.weight, tile, rows, first, last, decoded, totals);
+      finish(call, tile, super_first, first_row, count, rows, totals);
     }
   }
 }
