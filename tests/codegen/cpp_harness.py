@@ -14,15 +14,13 @@ from hypothesis import Phase, given, settings
 from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
-from fxquant.codegen import Header, KernelSpec, cpp, reference
+from fxquant.codegen import Header, KernelSpec, cpp
 from fxquant.codegen.cpp.isa import ISAS, Isa
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.runtime import toolchain
 from fxquant.runtime.memory import Block
-from tests.codegen import harness, plain_int8
+from tests.codegen import harness
 
-UNIT = 2.0**-24
-SMALLEST_NORMAL = 2.0**-126
 FEW, MANY = 0, 1
 GUARD = 64
 """Elements behind a result that nothing may write to."""
@@ -52,24 +50,28 @@ class Kernel:
         run = [*[pointer] * 2, *[long] * 4, pointer, pointer, pointer, number, number]
         self._library.fxquant_run.argtypes, self._library.fxquant_run.restype = run, None
 
-    def prepare(self, tensors: list[Tensor], threads: int = 1) -> Block:
-        """The repacked weight, in memory that held something else."""
-        block = _filled(self._library.fxquant_prepared_bytes())
-        self._library.fxquant_prepare(_pointers(tensors), block.address, threads)
-        return block
+    def prepare(self, tensors: list[Tensor], threads: int = 1) -> list[Block]:
+        """The repacked weights, in memory that held something else."""
+        parts, blocks = len(self.spec.weight.encoding.parts), []
+        for first in range(0, len(tensors), parts):
+            block = _filled(self._library.fxquant_prepared_bytes())
+            pointers = _pointers(tensors[first : first + parts])
+            self._library.fxquant_prepare(pointers, block.address, threads)
+            blocks.append(block)
+        return blocks
 
     def run(
         self,
-        prepared: Block,
+        prepared: list[Block],
         x: Tensor,
         extra: list[Tensor],
         variant: int = FEW,
         threads: int = 1,
-    ) -> Tensor:
-        """The result; scratch memory and the result's held NaN before.
+    ) -> Any:
+        """The result, or a list of them; scratch memory and results held NaN before.
 
         Args:
-            prepared: The repacked weight.
+            prepared: The repacked weights.
             x: ``[m, k]`` or ``[batch, m, k]``, any strides.
             extra: Further operands, contiguous.
             variant: Which skeleton.
@@ -77,17 +79,23 @@ class Kernel:
         """
         spec, rows = self.spec, x.shape[-2]
         shape = (*x.shape[:-1], spec.weight.n)
-        if rows == 0:
-            return torch.empty(shape, dtype=getattr(torch, spec.out_dtype))
-        x_e = x.stride(0) if spec.weight.batch else 0
+        dtypes = [getattr(torch, dtype) for dtype in Plan(spec, self.isa).result_dtypes]
         count = functools.reduce(int.__mul__, shape)
-        out = torch.full((count + GUARD,), torch.nan, dtype=getattr(torch, spec.out_dtype))
-        scratch = _filled(self._library.fxquant_scratch_bytes(rows, threads))
-        place = (x.data_ptr(), x_e, x.stride(-2), x.stride(-1), rows)
-        last = (_pointers(extra), scratch.address, threads, variant)
-        self._library.fxquant_run(prepared.address, *place, out.data_ptr(), *last)
-        assert out[count:].isnan().all(), "written behind the result"
-        return out[:count].view(shape)
+        outs = [torch.full((count + GUARD,), torch.nan, dtype=dtype) for dtype in dtypes]
+        if rows:
+            x_e = x.stride(0) if spec.weight.batch else 0
+            weights = _addresses([block.address for block in prepared])
+            scratch = _filled(self._library.fxquant_scratch_bytes(rows, threads))
+            self._library.fxquant_run(
+                weights if spec.weights > 1 else prepared[0].address,
+                *(x.data_ptr(), x_e, x.stride(-2), x.stride(-1), rows),
+                _pointers(outs) if spec.epilogue.more else outs[0].data_ptr(),
+                *(_pointers(extra), scratch.address, threads, variant),
+            )
+        for out in outs:
+            assert out[count:].isnan().all(), "written behind the result"
+        results = [out[:count].view(shape) for out in outs]
+        return results if spec.epilogue.more else results[0]
 
 
 def _filled(size: int) -> Block:
@@ -98,7 +106,11 @@ def _filled(size: int) -> Block:
 
 def _pointers(tensors: list[Tensor]) -> Any:
     assert all(tensor.is_contiguous() for tensor in tensors)
-    return (ctypes.c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    return _addresses([tensor.data_ptr() for tensor in tensors])
+
+
+def _addresses(found: list[int]) -> Any:
+    return (ctypes.c_void_p * len(found))(*found)
 
 
 class Builder:
@@ -161,57 +173,3 @@ def rows_of(
     x[..., range(1, last), range(last - 1)] = 127 if spec.is_quantized else 1
     x[..., 0, list(outliers)] = 40
     return x
-
-
-def allowed(
-    spec: KernelSpec, isa: str, x: Tensor, tensors: list[Tensor], extra: list[Tensor]
-) -> Tensor:
-    """How far a kernel may be from `reference.run`: the errors of both, element by element.
-
-    Over what `harness.bound` and `plain_int8.sums` say of sums in float32 and of the reference:
-
-    - a kernel rounds levels to the dtype of the product and scales sums in float32, or rounds
-      scaled levels: each weight is off by half a unit in its last place and four roundings, and
-      the reference's by half a unit (of float16 also below the smallest normal number);
-    - with zero points it may sum ``x * code`` and ``x * zero`` apart: roundings are relative to
-      both magnitudes, not to that of the difference;
-    - weights whose scales change from input to input are scaled one by one under int8, too;
-    - vdpbf16ps takes subnormal numbers, read and written, for zeros.
-    """
-    plan, k = Plan(spec, ISAS[isa]), spec.weight.k
-    zeros = zeros_apart(spec, tensors).transpose(-1, -2)
-    if spec.compute_dtype == "int8":
-        own = plain_int8.sums(spec, x, tensors, extra, decoded_apart=True)
-        exact = plain_int8.sums(spec, x, tensors, extra)
-        outliers = torch.from_numpy(own.outliers[:, None]).reshape(*x.shape[:-2], 1, k)
-        inner = torch.where(outliers, 0, x.double().abs()).nan_to_num(0, 0)
-        # A rounded number is larger than itself by half a step at most.
-        inner = inner + inner.amax(-1, keepdim=True) / 254
-        if spec.is_quantized:
-            inner = x.double().abs() * extra[-1].double().unsqueeze(-1).nan_to_num(0) / 127
-        size = exact.magnitude + 2 * inner @ zeros
-        roundings = k + 8 if plan.path == "f32" else 4 if spec.weight.encoding.zero_point else 0
-        errors = (own.bound + roundings * UNIT * size, exact.bound)
-        return sum(harness.through_epilogue(spec, exact.magnitude, e, extra) for e in errors)
-    dtype = getattr(torch, spec.compute_dtype)
-    eps = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    size = x.to(dtype).double().abs()
-    weight = reference.operand(spec.weight, tensors, torch.float32).double().abs()
-    magnitude = size @ weight.transpose(-1, -2)
-    sums = k * UNIT * magnitude
-    lost = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2 if eps else 0.0
-    lost = size.sum(-1, keepdim=True) * lost
-    if plan.path == "bf16":
-        lost = lost + SMALLEST_NORMAL * (weight.sum(-1) + 2 * k).unsqueeze(-2)
-    own = (k + 6) * UNIT * (magnitude + 2 * size @ zeros) + (eps + 4 * UNIT) * magnitude + lost
-    errors = (own, sums + eps * magnitude + lost)
-    return sum(harness.through_epilogue(spec, magnitude, e, extra) for e in errors)
-
-
-def zeros_apart(spec: KernelSpec, tensors: list[Tensor]) -> Tensor:
-    """Magnitudes of ``zero * scale``, as the logical weight: 0 without zero points."""
-    weight = reference.operand(spec.weight, tensors, torch.float32).double()
-    if not spec.weight.encoding.zero_point:
-        return torch.zeros_like(weight)
-    without = [*tensors[:-1], torch.zeros_like(tensors[-1])]
-    return (reference.operand(spec.weight, without, torch.float32).double() - weight).abs()

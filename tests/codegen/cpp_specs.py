@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from fxquant.codegen.spec import (
-    Epilogue,
-    EpilogueNode,
-    EpilogueOperand,
-    KernelSpec,
-    Outliers,
-    WeightOperand,
-)
+from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand
+from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import Encoding
 
 NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))

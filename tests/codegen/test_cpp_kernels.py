@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fxquant.codegen import KernelSpec, reference
+from fxquant.codegen import KernelSpec, bounds, reference
 from fxquant.codegen.cpp.isa import ISAS
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.cpp.printer import SUPER_ROWS
-from fxquant.codegen.spec import FLOAT_DTYPES, WeightOperand
+from fxquant.codegen.epilogue import FLOAT_DTYPES
+from fxquant.codegen.spec import WeightOperand
 from fxquant.formats import pack
 from fxquant.runtime import toolchain
 from tests.bounds import assert_close_within
@@ -84,7 +85,7 @@ class Case:
         self.tensors = harness.stored(spec.weight.encoding, spec.weight.shape, seed)
         self.extra = harness.operands(spec, x.shape[-2], seed + 2)
         self.want = reference.run(spec, x, self.tensors, self.extra)
-        self.bound = cpp_harness.allowed(spec, isa, x, self.tensors, self.extra)
+        self.bound = bounds.allowed(spec, x, self.tensors, self.extra)
 
     def operands(self, rows: int) -> list[Tensor]:
         """The further operands for the first rows."""
@@ -232,7 +233,7 @@ def test_blocks_of_zeros(name: str, isa: str, builder: Builder) -> None:
     dense[..., :1, :] = 0
     one.tensors = pack(dense, spec.weight.encoding).tensors()
     one.want = reference.run(spec, one.x, one.tensors, one.extra)
-    one.bound = cpp_harness.allowed(spec, isa, one.x, one.tensors, one.extra)
+    one.bound = bounds.allowed(spec, one.x, one.tensors, one.extra)
     prepared = kernel.prepare(one.tensors)
     for variant in (FEW, MANY):
         one.check(kernel.run(prepared, one.x, one.extra, variant, 2))
@@ -245,7 +246,7 @@ def test_the_largest_sums_of_bytes(isa: str, builder: Builder) -> None:
     one.x[:] = torch.tensor([1.0, -1.0, 0.5])[:, None]
     one.tensors[0].view(2, -1)[:] = torch.tensor([127, -127])[:, None]
     one.want = reference.run(spec, one.x, one.tensors, [])
-    one.bound = cpp_harness.allowed(spec, isa, one.x, one.tensors, [])
+    one.bound = bounds.allowed(spec, one.x, one.tensors, [])
     prepared = kernel.prepare(one.tensors)
     for variant in (FEW, MANY):
         one.check(kernel.run(prepared, one.x, [], variant))
@@ -286,7 +287,7 @@ def test_one_wrong_code_or_scale_is_seen(name: str, builder: Builder) -> None:
     if spec.outliers is not None and spec.outliers.columns is not None:
         one.extra[-2][:] = torch.arange(30, 30 + spec.outliers.columns)
         one.want = reference.run(spec, one.x, one.tensors, one.extra)
-        one.bound = cpp_harness.allowed(spec, isa, one.x, one.tensors, one.extra)
+        one.bound = bounds.allowed(spec, one.x, one.tensors, one.extra)
     one.check(kernel.run(kernel.prepare(one.tensors), one.x, one.extra))
     for part, changed in changed_parts(spec, one.tensors):
         prepared = kernel.prepare(changed)
