@@ -59,7 +59,11 @@ SPECS = {
     one.name: one
     for one in (
         joined("gate_nf4_bf16", NF4, (100, 704), ("bfloat16",) * 3, GATE, weights=2),
-        joined("qkv_codes", CHANNELS, (77, 320), ("int8", "int8", "float16"), biases("float16"), weights=3),
+        joined(
+            *("qkv_codes", CHANNELS, (77, 320), ("int8", "int8", "float16")),
+            biases("float16"),
+            weights=3,
+        ),
         joined(
             *("qkv_int8_in_call", CHANNELS, (70, 331), ("float32", "int8", "float32")),
             biases("float32"),
@@ -77,7 +81,9 @@ SPECS = {
         ),
         joined(
             *("gate_zero4_odd", Encoding(4, block=(16,), zero_point=True), (33, 77)),
-            *(("float16",) * 3, GATE, weights=2),
+            ("float16",) * 3,
+            GATE,
+            weights=2,
         ),
         joined("two_of_one", CHANNELS, (1, 1), ("float32",) * 3, biases("float16"), weights=3),
     )
