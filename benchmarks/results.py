@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.machine import Rates, processor
 
 FOLDER = Path(__file__).parent / "results"
-PACKAGES = ("torch", "numpy", "bitsandbytes", "torchao", "transformers", "fxquant")
+PACKAGES = ("torch", "triton", "numpy", "bitsandbytes", "torchao", "transformers", "fxquant")
 
 
 def circumstances(rates: Rates | None = None) -> dict[str, Any]:

@@ -112,6 +112,14 @@ MODELS = (
     Target(_MANY, "fxquant llm_int8", "fxquant w8a8", 0.9),
 )
 
+_BIG = (8192, 8192)
+GPU = (
+    *_lines(_BIG, "nf4", "torch bf16", {1: 2.6, 16: 2.5, 128: 1.4, 512: 0.85, 2048: 0.92}),
+    *_lines(_BIG, "w8a8", "torch bf16", {2048: 1.6}),
+    *_lines(_BIG, "llm_int8", "torch bf16", {2048: 1.5, 1: 1.7}),
+)
+"""Of an H100."""
+
 
 def table(judged: Iterable[dict[str, Any]]) -> Table:
     """The judged targets for the terminal."""

@@ -1,0 +1,1 @@
+"""Kernels on a GPU beside cuBLAS and others: ``python -m benchmarks.gpu``."""
