@@ -18,9 +18,6 @@ def few(plan: Plan) -> str:
         end = f"fma(load(zeros + v * LANES), {xsum}, to_float(sum))"
     # Where there are no zero points the pointer is not followed.
     zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "scale"
-    totals, sums = "totals[FEW_HEIGHTS[0] * TILE]", _SUMS
-    if plan.spec.weights > 1:
-        totals, sums = "totals[WEIGHTS * FEW_HEIGHTS[0] * TILE]", _SUMS_OF_SEVERAL
     heights = "\n".join(
         f"    case {height}: return few_rows<{height}>(w, tile, x, sums, totals);"
         for height in plan.isa.few_heights
@@ -30,24 +27,59 @@ def few(plan: Plan) -> str:
         .replace("@END@", end)
         .replace("@ZEROS@", zeros)
         .replace("@HEIGHTS@", heights)
-        .replace("@TOTALS@", totals)
-        .replace("@SUMS@", sums)
+        .replace("@TILES@", _TILES if plan.spec.weights == 1 else _TILES_OF_SEVERAL)
     )
 
 
-_SUMS = """\
-        few_rows(height, call.weight, tile, call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
-                 totals);
-        finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
+_TILES = """\
+// All tiles of outputs, each against all panels while its codes are near.
+void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+  const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
+  const auto tiles = of.part(E * N_TILES);
+  alignas(64) float totals[FEW_HEIGHTS[0] * TILE];
+  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+    const int64_t e = tile / N_TILES;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
+      const int height = height_of(rows - row, FEW_HEIGHTS);
+      few_rows(height, call.weight, tile, call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
+               totals);
+      finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
+    }
+  }
+}
 """
 
-_SUMS_OF_SEVERAL = """\
-        constexpr int64_t APART = FEW_HEIGHTS[0] * TILE;
-        for (int i = 0; i < WEIGHTS; ++i)
-          few_rows(height, call.weights[i], tile, call.panels + at * ALL_STEPS,
-                   call.sums + at * BLOCKS, totals + i * APART);
-        finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals,
-               APART);
+_TILES_OF_SEVERAL = """\
+// All tiles of outputs. Each weight is read some tiles at a time: every change from one to another
+// keeps memory waiting. Of many panels some are worked off at a time, while their totals are near.
+void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+  constexpr int64_t HEIGHT = FEW_HEIGHTS[0], NEAR_PANELS = NEAR_TOTALS / (HEIGHT * TILE);
+  const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
+  const int64_t near_tiles = std::max<int64_t>(1, NEAR_TOTALS / (heights * TILE));
+  const auto tiles = of.part(E * N_TILES);
+  float* totals = reinterpret_cast<float*>(call.own + of.thread * OWN_BYTES);
+  for (int64_t first = tiles.first; first < tiles.last; first += near_tiles) {
+    const int64_t last = std::min(first + near_tiles, tiles.last);
+    for (int64_t panel = 0; panel < panels; panel += NEAR_PANELS) {
+      const int64_t first_row = panel * HEIGHT;
+      const int64_t last_row = std::min(rows, (panel + NEAR_PANELS) * HEIGHT);
+      for (int i = 0; i < WEIGHTS; ++i)
+        for (int64_t tile = first; tile < last; ++tile) {
+          float* own = totals + i * NEAR_TOTALS + (tile - first) * heights * TILE;
+          for (int64_t row = first_row; row < last_row; row += HEIGHT) {
+            const int64_t at = tile / N_TILES * heights + row;
+            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile,
+                     call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
+                     own + (row - first_row) * TILE);
+          }
+        }
+      for (int64_t tile = first; tile < last; ++tile)
+        finish(call, tile, super_first, first_row, last_row - first_row, rows,
+               totals + (tile - first) * heights * TILE, NEAR_TOTALS);
+    }
+  }
+}
 """
 
 _FEW = """\
@@ -132,22 +164,13 @@ void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsu
   }
 }
 
-// All tiles of outputs, each against all panels while its codes are near.
+@TILES@
 void run_few(Call& call, int64_t super_first, int64_t rows, int threads) {
-  const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
 #pragma omp parallel num_threads(threads)
   {
     const Share of(omp_get_thread_num(), omp_get_num_threads());
     pack(call, super_first, rows, FEW_HEIGHTS, of);
-    const auto tiles = of.part(E * N_TILES);
-    alignas(64) float @TOTALS@;
-    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-      const int64_t e = tile / N_TILES;
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
-        const int height = height_of(rows - row, FEW_HEIGHTS);
-@SUMS@      }
-    }
+    few_tiles(call, super_first, rows, of);
   }
 }
 """

@@ -112,6 +112,7 @@ def _sizes(plan: Plan) -> str:
         ("DECODED", decoded, "dwords of a decoded chunk"),
         ("SUPER_ROWS", SUPER_ROWS, "rows that are worked off at a time"),
         ("TOTALS", totals, "floats of the sums of one weight, for many rows"),
+        ("NEAR_TOTALS", 8192, "the same that few rows make before they are read"),
         ("OWN_BYTES", 4 * (decoded + spec.weights * totals), "a thread"),
         ("OPERANDS", len(spec.epilogue.operands), "of the epilogue"),
         ("OUTLIERS", spec.outliers.columns or 0 if spec.outliers else 0, "given columns"),

@@ -421,24 +421,28 @@ void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsu
 }
 
 // All tiles of outputs, each against all panels while its codes are near.
-void run_few(Call& call, int64_t super_first, int64_t rows, int threads) {
+void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
   const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
+  const auto tiles = of.part(E * N_TILES);
+  alignas(64) float totals[FEW_HEIGHTS[0] * TILE];
+  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
+    const int64_t e = tile / N_TILES;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
+      const int height = height_of(rows - row, FEW_HEIGHTS);
+      few_rows(height, call.weight, tile, call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
+               totals);
+      finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
+    }
+  }
+}
+
+void run_few(Call& call, int64_t super_first, int64_t rows, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const Share of(omp_get_thread_num(), omp_get_num_threads());
     pack(call, super_first, rows, FEW_HEIGHTS, of);
-    const auto tiles = of.part(E * N_TILES);
-    alignas(64) float totals[FEW_HEIGHTS[0] * TILE];
-    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-      const int64_t e = tile / N_TILES;
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
-        const int height = height_of(rows - row, FEW_HEIGHTS);
-        few_rows(height, call.weight, tile, call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
-                 totals);
-        finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
-      }
-    }
+    few_tiles(call, super_first, rows, of);
   }
 }
 

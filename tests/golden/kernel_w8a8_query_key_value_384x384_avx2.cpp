@@ -67,6 +67,7 @@ constexpr int64_t CHUNKS = 1;  // in a row
 constexpr int64_t DECODED = 0;  // dwords of a decoded chunk
 constexpr int64_t SUPER_ROWS = 768;  // rows that are worked off at a time
 constexpr int64_t TOTALS = 49536;  // floats of the sums of one weight, for many rows
+constexpr int64_t NEAR_TOTALS = 8192;  // the same that few rows make before they are read
 constexpr int64_t OWN_BYTES = 594432;  // a thread
 constexpr int64_t OPERANDS = 3;  // of the epilogue
 constexpr int STEPS = 1;  // instructions that use up a group
@@ -394,28 +395,42 @@ void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsu
   }
 }
 
-// All tiles of outputs, each against all panels while its codes are near.
-void run_few(Call& call, int64_t super_first, int64_t rows, int threads) {
+// All tiles of outputs. Each weight is read some tiles at a time: every change from one to another
+// keeps memory waiting. Of many panels some are worked off at a time, while their totals are near.
+void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+  constexpr int64_t HEIGHT = FEW_HEIGHTS[0], NEAR_PANELS = NEAR_TOTALS / (HEIGHT * TILE);
   const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
+  const int64_t near_tiles = std::max<int64_t>(1, NEAR_TOTALS / (heights * TILE));
+  const auto tiles = of.part(E * N_TILES);
+  float* totals = reinterpret_cast<float*>(call.own + of.thread * OWN_BYTES);
+  for (int64_t first = tiles.first; first < tiles.last; first += near_tiles) {
+    const int64_t last = std::min(first + near_tiles, tiles.last);
+    for (int64_t panel = 0; panel < panels; panel += NEAR_PANELS) {
+      const int64_t first_row = panel * HEIGHT;
+      const int64_t last_row = std::min(rows, (panel + NEAR_PANELS) * HEIGHT);
+      for (int i = 0; i < WEIGHTS; ++i)
+        for (int64_t tile = first; tile < last; ++tile) {
+          float* own = totals + i * NEAR_TOTALS + (tile - first) * heights * TILE;
+          for (int64_t row = first_row; row < last_row; row += HEIGHT) {
+            const int64_t at = tile / N_TILES * heights + row;
+            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile,
+                     call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
+                     own + (row - first_row) * TILE);
+          }
+        }
+      for (int64_t tile = first; tile < last; ++tile)
+        finish(call, tile, super_first, first_row, last_row - first_row, rows,
+               totals + (tile - first) * heights * TILE, NEAR_TOTALS);
+    }
+  }
+}
+
+void run_few(Call& call, int64_t super_first, int64_t rows, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const Share of(omp_get_thread_num(), omp_get_num_threads());
     pack(call, super_first, rows, FEW_HEIGHTS, of);
-    const auto tiles = of.part(E * N_TILES);
-    alignas(64) float totals[WEIGHTS * FEW_HEIGHTS[0] * TILE];
-    for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-      const int64_t e = tile / N_TILES;
-      for (int64_t panel = 0; panel < panels; ++panel) {
-        const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
-        const int height = height_of(rows - row, FEW_HEIGHTS);
-        constexpr int64_t APART = FEW_HEIGHTS[0] * TILE;
-        for (int i = 0; i < WEIGHTS; ++i)
-          few_rows(height, call.weights[i], tile, call.panels + at * ALL_STEPS,
-                   call.sums + at * BLOCKS, totals + i * APART);
-        finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals,
-               APART);
-      }
-    }
+    few_tiles(call, super_first, rows, of);
   }
 }
 
