@@ -119,7 +119,7 @@ def spread(count: int, most: int) -> list[int]:
 def _operand(call: _Call, dims: str, value: Tensor) -> Interval:
     """An operand of the epilogue, exact, in the shape in which it meets the sums."""
     weight = call.spec.weight
-    sizes = {"e": weight.batch, "m": call.x.shape[-2], "n": weight.n}
+    sizes = {"e": weight.batch or 1, "m": call.x.shape[-2], "n": weight.n}
     axes = "emn" if weight.batch is not None else "mn"
     found = value.reshape([sizes[axis] if axis in dims else 1 for axis in axes])
     found = call.rows(found) if "m" in dims else found
@@ -220,7 +220,7 @@ def _outliers(call: _Call, dense: Tensor) -> tuple[Tensor, Sums]:
     outliers = spec.outliers
     assert outliers is not None, "asked for by specs that have some"
     dtype = getattr(torch, outliers.dtype)
-    if outliers.columns is None:
+    if outliers.threshold is not None:
         found = (rows.abs() >= outliers.threshold).any(-2, keepdim=True)
         own = call.rows(torch.where(found, rows, 0.0)).to(dtype).double()
         return found, _float_sums(own, torch.where(found, dense, 0.0), None, dtype)

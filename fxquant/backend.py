@@ -24,7 +24,7 @@ from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.fuse import Fuse, launch_as, products_and_rows
 from fxquant.passes.sources import DerivedPart, PackedPart, Tools, evaluate
-from fxquant.runtime import cache, dump, launch, ops, targets
+from fxquant.runtime import cache, dump, launch, ops, targets, verify
 from fxquant.runtime.graph import CompiledGraph, Derived, Slot, Source
 from fxquant.runtime.store import STORE
 
@@ -76,6 +76,7 @@ def _compile(
     where = dump.folder(config.dump)
     if where is not None:
         dump.write(where, kernels)
+        verify.write_to(where, headers)
     ledger = Ledger(ctx, choices)
     ledger.file()
     compiled = _lower(ctx, choices, device, mode)
@@ -157,7 +158,8 @@ def _lower(
     mode: str | None,
 ) -> Callable[..., Any]:
     """Hands the rewritten graph to Inductor, or runs it op by op where Inductor cannot work."""
-    runs = {text: choice.runs for text, choice in choices.items()}
+    wanted = ctx.config.verify
+    runs = {text: verify.named(choice.runs, wanted=wanted) for text, choice in choices.items()}
     missing = targets.inductor_missing(device)
     if missing:
         told = any(choice.note == missing for choice in choices.values())

@@ -45,6 +45,8 @@ class Config:
             the schemes that have to know activations beforehand.
         calibration_steps: In place of it: the first so many calls of each compiled graph run in
             full precision and are observed, then the graph is quantized.
+        verify: Check every kernel on its first inputs, and let torch compute in place of one that
+            is wrong.
         dump: Folder to write every kernel to; None takes `FXQUANT_DUMP`, or writes none.
         inductor: Options handed on to Inductor.
 
@@ -63,6 +65,7 @@ class Config:
     threshold: float | None = None
     calibration: Calibration | None = None
     calibration_steps: int = 0
+    verify: bool = False
     dump: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,8 +88,9 @@ class Config:
         self._check_target()
         self._check_recipe_options()
         self._check_calibration()
-        if not isinstance(self.strict, bool):
-            raise errors.ill_typed_option("strict", self.strict, "a bool")
+        for name in ("strict", "verify"):
+            if not isinstance(getattr(self, name), bool):
+                raise errors.ill_typed_option(name, getattr(self, name), "a bool")
         if isinstance(self.min_coverage, bool) or not isinstance(self.min_coverage, (int, float)):
             raise errors.ill_typed_option("min_coverage", self.min_coverage, "a number")
         if not 0 <= self.min_coverage <= 1:

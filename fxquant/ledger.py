@@ -17,7 +17,7 @@ from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.sources import DerivedPart, Rule
 from fxquant.passes.statistics import ColumnWeights
 from fxquant.report import LEFT_ALONE, QUANTIZED, Row, gauge, remember
-from fxquant.runtime import counters, launch
+from fxquant.runtime import counters, launch, verify
 from fxquant.runtime.graph import Slot
 from fxquant.runtime.store import STORE
 from fxquant.runtime.targets import Choice
@@ -37,11 +37,16 @@ class Ledger:
         self.rows: dict[int, list[Row]] = {}
         self.outliers: dict[int, list[tuple[Row, str]]] = {}
         self.limits: dict[Rule, list[tuple[Row, int]]] = {}
+        self.verified: dict[int, list[tuple[Row, list[tuple[str, str]]]]] = {}
         for site in ctx.sites:
             row, index = _row(site, choices), site.parameter.index
             self.rows.setdefault(index, []).append(row)
             if _finds_outliers(site) and choices[site.spec_json].runs != "torch":
                 self.outliers.setdefault(index, []).append((row, site.spec_json))
+            if ctx.config.verify:
+                texts = filter(None, (site.spec_json, site.quantize_json))
+                kernels = [(text, choices[text].runs) for text in texts]
+                self.verified.setdefault(index, []).append((row, kernels))
             if site.limit is not None:
                 self.limits.setdefault(site.limit, []).append((row, index))
         bound = ctx.parameters.values()
@@ -90,6 +95,8 @@ class Ledger:
             if not codes.is_cpu:
                 counters.of(codes, 2)
             gauge(row, parameter, functools.partial(_mean_outliers, text, weakref.ref(codes)))
+        for row, kernels in self.verified.get(slot.index, []):
+            gauge(row, parameter, functools.partial(_set_aside, kernels), "verify")
         error = STORE.error_db(packed)
         own = self.rows.get(slot.index, [])
         rows = [dataclasses.replace(row, error_db=error) for row in own]
@@ -118,6 +125,11 @@ def _mean_outliers(text: str, codes: weakref.ref[Tensor]) -> str:
         return ""
     calls, columns = counts
     return f"outlier columns: {columns / calls:.1f} a call in {calls} calls"
+
+
+def _set_aside(kernels: Sequence[tuple[str, str]]) -> str:
+    found = filter(None, (verify.set_aside_because(*kernel) for kernel in kernels))
+    return "; ".join(f"set aside for torch: {reason}" for reason in found)
 
 
 def _saturated(limit: weakref.ref[Tensor]) -> str:

@@ -220,13 +220,13 @@ class _Record:
                 full = names[id(about)]
                 prefix = full.removesuffix(row.parameter) if full.endswith(row.parameter) else ""
                 module = f"{prefix}{row.module}" if row.module else prefix.rstrip(".")
-                read = _gauges.get(about, {}).get(row.site)
-                counted = read() if read is not None else ""
+                reads = _gauges.get(about, {}).get(row.site, {})
+                counted = tuple(filter(None, (read() for read in reads.values())))
                 yield dataclasses.replace(
                     row,
                     module=module,
                     parameter=prefix + row.parameter,
-                    notes=(*row.notes, counted) if counted else row.notes,
+                    notes=(*row.notes, *counted),
                 )
 
 
@@ -236,7 +236,7 @@ def _ref(tensor: Tensor) -> weakref.ref[Any]:
 
 _records: list[_Record] = []
 _gauges: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""By the anchor of a parameter, then by product: what reads a counter, as a note."""
+"""By the anchor of a parameter, then by product and topic: what reads a counter, as a note."""
 _watchers: list[list[Row]] = []
 _lock = threading.Lock()
 
@@ -269,16 +269,17 @@ def watch() -> Iterator[list[Row]]:
             _watchers[:] = [watcher for watcher in _watchers if watcher is not rows]
 
 
-def gauge(row: Row, parameter: Tensor, read: Callable[[], str]) -> None:
+def gauge(row: Row, parameter: Tensor, read: Callable[[], str], topic: str = "") -> None:
     """Adds a note to a product that is read anew for every report, in place of an earlier one.
 
     Args:
         row: The product, as it was remembered.
         parameter: The product's; the note dies with it.
         read: Gives the note, ``""`` for none. It must not hold the parameter.
+        topic: What the note is about: one of each is kept.
     """
     with _lock:
-        _gauges.setdefault(anchor_of(parameter), {})[row.site] = read
+        _gauges.setdefault(anchor_of(parameter), {}).setdefault(row.site, {})[topic] = read
 
 
 def follow(old: Tensor, new: Tensor) -> None:

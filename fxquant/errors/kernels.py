@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fxquant.errors.kinds import (
     CompilerError,
@@ -11,8 +11,9 @@ from fxquant.errors.kinds import (
     KernelError,
     NotPrintedError,
     OptionError,
+    WrongKernelError,
 )
-from fxquant.errors.words import listed
+from fxquant.errors.words import listed, some
 
 
 def bad_spec(field: str, value: object, expected: str) -> KernelError:
@@ -105,6 +106,26 @@ def device_mismatch(what: str, device: object, weight_device: object) -> DeviceE
         f"{what}: the activation is on {device} and the packed weight on {weight_device}; move "
         f"the model or the input so that both are on one device."
     )
+
+
+def wrong_kernel(
+    kernel: tuple[str, str, Sequence[str]], off: tuple[float, float], repro: object
+) -> WrongKernelError:
+    """A kernel whose result is not what its spec says.
+
+    Args:
+        kernel: The target, the kernel's name and the modules that it serves.
+        off: The largest error, and how large it may be there.
+        repro: The file that reproduces it.
+    """
+    target, name, modules = kernel
+    whom = f" of {some(modules)}" if modules else ""
+    error = WrongKernelError(
+        f"the {target} kernel {name}{whom} is off by {off[0]:.3g} where {off[1]:.3g} is allowed, "
+        f"so torch computes it from now on: report it with {repro}, which shows the error."
+    )
+    error.reason = f"the {target} kernel was off by {off[0]:.3g} where {off[1]:.3g} is allowed"
+    return error
 
 
 def no_triton() -> KernelError:

@@ -57,6 +57,16 @@ class NotPrintedError(KernelError):
     """A target has no kernels for what a spec asks; another target may."""
 
 
+class WrongKernelError(KernelError):
+    """A kernel gave a wrong result, and torch computes in its place.
+
+    Attributes:
+        reason: The same as a clause, for tables.
+    """
+
+    reason = ""
+
+
 class ScriptError(FxquantError):
     """A script that the command line was asked to run cannot be used."""
 

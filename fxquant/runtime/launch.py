@@ -25,7 +25,7 @@ from fxquant.codegen.cpp import layout
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
-from fxquant.runtime import cache, counters, toolchain, tuning
+from fxquant.runtime import cache, counters, toolchain, tuning, verify
 from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.cpp_quantize import CppQuantizer
 from fxquant.runtime.toolchain import Toolchain
@@ -50,6 +50,7 @@ class Kernel:
         source: The text: a Python module, or a C++17 file.
         spec: What it computes.
         note: Why it did not run here, or ``""``.
+        modules: Paths of the modules whose work it does, as far as they are known.
     """
 
     target: str
@@ -57,6 +58,7 @@ class Kernel:
     source: str
     spec: Spec
     note: str = ""
+    modules: tuple[str, ...] = ()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -123,7 +125,7 @@ def make_kernel(spec: Spec, target: str, header: Header, note: str = "") -> Kern
         source, comment = RENDERERS[target](spec, header), "#"
     if note:
         source = f"{comment} Not run: {note}\n{source}"
-    return Kernel(target, spec.name, source, spec, note)
+    return Kernel(target, spec.name, source, spec, note, header.modules)
 
 
 _headers: dict[str, Header] = {}
@@ -153,7 +155,8 @@ def run(
         raise errors.device_mismatch(parse_spec(spec).name, device, weight[0].device)
     runner = _runners.get((spec, target, x.is_cpu))
     if runner is None:
-        runner = _usual_runner(spec, device) if target == "auto" else _runner(spec, target, device)
+        is_usual = target == "auto"
+        runner = _usual_runner(spec, device) if is_usual else runner_of(spec, target, device)
     return runner(x, weight, extra)
 
 
@@ -184,7 +187,8 @@ def run_quantize(
     runner = _runners.get((spec, target, x.is_cpu))
     if runner is None:
         device = x.device
-        runner = _usual_runner(spec, device) if target == "auto" else _runner(spec, target, device)
+        is_usual = target == "auto"
+        runner = _usual_runner(spec, device) if is_usual else runner_of(spec, target, device)
     codes, amax = runner(x, extra)
     return codes, amax
 
@@ -204,7 +208,7 @@ def prepare(spec: str, target: str, header: Header, device: torch.device) -> Non
         FolderError: The kernel cache cannot be written.
     """
     _headers.setdefault(spec, header)
-    _runner(spec, target, device)
+    runner_of(spec, target, device)
     if target == "triton":
         tables = getattr(_triton_module(spec), "prepare", None)
         if tables is not None:
@@ -222,26 +226,34 @@ def tune(spec: str) -> None:
 def _usual_runner(spec: str, device: torch.device) -> Runner:
     target = usual_target(device)
     if obstacle(target, device):
-        return _runner(spec, "torch", device)
+        return runner_of(spec, "torch", device)
     try:
-        found = _runner(spec, target, device)
+        found = runner_of(spec, target, device)
     except errors.KernelError as error:
         if target != "cpp" and not isinstance(error, errors.NotPrintedError):
             raise
-        found = _runner(spec, "torch", device)
+        found = runner_of(spec, "torch", device)
     _runners[spec, "auto", device.type == "cpu"] = found
     return found
 
 
-def _runner(spec: str, target: str, device: torch.device) -> Runner:
-    """What computes a spec from now on: the toolchain may be another than at the last compile."""
+def runner_of(spec: str, target: str, device: torch.device) -> Runner:
+    """What computes a spec from now on: the toolchain may be another than at the last compile.
+
+    Raises:
+        KernelError: The target cannot compute the spec.
+        FolderError: The kernel cache cannot be written.
+    """
     found: Runner
-    if target == "triton":
-        found = _triton_runner(spec)
-    elif target == "cpp":
-        found = _cpp_kernel(spec).run
-    else:
+    if target.endswith(verify.VERIFIED):
+        plain = target.removesuffix(verify.VERIFIED)
+        found = runner_of(spec, plain, device)
+        kernel = functools.partial(make_kernel, parse(spec), plain, _headers.get(spec, Header()))
+        found = verify.checked((spec, plain), found, _torch_runner(parse(spec)), kernel)
+    elif target == "torch" or verify.set_aside_because(spec, target):
         found = _torch_runner(parse(spec))
+    else:
+        found = _triton_runner(spec) if target == "triton" else _cpp_kernel(spec).run
     _runners[spec, target, device.type == "cpu"] = found
     return found
 
