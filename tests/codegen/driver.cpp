@@ -1,8 +1,9 @@
 // Calls a printed kernel on memory of exactly the sizes it is promised, for the sanitizers.
 //
 // It is linked with the kernel. The first argument is a folder: "parts" holds the names of the
-// stored weight's files, and "calls" a line a call: rows, variant, threads, the strides of x, bytes
-// of the result, its file, x and the operands.
+// stored weight's files, a line for each weight, and "calls" a line a call: rows, variant, threads,
+// the strides of x, the number of results, bytes and file of each, x and the operands. Kernels take
+// several weights and several results as arrays of pointers.
 
 #include <cstdint>
 #include <cstdio>
@@ -45,28 +46,47 @@ static void* aligned(int64_t size) {
 int main(int, char** arguments) {
   folder = arguments[1];
   std::ifstream names(folder + "/parts");
-  std::vector<void*> parts;
-  for (std::string name; names >> name;) parts.push_back(contents(name));
+  std::vector<std::vector<void*>> weights;
+  for (std::string line; std::getline(names, line);) {
+    std::istringstream fields(line);
+    weights.emplace_back();
+    for (std::string name; fields >> name;) weights.back().push_back(contents(name));
+  }
 
   std::ifstream calls(folder + "/calls");
   for (std::string line; std::getline(calls, line);) {
     std::istringstream fields(line);
-    int64_t rows, x_e, x_row, x_col, bytes;
+    int64_t rows, x_e, x_row, x_col, results;
     int variant, threads;
-    std::string out_name, name;
-    fields >> rows >> variant >> threads >> x_e >> x_row >> x_col >> bytes >> out_name >> name;
+    std::string name;
+    fields >> rows >> variant >> threads >> x_e >> x_row >> x_col >> results;
+    std::vector<int64_t> bytes(results);
+    std::vector<std::string> out_names(results);
+    std::vector<void*> outs;
+    for (int64_t i = 0; i < results; ++i) {
+      fields >> bytes[i] >> out_names[i];
+      outs.push_back(std::malloc(bytes[i]));
+    }
+    fields >> name;
     void* x = contents(name);
     std::vector<void*> extra;
     while (fields >> name) extra.push_back(contents(name));
-    void* prepared = aligned(fxquant_prepared_bytes());
-    fxquant_prepare(parts.data(), prepared, threads);
+    std::vector<void*> prepared;
+    for (const auto& parts : weights) {
+      prepared.push_back(aligned(fxquant_prepared_bytes()));
+      fxquant_prepare(parts.data(), prepared.back(), threads);
+    }
     void* scratch = aligned(fxquant_scratch_bytes(rows, threads));
-    void* out = std::malloc(bytes);
-    fxquant_run(prepared, x, x_e, x_row, x_col, rows, out, extra.data(), scratch, threads, variant);
-    std::ofstream(folder + "/" + out_name, std::ios::binary)
-        .write(static_cast<const char*>(out), bytes);
-    for (void* memory : extra) std::free(memory);
-    for (void* memory : {x, prepared, scratch, out}) std::free(memory);
+    const void* read = prepared.size() > 1 ? static_cast<void*>(prepared.data()) : prepared[0];
+    void* written = results > 1 ? static_cast<void*>(outs.data()) : outs[0];
+    fxquant_run(read, x, x_e, x_row, x_col, rows, written, extra.data(), scratch, threads, variant);
+    for (int64_t i = 0; i < results; ++i)
+      std::ofstream(folder + "/" + out_names[i], std::ios::binary)
+          .write(static_cast<const char*>(outs[i]), bytes[i]);
+    for (const auto& all : {extra, prepared, outs})
+      for (void* memory : all) std::free(memory);
+    for (void* memory : {x, scratch}) std::free(memory);
   }
-  for (void* memory : parts) std::free(memory);
+  for (const auto& parts : weights)
+    for (void* memory : parts) std::free(memory);
 }

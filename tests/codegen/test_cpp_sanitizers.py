@@ -19,15 +19,16 @@ from torch import Tensor
 
 from fxquant.codegen import Header, KernelSpec, QuantizeSpec, bounds, cpp, quantize, reference
 from fxquant.codegen.cpp.isa import ISAS, Isa
+from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.cpp.printer import SUPER_ROWS
 from fxquant.runtime import toolchain
 from tests.bounds import assert_close_within
-from tests.codegen import cpp_harness, harness
-from tests.codegen.cpp_specs import SPECS
+from tests.codegen import cpp_harness, cpp_joined, cpp_specs, harness
 
 DRIVER = Path(__file__).with_name("driver.cpp")
 QUANTIZE_DRIVER = DRIVER.with_name("quantize_driver.cpp")
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SPECS = {**cpp_specs.SPECS, **cpp_joined.SPECS}
 BEST, SECOND = [*cpp_harness.isas(), "portable"][:2]
 CASES = [
     *((name, BEST) for name in ("nf4_bf16", "zero4_bf16_odd", "nf4_int8_outliers")),
@@ -36,6 +37,7 @@ CASES = [
         (name, SECOND)
         for name in ("int2_f16_value_of_qkv", "int8_int8_given_outliers", "codes_int8")
     ),
+    *(("gate_nf4_bf16", BEST), ("operands", SECOND)),
 ]
 QUANTIZE_CASES = [
     (QuantizeSpec(77, "float32"), BEST),
@@ -121,32 +123,39 @@ class Calls:
     def __init__(self, spec: KernelSpec, tensors: list[Tensor], folder: Path) -> None:
         self.spec, self.folder = spec, folder
         self.lines: list[str] = []
+        dtypes = Plan(spec, ISAS["portable"]).result_dtypes
+        self.dtypes = [getattr(torch, dtype) for dtype in dtypes]
         names = [self._write(f"part{i}", tensor) for i, tensor in enumerate(tensors)]
-        (folder / "parts").write_text("\n".join(names), encoding="utf-8")
+        parts = len(spec.weight.encoding.parts)
+        lines = [" ".join(names[at : at + parts]) for at in range(0, len(names), parts)]
+        (folder / "parts").write_text("\n".join(lines), encoding="utf-8")
 
-    def add(self, x: Tensor, extra: list[Tensor], variant: int, threads: int) -> str:
-        """One more call; gives the name of its result's file."""
+    def add(self, x: Tensor, extra: list[Tensor], variant: int, threads: int) -> list[str]:
+        """One more call; gives the names of its results' files."""
         number, rows, weight = len(self.lines), x.shape[-2], self.spec.weight
         elements = x.untyped_storage().nbytes() // x.element_size()
         storage = x.as_strided((elements,), (1,), 0)[x.storage_offset() :]
         files = [self._write(f"x{number}", storage)]
         files += [self._write(f"extra{number}_{i}", tensor) for i, tensor in enumerate(extra)]
-        size = getattr(torch, self.spec.out_dtype).itemsize * rows * weight.n * (weight.batch or 1)
         x_e = x.stride(0) if weight.batch else 0
-        head = (rows, variant, threads, x_e, x.stride(-2), x.stride(-1), size, f"out{number}")
+        head = [rows, variant, threads, x_e, x.stride(-2), x.stride(-1), len(self.dtypes)]
+        outs = [f"out{number}_{i}" for i in range(len(self.dtypes))]
+        for dtype, out in zip(self.dtypes, outs, strict=True):
+            head += [dtype.itemsize * rows * weight.n * (weight.batch or 1), out]
         self.lines.append(" ".join(map(str, [*head, *files])))
-        return f"out{number}"
+        return outs
 
     def run(self, program: Path) -> subprocess.CompletedProcess[str]:
         """Has the driver do all calls."""
         (self.folder / "calls").write_text("\n".join(self.lines), encoding="utf-8")
         return run(program, str(self.folder))
 
-    def result(self, name: str, rows: int) -> Tensor:
+    def results(self, names: list[str], rows: int) -> list[Tensor]:
         weight = self.spec.weight
         shape = (rows, weight.n) if weight.batch is None else (weight.batch, rows, weight.n)
-        raw = bytearray((self.folder / name).read_bytes())
-        return torch.frombuffer(raw, dtype=getattr(torch, self.spec.out_dtype)).view(shape)
+        raw = [bytearray((self.folder / name).read_bytes()) for name in names]
+        pairs = zip(raw, self.dtypes, strict=True)
+        return [torch.frombuffer(one, dtype=dtype).view(shape) for one, dtype in pairs]
 
     def _write(self, name: str, tensor: Tensor) -> str:
         raw = tensor.detach().clone().reshape(-1).view(torch.uint8)
@@ -168,7 +177,7 @@ def test_nothing_is_touched_that_is_not_ours(
     name: str, isa: str, programs: dict[tuple[str, str], Future[Path]], tmp_path: Path
 ) -> None:
     spec = SPECS[name]
-    tensors = harness.stored(spec.weight.encoding, spec.weight.shape)
+    tensors = [tensor for one in cpp_joined.stored(spec) for tensor in one]
     calls, checks = Calls(spec, tensors, tmp_path), []
     for rows in (1, 2, 7, 21, SUPER_ROWS + 9):
         extra = harness.operands(spec, rows)
@@ -182,7 +191,11 @@ def test_nothing_is_touched_that_is_not_ours(
     for out, x, extra in checks[:-4]:
         want = reference.run(spec, x, tensors, extra)
         bound = bounds.allowed(spec, x, tensors, extra)
-        assert_close_within(calls.result(out, x.shape[-2]), want, bound)
+        got = calls.results(out, x.shape[-2])
+        if not spec.epilogue.more:
+            want, bound = (want,), (bound,)
+        for one in zip(got, want, bound, strict=True):
+            assert_close_within(*one)
 
 
 @pytest.mark.parametrize("short", ["x", "operand", "codes", "result"])
