@@ -358,3 +358,14 @@ def is_pointwise(target: Any) -> bool:
         and target.namespace == "aten"
         and target._schema.name.removeprefix("aten::") in OPS
     )
+
+
+def bare(text: str) -> str:
+    """A text without the parentheses around all of it."""
+    depth = 0
+    for position, letter in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(letter, 0)
+        if depth == 0:
+            whole = position == len(text) - 1 and text[0] == "("
+            return text[1:-1] if whole else text
+    return text

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -277,10 +277,7 @@ def _epilogue_lines(spec: KernelSpec) -> list[str]:
         lines.append(f"in{number} = extra[{number}].reshape({shape}){to_float}")
         names[f"%in{number}"] = f"in{number}"
     for number, node in enumerate(spec.epilogue.nodes):
-        args = [_argument(value, names) for value in node.args]
-        args += [f"{key}={_argument(value, names)}" for key, value in node.kwargs]
-        to_float = ".float()" if _rounds(node) else ""
-        lines.append(f"v{number} = torch.ops.{node.op}({', '.join(args)}){to_float}")
+        lines.append(f"v{number} = {call_text(node, names)}")
         names[f"%{number}"] = f"v{number}"
     lines.append(f"out = {names[spec.epilogue.result]}.to(torch.{spec.out_dtype})")
     for number, result in enumerate(spec.epilogue.more, start=1):
@@ -288,12 +285,20 @@ def _epilogue_lines(spec: KernelSpec) -> list[str]:
     return lines
 
 
+def call_text(node: EpilogueNode, names: Mapping[str, str]) -> str:
+    """The torch code of a pointwise node, of which `names` says what its references are called."""
+    args = [_argument(value, names) for value in node.args]
+    args += [f"{key}={_argument(value, names)}" for key, value in node.kwargs]
+    to_float = ".float()" if _rounds(node) else ""
+    return f"torch.ops.{node.op}({', '.join(args)}){to_float}"
+
+
 def _rounds(node: EpilogueNode) -> bool:
     """Whether a node is a cast to 16 bits: it rounds, and the work goes on in float32."""
     return any(value in FLOAT_DTYPES[:2] for value in node.values if isinstance(value, str))
 
 
-def _argument(value: Any, names: dict[str, str]) -> str:
+def _argument(value: Any, names: Mapping[str, str]) -> str:
     if isinstance(value, str):
         if value in OPERAND_DTYPES:
             return f"torch.{value}"

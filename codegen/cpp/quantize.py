@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from fxquant.codegen.cpp.math import prelude_text
+from fxquant.codegen.cpp.prologue import Text, prologue_text
 from fxquant.codegen.cpp.unused import without_unused
 from fxquant.codegen.header import Header
 from fxquant.codegen.quantize import QuantizeSpec
@@ -48,10 +49,14 @@ def signature(head: str, parameters: list[str]) -> str:
 def render_quantize(spec: QuantizeSpec, header: Header) -> str:
     """The C++ source of a kernel that rounds rows: compilers make vectors of it themselves."""
     comment = header.comment(spec).strip('"').rstrip('"\n')
-    read = _FROM.get(spec.x_dtype)
+    made = prologue_text(spec.prologue, spec.x_dtype) if spec.prologue is not None else None
+    # A prologue leaves floats.
+    x_dtype = spec.x_dtype if made is None else "float32"
+    read = _FROM.get(x_dtype)
     value = f"{read}(x)" if read else "x"
-    used = ROW_HELPERS | ({read} if read else set())
+    used = ROW_HELPERS | ({read} if read else set()) | (made.prelude if made else set())
     entry = _TENSOR if spec.scope == "tensor" else _ROWS
+    entry = entry if made is None else _made_rows(made)
     amax = "at_least(float_of(largest), 0x1p-100f)"
     for hole, text, otherwise in (
         ("@LIMIT@", "  const float most = at_least(*limit, 0x1p-100f);\n", ""),
@@ -64,21 +69,36 @@ def render_quantize(spec: QuantizeSpec, header: Header) -> str:
         ("@RESULT@", "saturated", "0"),
     ):
         entry = entry.replace(hole, text if spec.has_limit else otherwise)
+    stored = f"the activation, in {spec.x_dtype}" if made is None else "the activation, as made"
     parts = [
         "\n".join(f"// {line}".rstrip() for line in comment.splitlines()),
         "#include <cmath>\n#include <cstdint>\n#include <cstring>",
         "#define INLINE [[gnu::always_inline]] inline",
         "namespace {",
-        f"using stored_t = {_STORED[spec.x_dtype]};  // the activation, in {spec.x_dtype}",
+        f"using stored_t = {_STORED[x_dtype]};  // {stored}",
         f"constexpr int64_t K = {spec.k};  // inputs",
         prelude_text(used),
         f"INLINE float x_of(stored_t x) {{ return {value}; }}",
         row_text(scope=spec.scope, clipped=spec.clipped),
+        *(() if made is None else (_CALL, _prologue(made))),
         "}  // namespace",
         entry,
     ]
     text = "\n\n".join(part.strip("\n") for part in parts) + "\n"
     return without_unused(text)
+
+
+def _prologue(made: Text) -> str:
+    rows = [f"float* {name}" for name in made.buffers]
+    head = signature("INLINE void prologue", ["const Call& call", "int64_t row", *rows])
+    what = f"// Makes a row of what is quantized in {made.result}, and what else is written of it."
+    return f"{what}\n{head}\n{made.body}\n}}"
+
+
+def _made_rows(made: Text) -> str:
+    """What is exported where a prologue makes the rows."""
+    text = _MADE_ROWS.replace("@BUFFERS@", ", ".join(f"{name}[K]" for name in made.buffers))
+    return text.replace("@ROWS@", ", ".join(made.buffers)).replace("@MADE@", made.result)
 
 
 _LARGEST = """\
@@ -224,6 +244,32 @@ _TENSOR = (
 }
 """
 )
+
+_CALL = """\
+struct Call {  // what is read and written beside the integers
+  const void* const* operands;
+  const int64_t* steps;  // from row to row of each operand, in elements
+  void* const* more;
+};
+"""
+
+_MADE_ROWS = """\
+// Makes m rows and rounds them to codes [m, K]; gives how many numbers were too large.
+extern "C" int64_t fxquant_rows(const void* const* operands, const int64_t* steps, int64_t m,
+                                const float* limit, void* codes, float* amax, void* const* more,
+                                int threads) {
+  const Call call{operands, steps, more};
+  int8_t* q = static_cast<int8_t*>(codes);
+  if (m * K < 1 << 14) threads = 1;  // to wake others takes longer
+@LIMIT@@START@#pragma omp parallel for num_threads(threads)@REDUCED@
+  for (int64_t row = 0; row < m; ++row) {
+    alignas(64) float @BUFFERS@;
+    prologue(call, row, @ROWS@);
+    amax[row] = quantize_row(@MADE@, 1, @GIVEN@q + row * K);
+  }
+  return @RESULT@;
+}
+"""
 
 _COUNT_ALL = """\
     if (is_finite && float_of(largest) > scale) saturated += count_above(from, x_col, scale);

@@ -3,7 +3,8 @@
 `tiles` chooses the variants, `decode` prints how codes become numbers, `kernels` the skeletons and
 the epilogue, `launch` the function ``run``, `ops` spells pointwise work. Of products in int8,
 `int8_decode` and `int8` print the same, `outliers` what is left to floats, `quantize` the kernels
-that take rows to int8 and `steps` their launches. Printing needs no Triton.
+that take rows to int8, `steps` their launches, and `prologue` the one that makes the rows, too.
+Printing needs no Triton.
 """
 
 from __future__ import annotations
@@ -12,7 +13,16 @@ from fxquant.codegen.header import Header
 from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
-from fxquant.codegen.triton import decode, int8, kernels, launch, outliers, quantize, steps
+from fxquant.codegen.triton import (
+    decode,
+    int8,
+    kernels,
+    launch,
+    outliers,
+    prologue,
+    quantize,
+    steps,
+)
 from fxquant.codegen.triton.printer import Lines
 from fxquant.codegen.triton.tiles import Plan, plan
 
@@ -25,7 +35,8 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header) -> str:
     That of a product has ``run(x, weight, extra, out=None)``, to which outliers that are found at
     run time add ``counter=None`` (int64 ``[2]`` on the device: calls and columns, counted up), and
     ``prepare(device)`` when levels are read from a table. That of a `QuantizeSpec` has
-    ``run(x, extra)``, to which a limit adds ``counter=None`` (int64 ``[1]``: what was beyond it).
+    ``run(x, extra)``, with a prologue ``run(operands, extra)``, to which a limit adds
+    ``counter=None`` (int64 ``[1]``: what was beyond it).
     For `fxquant.runtime.cubin` there are ``TYPES``, ``VARIANTS``, ``REDUCTIONS`` and ``STEPS``.
 
     Raises:
@@ -62,6 +73,10 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header) -> str:
 
 
 def _print_quantize(out: Lines, spec: QuantizeSpec) -> None:
+    if spec.prologue is not None:
+        out.add("import math", "", *_IMPORTS)
+        prologue.print_rows(out, spec, spec.prologue)
+        return
     rows = quantize.Rows(spec.name, spec.k, scope=spec.scope, clipped=spec.clipped)
     body = Lines()
     quantize.print_kernels(body, rows)

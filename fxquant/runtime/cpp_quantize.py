@@ -60,15 +60,8 @@ class CppQuantizer:
         """
         *leading, k = x.shape
         if k != self.spec.k or x.dtype is not self._x_dtype or not x.is_cpu:
-            raise self._misfit("x", f"{self.spec.x_dtype} [.., {self.spec.k}]", x)
-        if len(extra) != self.spec.has_limit:
-            name = "the number of operands"
-            raise errors.kernel_operand(self.spec.name, name, int(self.spec.has_limit), len(extra))
-        limit = extra[0] if extra else None
-        if limit is not None and (
-            limit.numel() != 1 or limit.dtype is not torch.float32 or not limit.is_cpu
-        ):
-            raise self._misfit("operand 0", "1 element of torch.float32", limit)
+            raise _misfit(self.spec, "x", f"{self.spec.x_dtype} [.., {self.spec.k}]", x)
+        limit = checked_limit(self.spec, extra)
         rows, (x, x_row, x_col) = x.numel() // k, as_rows(x)
         codes = x.new_empty([*leading, k], dtype=torch.int8)
         amax = x.new_empty(leading, dtype=torch.float32)
@@ -83,13 +76,36 @@ class CppQuantizer:
             usable_threads(openmp=self._openmp),
         )
         if limit is not None:
-            counter = counters.of(limit, 1)
-            if saturated:
-                # Not as a tensor: one that inference mode made cannot be changed outside of it.
-                with _COUNTING:
-                    ctypes.c_int64.from_address(counter.data_ptr()).value += saturated
+            count(limit, saturated)
         return codes, amax
 
-    def _misfit(self, what: str, expected: str, tensor: Tensor) -> errors.KernelError:
-        got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
-        return errors.kernel_operand(self.spec.name, what, expected, got)
+
+def checked_limit(spec: QuantizeSpec, extra: Sequence[Tensor]) -> Tensor | None:
+    """The limit of a spec that has one.
+
+    Raises:
+        KernelError: There is one too many or none, or it is no float32 number on the CPU.
+    """
+    if len(extra) != spec.has_limit:
+        what = "the number of operands"
+        raise errors.kernel_operand(spec.name, what, int(spec.has_limit), len(extra))
+    if not extra:
+        return None
+    limit = extra[0]
+    if limit.numel() != 1 or limit.dtype is not torch.float32 or not limit.is_cpu:
+        raise _misfit(spec, "operand 0", "1 element of torch.float32", limit)
+    return limit
+
+
+def count(limit: Tensor, saturated: int) -> None:
+    """Counts for a limit what lay beyond it."""
+    counter = counters.of(limit, 1)
+    if saturated:
+        # Not as a tensor: one that inference mode made cannot be changed outside of it.
+        with _COUNTING:
+            ctypes.c_int64.from_address(counter.data_ptr()).value += saturated
+
+
+def _misfit(spec: QuantizeSpec, what: str, expected: str, tensor: Tensor) -> errors.KernelError:
+    got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+    return errors.kernel_operand(spec.name, what, expected, got)

@@ -20,14 +20,15 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant._version import __version__
-from fxquant.codegen import RENDERERS, Header, Spec, cpp, quantize, reference
+from fxquant.codegen import RENDERERS, Header, Spec, cpp, reference
 from fxquant.codegen.cpp import layout
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
-from fxquant.runtime import cache, counters, toolchain, tuning, verify
+from fxquant.runtime import cache, counters, quantizers, toolchain, tuning, verify
 from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.cpp_quantize import CppQuantizer
+from fxquant.runtime.cpp_rows import CppRows
 from fxquant.runtime.toolchain import Toolchain
 
 LOG = logging.getLogger("fxquant.launch")
@@ -193,6 +194,32 @@ def run_quantize(
     return codes, amax
 
 
+def run_rows(
+    operands: Sequence[Tensor], limit: Sequence[Tensor], spec: str, target: str = "auto"
+) -> list[Tensor]:
+    """Makes an activation and quantizes it, in one kernel of a target.
+
+    Args:
+        operands: Those of the spec's prologue.
+        limit: The limit, where the spec has one.
+        spec: A `QuantizeSpec` with a prologue, as JSON.
+        target: As for `run_quantize`.
+
+    Returns:
+        As `fxquant.codegen.quantize.run_rows`, contiguous.
+
+    Raises:
+        KernelError: The target cannot compute the spec, or an operand does not fit it.
+    """
+    first = operands[0]
+    runner = _runners.get((spec, target, first.is_cpu))
+    if runner is None:
+        device = first.device
+        is_usual = target == "auto"
+        runner = _usual_runner(spec, device) if is_usual else runner_of(spec, target, device)
+    return runner(operands, limit)  # type: ignore[no-any-return]
+
+
 def prepare(spec: str, target: str, header: Header, device: torch.device) -> None:
     """Builds a spec's kernel ahead of its first call.
 
@@ -261,23 +288,13 @@ def runner_of(spec: str, target: str, device: torch.device) -> Runner:
 def _torch_runner(spec: Spec) -> Runner:
     if isinstance(spec, KernelSpec):
         return functools.partial(reference.run, spec)
-    return functools.partial(_count_saturated if spec.has_limit else quantize.run, spec)
-
-
-def _count_saturated(
-    spec: QuantizeSpec, x: Tensor, extra: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    codes, amax = quantize.run(spec, x, extra)
-    counters.of(extra[0], 1).add_((x.abs() > amax.unsqueeze(-1)).sum())
-    return codes, amax
+    return quantizers.torch_runner(spec)
 
 
 def _triton_runner(spec: str) -> Runner:
     parsed, run_ = parse(spec), _triton_module(spec).run
     if isinstance(parsed, QuantizeSpec):
-        if not parsed.has_limit:
-            return run_
-        return lambda x, extra: run_(x, extra, counter=counters.of(extra[0], 1))
+        return quantizers.triton_runner(parsed, _triton_module(spec))
     if parsed.outliers is None or parsed.outliers.threshold is None:
         return run_
     return lambda x, weight, extra: run_(x, weight, extra, counter=counters.of(weight[0], 2))
@@ -290,7 +307,7 @@ def _triton_module(spec: str) -> ModuleType:
     return load_module(parsed.name, source)
 
 
-def _cpp_kernel(spec: str) -> CppKernel | CppQuantizer:
+def _cpp_kernel(spec: str) -> CppKernel | CppQuantizer | CppRows:
     chain = toolchain.toolchain()
     if chain is None:
         raise errors.no_compiler(toolchain.obstacle())
@@ -301,14 +318,17 @@ def _cpp_kernel(spec: str) -> CppKernel | CppQuantizer:
 
 
 @functools.lru_cache(maxsize=4096)
-def _build_once(spec: str, chain: Toolchain) -> CppKernel | CppQuantizer | errors.KernelError:
+def _build_once(
+    spec: str, chain: Toolchain
+) -> CppKernel | CppQuantizer | CppRows | errors.KernelError:
     """A kernel, or why there is none: the compiler is not asked again at every call."""
     parsed = parse(spec)
     try:
         source = make_kernel(parsed, "cpp", _headers.get(spec, Header())).source
         library = toolchain.build(chain, parsed.name, source)
         if isinstance(parsed, QuantizeSpec):
-            return CppQuantizer(library, parsed, openmp=chain.openmp)
+            made = CppQuantizer if parsed.prologue is None else CppRows
+            return made(library, parsed, openmp=chain.openmp)
         few_rows = tuning.few_rows(chain, parsed, library)
         form = layout.form(Plan(parsed, chain.isa))
         kernel = CppKernel(library, parsed, openmp=chain.openmp, few_rows=few_rows, form=form)

@@ -18,6 +18,9 @@ shapes and CUDA graphs like any ATen op. What they compute is defined by
     `extra` is the limit, where the `QuantizeSpec` has one. Without gradient.
 ``launch_quantize(Tensor x, Tensor[] extra, str spec, str target) -> (Tensor codes, Tensor amax)``
     What `quantize` becomes after autograd: the kernel of one target.
+``launch_rows(Tensor[] operands, Tensor[] limit, str spec, str target) -> Tensor[]``
+    What `quantize` becomes with what makes its activation (`fxquant.passes.fuse.prologue`): codes,
+    amax and the prologue's further results.
 ``dequantize(Tensor[] weight, str encoding, int[] shape, ScalarType dtype) -> Tensor``
     The stored tensor in full.
 ``table(float[] values, int[] shape, Device device) -> Tensor``
@@ -61,6 +64,10 @@ _LIBRARY.define(
 _LIBRARY.define(
     "launch_quantize(Tensor x, Tensor[] extra, str spec, str target) "
     "-> (Tensor codes, Tensor amax)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "launch_rows(Tensor[] operands, Tensor[] limit, str spec, str target) -> Tensor[]",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -115,6 +122,23 @@ def _quantize_fake(
 ) -> tuple[Tensor, Tensor]:
     codes = x.new_empty(x.shape, dtype=torch.int8)
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _rows_fake(
+    operands: list[Tensor],
+    limit: list[Tensor],  # noqa: ARG001
+    spec: str,
+    target: str,  # noqa: ARG001
+) -> list[Tensor]:
+    prologue = launch.parse_quantize(spec).prologue
+    assert prologue is not None, "a spec without one is for launch_quantize"
+    x = operands[[operand.dims for operand in prologue.operands].index("mk")]
+    more = [x.new_empty(x.shape, dtype=getattr(torch, r.dtype)) for r in prologue.more]
+    return [
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(x.shape[:-1], dtype=torch.float32),
+        *more,
+    ]
 
 
 def _quantize_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # noqa: ARG001
@@ -207,6 +231,8 @@ _LIBRARY.impl("launch_several", torch.library.fallthrough_kernel, "Autograd")
 _LIBRARY.impl("quantize", launch.run_quantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch_quantize", launch.run_quantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch_quantize", torch.library.fallthrough_kernel, "Autograd")
+_LIBRARY.impl("launch_rows", launch.run_rows, "CompositeExplicitAutograd")
+_LIBRARY.impl("launch_rows", torch.library.fallthrough_kernel, "Autograd")
 _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 _LIBRARY.impl("table", _table, "CompositeExplicitAutograd")
 torch.library.register_fake("fxquant::linear", _linear_fake, lib=_LIBRARY)
@@ -214,6 +240,7 @@ torch.library.register_fake("fxquant::launch", _launch_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::launch_several", _launch_several_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::quantize", _quantize_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::launch_quantize", _quantize_fake, lib=_LIBRARY)
+torch.library.register_fake("fxquant::launch_rows", _rows_fake, lib=_LIBRARY)
 torch.library.register_fake("fxquant::table", _table_fake, lib=_LIBRARY)
 torch.library.register_autograd(
     "fxquant::linear", _backward, setup_context=_setup_context, lib=_LIBRARY

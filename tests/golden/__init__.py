@@ -10,7 +10,14 @@ from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand, Ep
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.formats import Encoding
+from tests.codegen import prologues
 
+ROWS = QuantizeSpec(
+    384,
+    "bfloat16",
+    name="layer_norm_quantize_384",
+    prologue=prologues.layer_norm("bfloat16"),
+)
 FOLDER = Path(__file__).parent
 NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
 GATED = Epilogue(
@@ -93,6 +100,7 @@ INT8_SPECS = (
         name="w4a8_linear_512x512_group",
     ),
     QuantizeSpec(1536, "bfloat16", "tensor", clipped=True, name="quantize_1536_tensor"),
+    ROWS,
 )
 
 
@@ -107,6 +115,7 @@ CPP_SPECS = (
         PORTABLE,
     ),
     (QuantizeSpec(1536, "float32", clipped=True, name="quantize_1536_clipped"), AVX2),
+    (ROWS, AVX512),
     (
         KernelSpec(
             _whole(NF4, 5632, 2048),
