@@ -12,6 +12,7 @@ see `fxquant.codegen.intervals`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,12 +80,13 @@ def enclosures(
     Returns:
         ``[m, n]`` each, or ``[batch, m, n]``, for the rows that were asked for.
     """
-    flat = x if spec.weight.batch is not None else x.reshape(-1, spec.weight.k)
+    flat = x if spec.batch is not None else x.reshape(-1, spec.weight.k)
     chosen = torch.arange(flat.shape[-2], device=x.device) if rows is None else rows
     asked, count = _Call(spec, flat, extra, chosen), len(spec.weight.encoding.parts)
     values: dict[str, Interval] = {}
     for number in range(spec.weights):
-        sums = _sums(asked, weight[number * count : (number + 1) * count])
+        own = weight[number * count : (number + 1) * count]
+        sums = _grouped_sums(asked, own) if spec.grouped else _sums(asked, own)
         values[f"%acc{number or ''}"] = intervals.around(sums.exact, sums.error)
     for number, operand in enumerate(spec.epilogue.operands):
         values[f"%in{number}"] = _operand(asked, operand.dims, extra[number])
@@ -120,11 +122,27 @@ def _operand(call: _Call, dims: str, value: Tensor) -> Interval:
     """An operand of the epilogue, exact, in the shape in which it meets the sums."""
     weight = call.spec.weight
     sizes = {"e": weight.batch or 1, "m": call.x.shape[-2], "n": weight.n}
-    axes = "emn" if weight.batch is not None else "mn"
+    axes = "emn" if call.spec.batch is not None else "mn"
     found = value.reshape([sizes[axis] if axis in dims else 1 for axis in axes])
     found = call.rows(found) if "m" in dims else found
     found = found if found.dtype == torch.bool else found.double()
     return Interval(found, found)
+
+
+def _grouped_sums(call: _Call, weight: Sequence[Tensor]) -> Sums:
+    """Of all rows with all matrices, those of each row with its own."""
+    batch, count = call.spec.weight.sizes[0], len(call.spec.epilogue.operands)
+    extra = [*call.extra]
+    if call.spec.is_quantized:
+        extra[count] = extra[count].expand(batch, -1)
+    spec = dataclasses.replace(call.spec, grouped=False)
+    every = _Call(spec, call.x.expand(batch, *call.x.shape), extra, call.chosen)
+    found = _sums(every, weight)
+    own = (call.chosen.unsqueeze(-1) >= call.extra[-1]).sum(-1)
+    at = own.clamp(max=batch - 1), torch.arange(len(own), device=own.device)
+    has_none = (own == batch).unsqueeze(-1)
+    parts = (part[at].masked_fill(has_none, 0.0) for part in (found.exact, found.error))
+    return Sums(*parts)
 
 
 def _sums(call: _Call, weight: Sequence[Tensor]) -> Sums:

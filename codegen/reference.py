@@ -34,7 +34,8 @@ def run(
         x: Activation ``[.., k]``, or ``[batch, m, k]`` with a batch; `spec.x_dtype`.
         weight: The stored tensors, in the order of ``spec.weight.encoding.parts``, of one weight
             after the other.
-        extra: The epilogue's operands, then those of static outliers or of a quantized x.
+        extra: The epilogue's operands, those of static outliers or of a quantized x, and the ends
+            of groups.
 
     Returns:
         ``[.., n]``, or ``[batch, m, n]``, in `spec.out_dtype`; a tuple with `spec.epilogue.more`.
@@ -58,7 +59,7 @@ def source(spec: KernelSpec) -> str:
 def render(spec: KernelSpec, header: Header) -> str:
     """The torch code that `run` executes, with what the header says on top."""
     stored = spec.weight
-    batched = stored.batch is not None
+    batched = spec.batch is not None
     lines = ["rows = x"]
     if not batched:
         lines = [f"rows = x.reshape(math.prod(x.shape[:-1]), {stored.k})"]
@@ -77,6 +78,7 @@ def render(spec: KernelSpec, header: Header) -> str:
         *([] if batched else ["import math", ""]),
         "import torch",
         "",
+        *(["from fxquant.codegen.groups import grouped_product"] if spec.grouped else []),
         f"from fxquant.formats import {', '.join(['Encoding', *used])}",
         "",
         f"ENCODING = Encoding.from_json({stored.encoding.to_json()!r})",
@@ -166,9 +168,11 @@ def _fused_lines(spec: KernelSpec) -> list[str]:
     batched = spec.weight.batch is not None
     turned = f"w.{_turned(spec)}"
     if not nodes:
-        return [f"out = rows @ {turned}"]
+        return [f"out = {_product(spec, 'rows', 'w')}"]
     is_bias = nodes == (EpilogueNode("aten.add.Tensor", ("%acc", "%in0")),)
     if not is_bias or operands[0].dtype != dtype or operands[0].dims not in ("n", "en"):
+        return []
+    if spec.grouped:
         return []
     if batched:
         sizes = [spec.weight.batch if "e" in operands[0].dims else 1, 1, spec.weight.n]
@@ -178,7 +182,9 @@ def _fused_lines(spec: KernelSpec) -> list[str]:
 
 def _exact_lines(spec: KernelSpec) -> list[str]:
     lift = "" if spec.compute_dtype == "float32" else ".float()"
-    products = [f"acc{mark} = rows{lift} @ w{mark}{lift}.{_turned(spec)}" for mark in _marks(spec)]
+    products = [
+        f"acc{mark} = {_product(spec, f'rows{lift}', f'w{mark}{lift}')}" for mark in _marks(spec)
+    ]
     return [*products, *_epilogue_lines(spec)]
 
 
@@ -228,7 +234,7 @@ def _int8_lines(spec: KernelSpec) -> list[str]:
         ]
     else:
         lines.append("rows = rows.index_select(-1, columns)")
-    lines.append(f"acc = acc + rows.to({dtype}).float() @ apart.float().{_turned(spec)}")
+    lines.append(f"acc = acc + {_product(spec, f'rows.to({dtype}).float()', 'apart.float()')}")
     return lines
 
 
@@ -238,8 +244,11 @@ def _marks(spec: KernelSpec) -> list[str]:
 
 
 def _int8_products(spec: KernelSpec, codes: str) -> list[str]:
-    scaled = f"(({codes}.double() @ w@.{_turned(spec)}) * (amax / 127.0)).float()"
-    return [f"acc{mark} = {scaled.replace('@.', f'{mark}.')}" for mark in _marks(spec)]
+    lines = []
+    for mark in _marks(spec):
+        product = _product(spec, f"{codes}.double()", f"w{mark}")
+        lines.append(f"acc{mark} = (({product}) * (amax / 127.0)).float()")
+    return lines
 
 
 def _decoded(spec: KernelSpec, function: str, dtype: str = "") -> list[str]:
@@ -257,12 +266,18 @@ def _decoded(spec: KernelSpec, function: str, dtype: str = "") -> list[str]:
     return lines
 
 
+def _product(spec: KernelSpec, rows: str, weight: str) -> str:
+    if spec.grouped:
+        return f"grouped_product({rows}, {weight}.{_turned(spec)}, extra[-1])"
+    return f"{rows} @ {weight}.{_turned(spec)}"
+
+
 def _turned(spec: KernelSpec) -> str:
     return "t()" if spec.weight.batch is None else "transpose(1, 2)"
 
 
 def _epilogue_lines(spec: KernelSpec) -> list[str]:
-    batched = spec.weight.batch is not None
+    batched = spec.batch is not None
     lines = []
     names = {f"%acc{mark}": f"acc{mark}" for mark in _marks(spec)}
     sizes = {

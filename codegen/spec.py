@@ -181,6 +181,11 @@ class KernelSpec:
         weights: How many weights of this one form x is multiplied with, each with sums of its
             own: ``"%acc"``, ``"%acc1"`` .. in the epilogue. Their stored tensors follow one
             another. Several have no outliers.
+        grouped: The weight is a batch and x is one matrix ``[m, k]`` all the same, like the result
+            ``[m, n]``: every row is multiplied with one matrix of the batch. The last of the
+            tensors beside x and weight, `ends`, is int32 ``[batch]`` and does not decrease: rows
+            from ``ends[e - 1]`` (0 for the first) up to ``ends[e]`` are those of matrix e. Sums of
+            the rows from ``ends[-1]`` on are 0. Outlier columns are those of all rows together.
     """
 
     weight: WeightOperand
@@ -191,6 +196,7 @@ class KernelSpec:
     name: str = "linear"
     outliers: Outliers | None = None
     weights: int = 1
+    grouped: bool = False
 
     def __post_init__(self) -> None:
         for field in ("x_dtype", "compute_dtype", "out_dtype"):
@@ -206,7 +212,9 @@ class KernelSpec:
             raise errors.bad_spec("weights", self.weights, expected)
         if not self.name.isidentifier():
             raise errors.bad_spec("name", self.name, "an identifier")
-        if self.weight.batch is None and any("e" in o.dims for o in self.epilogue.operands):
+        if self.grouped and self.weight.batch is None:
+            raise errors.bad_spec("grouped", self.grouped, "False without a batch")
+        if self.batch is None and any("e" in o.dims for o in self.epilogue.operands):
             raise errors.bad_spec("epilogue operand's dims", "e", "absent without a batch")
 
     def _check_outliers(self, outliers: Outliers) -> None:
@@ -220,14 +228,20 @@ class KernelSpec:
             raise errors.bad_spec("weights", self.weights, "1 where outliers are set apart")
 
     @property
+    def batch(self) -> int | None:
+        """Matrices in the activation and in the result: the weight's, None for one matrix."""
+        return None if self.grouped else self.weight.batch
+
+    @property
     def is_quantized(self) -> bool:
         """Whether x arrives as integers, with amax beside it."""
         return self.x_dtype == "int8"
 
     def describe(self) -> str:
         """One line for people: ``out[m, 384] = x[m, 1536] @ weight.T, then add``."""
-        batch = "" if self.weight.batch is None else f"{self.weight.batch}, "
-        text = f"out[{batch}m, {self.weight.n}] = x[{batch}m, {self.weight.k}] @ weight.T"
+        batch = "" if self.batch is None else f"{self.batch}, "
+        weight = f"weight[one of {self.weight.batch}]" if self.grouped else "weight"
+        text = f"out[{batch}m, {self.weight.n}] = x[{batch}m, {self.weight.k}] @ {weight}.T"
         ops = [node.op.split(".")[1].strip("_") for node in self.epilogue.nodes]
         text += f" for {self.weights} weights" if self.weights > 1 else ""
         text += " in int8" if self.compute_dtype == "int8" else ""
@@ -264,6 +278,8 @@ class KernelSpec:
             data["weights"] = self.weights
         if self.epilogue.more:
             data["more"] = [[result.value, result.dtype] for result in self.epilogue.more]
+        if self.grouped:
+            data["grouped"] = True
         return json.dumps(data, sort_keys=True, separators=(",", ":"))
 
     @classmethod

@@ -107,7 +107,7 @@ def patches(kernel: Sequence[int]) -> Adapter:
             node = emit(node.graph, node, _aten.unfold.default, node, dim, extent, extent)
         # [.., channels, patches.., kernel..] with the channels behind the patches.
         node = emit(node.graph, node, _aten.movedim.int, node, first - 1, first - 1 + spatial)
-        shape = _sizes(node, *range(first - 1 + spatial))
+        shape = sizes(node, *range(first - 1 + spatial))
         inner = math.prod(node.meta["val"].shape[first - 1 + spatial :])
         return emit(node.graph, node, _aten.reshape.default, node, [*shape, inner])
 
@@ -149,13 +149,13 @@ def _spread_leading(batch: int) -> Adapter:
         size = node.meta["val"].shape[-3]
         if isinstance(size, int) and size == batch:
             return node
-        sizes = [*_sizes(node, *range(rank(node) - 3)), batch, *_sizes(node, -2, -1)]
-        return emit(node.graph, node, _aten.expand.default, node, sizes)
+        shape = [*sizes(node, *range(rank(node) - 3)), batch, *sizes(node, -2, -1)]
+        return emit(node.graph, node, _aten.expand.default, node, shape)
 
     return run
 
 
-def _sizes(node: fx.Node, *dims: int) -> list[Any]:
+def sizes(node: fx.Node, *dims: int) -> list[Any]:
     """Sizes of some dimensions: numbers where they are known, nodes else."""
     shape = node.meta["val"].shape
     return [
@@ -167,7 +167,7 @@ def _sizes(node: fx.Node, *dims: int) -> list[Any]:
 
 
 def _expand(node: fx.Node, batch: int, base: fx.Node) -> fx.Node:
-    rows, inner = _sizes(base, -2, -1)
+    rows, inner = sizes(base, -2, -1)
     return emit(node.graph, node, _aten.expand.default, node, [batch, rows, inner])
 
 
@@ -200,8 +200,8 @@ def _fold_leading(batch: int) -> tuple[Adapter, Adapter]:
     folded: list[Any] = []
 
     def to_x(node: fx.Node) -> fx.Node:
-        lead = _sizes(node, *range(rank(node) - 3))
-        rows, inner = _sizes(node, -2, -1)
+        lead = sizes(node, *range(rank(node) - 3))
+        rows, inner = sizes(node, -2, -1)
         node = emit(node.graph, node, _aten.expand.default, node, [*lead, batch, rows, inner])
         node = emit(node.graph, node, _aten.movedim.int, node, -3, 0)
         folded[:] = [*lead, rows]

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from fxquant.codegen.spec import WeightOperand
 from fxquant.config import Config
 from fxquant.formats import Encoding, PackedWeight
+from fxquant.passes.groups import Ends, Picked
 from fxquant.passes.regions import Region
 from fxquant.passes.scales import ScaledWeight
 from fxquant.passes.sources import DerivedPart, PackedPart, Remember, Rule, Tools
@@ -88,6 +89,8 @@ class LinearSite:
             ``[k]``, or None. The weight's columns are multiplied by it, and `x` is divided already.
         scaled: How the weight is packed with its scales, or None where it has none. Set by
             `smooth`.
+        ends: Of a grouped product: gives the row after the last of each matrix of the batch, which
+            are int32 ``[batch]``. Else None.
         notes: What was done to the site, for the report.
         packed: Set by `pack`.
         spec_json: Set by `pack`.
@@ -108,6 +111,7 @@ class LinearSite:
     region: Region
     to_x: Callable[[fx.Node], fx.Node] | None = None
     from_out: Callable[[fx.Node], fx.Node] | None = None
+    ends: Ends | None = None
     scheme: str = ""
     recipe: Recipe | None = None
     in_scale: Rule | None = None
@@ -144,6 +148,7 @@ class Context:
         parameters: Bound parameters by their placeholder in the outermost graph.
         sites: Products to quantize.
         refusals: Products left alone.
+        picked: Orders of rows, by the numbers that pick their matrices and how many there are.
     """
 
     gm: fx.GraphModule
@@ -157,6 +162,7 @@ class Context:
     parameters: dict[fx.Node, BoundParameter] = field(default_factory=dict)
     sites: list[LinearSite] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
+    picked: dict[tuple[fx.Node, int], Picked] = field(default_factory=dict)
 
     @property
     def tools(self) -> Tools:

@@ -20,10 +20,12 @@ from fxquant.passes.context import (
     PassReport,
     Refusal,
 )
+from fxquant.passes.groups import Picked
 from fxquant.passes.normalize import GRAD_ENABLED, TRANSFORMED
 from fxquant.passes.products import Form
 from fxquant.passes.regions import Region, body_names
 from fxquant.passes.views import View
+from fxquant.passes.writes import Written
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _FRAME = re.compile(r'File "(.+?)", line (\d+)')
@@ -44,10 +46,12 @@ def match(ctx: Context) -> PassReport:
 
 
 def _look_at(ctx: Context, region: Region, node: fx.Node, written: set[fx.Node]) -> None:
-    seen = [(i, views.resolve(ctx, region, n)) for i, n in enumerate(products.factors(node))]
+    factors = enumerate(products.factors(node))
+    seen = [(i, views.resolve_factor(ctx, region, n)) for i, n in factors]
     found = [(i, view) for i, view in seen if view is not None]
     if not found:
-        others = [view for n in node.all_input_nodes if (view := views.resolve(ctx, region, n))]
+        nodes = node.all_input_nodes
+        others = [view for n in nodes if (view := views.resolve_factor(ctx, region, n))]
         matrices = [v for v in others if not isinstance(v.layout, Tensor) or v.layout.ndim > 1]
         if matrices:
             reason = f"{products.name(node)} has no quantized form"
@@ -57,7 +61,8 @@ def _look_at(ctx: Context, region: Region, node: fx.Node, written: set[fx.Node])
             ctx.refusals.append(_refusal(node, "no operand is a parameter"))
         return
     side, view = found[0]
-    result = _site(region, node, side, view, both=len(found) > 1, written=written)
+    both = len(found) > 1
+    result = _site(ctx, region, node, side, view, both=both, written=written)
     if isinstance(result, LinearSite):
         ctx.sites.append(result)
     else:
@@ -65,7 +70,14 @@ def _look_at(ctx: Context, region: Region, node: fx.Node, written: set[fx.Node])
 
 
 def _site(
-    region: Region, node: fx.Node, side: int, view: View, *, both: bool, written: set[fx.Node]
+    ctx: Context,
+    region: Region,
+    node: fx.Node,
+    side: int,
+    view: View,
+    *,
+    both: bool,
+    written: set[fx.Node],
 ) -> LinearSite | str:
     """The site of a product, or why it is left alone."""
     if view.layout is None:
@@ -73,7 +85,13 @@ def _site(
     reason = _objection(node, view.parameter, both=both, written=written)
     if reason is not None:
         return reason
-    form = products.form(node, side, view.layout)
+    picked = None
+    if view.ids is not None:
+        key = view.ids, view.layout.shape[0]
+        if key not in ctx.picked and view.ids in Written(ctx.regions):
+            return "the numbers that pick its matrices are written to"
+        picked = ctx.picked.setdefault(key, Picked(*key))
+    form = products.form(node, side, view.layout, picked)
     if isinstance(form, str):
         return form
     if not isinstance(form.x, fx.Node):
@@ -95,6 +113,7 @@ def _site(
         region=region,
         to_x=form.to_x,
         from_out=form.from_out,
+        ends=form.ends,
     )
 
 

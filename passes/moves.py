@@ -180,6 +180,24 @@ def _embedded(node: fx.Node, call: fx.Node, pattern: Pattern) -> Ways:
     return [*found, whole] if pattern.shape[dim] == 1 and len(rows) < full[dim] else found
 
 
+def _gather(node: fx.Node, pattern: Pattern, _: Ties) -> Ways:
+    """Rows picked by number: whatever is the same for all of them."""
+    operand, dim, _ = node.args
+    dim = int(dim) % pattern.ndim  # type: ignore[arg-type]
+    return [[Need(operand, pattern)]] if pattern.shape[dim] == 1 else []  # type: ignore[arg-type]
+
+
+def _index(node: fx.Node, pattern: Pattern, _: Ties) -> Ways:
+    operand, numbers = node.args[:2]
+    first = numbers[0]  # type: ignore[index]
+    if len(numbers) != 1 or first.meta["val"].dtype not in (torch.int32, torch.int64):  # type: ignore[arg-type, union-attr]
+        return []
+    rank = first.meta["val"].ndim  # type: ignore[union-attr]
+    if any(size != 1 for size in pattern.shape[:rank]):
+        return []
+    return [[Need(operand, pattern.reshape(1, *pattern.shape[rank:]))]]  # type: ignore[arg-type]
+
+
 RESHAPES = frozenset(
     (
         _aten._unsafe_view, _aten.flatten, _aten.reshape, _aten.reshape_as, _aten.squeeze,
@@ -206,4 +224,6 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys(SLICES, _slice),
     **dict.fromkeys(EXPANDS, _expand),
     _aten.repeat_interleave: _repeat_interleave,
+    _aten.index_select: _gather,
+    _aten.index: _index,
 }

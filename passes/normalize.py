@@ -15,6 +15,7 @@ from fxquant.passes import regions, views
 from fxquant.passes.bind import candidates
 from fxquant.passes.context import Context, PassReport
 from fxquant.passes.expand import expand
+from fxquant.passes.groups import gathered_from
 from fxquant.passes.regions import Region
 from fxquant.passes.state import State
 
@@ -61,7 +62,8 @@ def _walk(ctx: Context, region: Region, derived: set[fx.Node], state: State) -> 
         new = None if state.transforms else expand(region.gm, node)
         for piece in [node] if new is None else new:
             piece.meta.update(marks)
-            if views.is_view(piece) and derived.intersection(piece.all_input_nodes):
+            is_weight = views.is_view(piece) or gathered_from(piece) is not None
+            if is_weight and piece.args[0] in derived:
                 derived.add(piece)
         count += new is not None
     return count

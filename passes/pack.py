@@ -108,6 +108,8 @@ def _rewrite(
         if columns is not None:
             extra += columns
             asked = dataclasses.replace(asked, columns=columns[0].meta["val"].numel())
+        if site.ends is not None:
+            extra.append(site.ends(node))
         spec = spec_of(site, x.meta["val"].dtype, asked)
         site.spec_json = spec.to_json()
         out = values.emit(graph, node, _fxquant.linear.default, x, weight, extra, site.spec_json)
@@ -119,7 +121,7 @@ def _rewrite(
 def _drop_dead(ctx: Context, region: Region) -> None:
     """Erases views of parameters that nothing reads any more, and a body's unread weights."""
     for node in reversed(list(region.graph.nodes)):
-        if not node.users and views.is_view(node) and views.resolve(ctx, region, node):
+        if not node.users and views.resolve_factor(ctx, region, node) and node.op != "placeholder":
             region.graph.erase_node(node)
     if region.parent is None or region.call is None or region is not region.siblings[0]:
         return

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxquant.passes import adapt
+from fxquant.passes import adapt, groups
 from fxquant.passes.adapt import Adapter
+from fxquant.passes.groups import Ends, Picked
 
 _aten = torch.ops.aten
 
@@ -32,6 +33,7 @@ class Form:
         from_out: Takes ``[.., N]`` to the product's result.
         bias: Added to the result's last dimension in the kernel.
         layout: The weight operand in the dimensions that `dims` counts, where they are not its own.
+        ends: Of rows sorted by matrix, ``[M, K]``: gives the row after the last of each.
     """
 
     x: fx.Node
@@ -40,6 +42,7 @@ class Form:
     from_out: Adapter | None = None
     bias: fx.Node | None = None
     layout: Tensor | None = None
+    ends: Ends | None = None
 
 
 # (node, position of the weight among the factors, weight's layout) -> Form, or why there is none.
@@ -53,17 +56,20 @@ def factors(node: fx.Node) -> tuple[Any, ...]:
     return args if len(args) == 2 else ()
 
 
-def form(node: fx.Node, side: int, layout: Tensor) -> Form | str:
+def form(node: fx.Node, side: int, layout: Tensor, picked: Picked | None = None) -> Form | str:
     """The product's form, or why it has none.
 
     Args:
         node: The product.
         side: 0 or 1: which of `factors` is the weight.
-        layout: Shape and strides of the weight operand.
+        layout: Shape and strides of the weight operand, or of what its matrices are picked from.
+        picked: Says which matrices, one for each of the product's; None for all of them in order.
     """
-    handler = _HANDLERS.get(_packet(node))
+    handler = _HANDLERS.get(_packet(node)) or _CUSTOM.get(str(_packet(node)))
     if handler is None:
         return f"{name(node)} has no quantized form"
+    if picked is not None:
+        return _picked(node, side, picked)
     return handler(node, side, layout)
 
 
@@ -148,6 +154,28 @@ def _product(x: fx.Node, side: int, layout: Tensor) -> Form | str:
     return Form(x, (batch, n, k), to_x, from_out)
 
 
+def _picked(node: fx.Node, side: int, picked: Picked) -> Form | str:
+    """``bmm`` against matrices that are picked by number, ``weight[ids]``."""
+    other = node.args[1 - side]
+    if _packet(node) not in (_aten.bmm, _aten.matmul) or adapt.rank(other) != 3:
+        return f"{name(node)} has no quantized form with a weight that is picked by number"
+    to_x, ends, from_out = picked.adapters()
+    if side == 1:
+        return Form(other, (0, 2, 1), to_x, from_out, ends=ends)  # type: ignore[arg-type]
+    to_x, from_out = adapt.chain(adapt.transpose, to_x), adapt.chain(from_out, adapt.transpose)  # type: ignore[assignment]
+    return Form(other, (0, 1, 2), to_x, from_out, ends=ends)  # type: ignore[arg-type]
+
+
+def _grouped(node: fx.Node, side: int, layout: Tensor) -> Form | str:
+    """``grouped_mm(x [M, K], W [E, K, N], offsets [E])``: the rows of x, sorted by matrix."""
+    offsets, bias = _argument(node, 2, "offs"), _argument(node, 3, "bias")
+    if side == 0:
+        return f"the parameter is the activation of {name(node)}"
+    if layout.ndim != 3 or adapt.rank(node.args[0]) != 2 or offsets is None or bias is not None:
+        return f"{name(node)} does not multiply groups of rows with a matrix each"
+    return Form(node.args[0], (0, 2, 1), ends=groups.given(offsets))  # type: ignore[arg-type]
+
+
 def _addmm(node: fx.Node, side: int, layout: Tensor) -> Form | str:
     """``beta * b + alpha * (a @ b)``: a bias goes into the kernel, other addends after it."""
     addend = node.args[0]
@@ -224,4 +252,7 @@ _HANDLERS: dict[Any, Handler] = {
     _aten.conv2d: _conv,
     _aten.conv3d: _conv,
     _aten.convolution: _conv,
+    **({_aten._grouped_mm: _grouped} if hasattr(_aten, "_grouped_mm") else {}),
 }
+# By name: they are there once their package is imported.
+_CUSTOM: dict[str, Handler] = {"transformers.grouped_mm_fallback": _grouped}

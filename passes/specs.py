@@ -52,6 +52,7 @@ def spec_of(site: LinearSite, x_dtype: torch.dtype, asked: Asked) -> KernelSpec:
         out_dtype=out,
         epilogue=Epilogue.bias(out) if asked.biased else Epilogue(),
         outliers=outliers,
+        grouped=site.ends is not None,
     )
     return dataclasses.replace(spec, name=_kernel_name(spec))
 
@@ -79,7 +80,8 @@ def _kernel_name(spec: KernelSpec) -> str:
         kind = encoding.levels if isinstance(encoding.levels, str) else f"codebook{encoding.bits}"
     kind += "xint8" if spec.compute_dtype == "int8" else ""
     batch = "" if weight.batch is None else f"{weight.batch}x"
-    words = [kind, "linear" if weight.batch is None else "bmm", f"{batch}{weight.n}x{weight.k}"]
+    product = "grouped" if spec.grouped else "linear" if weight.batch is None else "bmm"
+    words = [kind, product, f"{batch}{weight.n}x{weight.k}"]
     if spec.outliers is not None:
         words.append(f"{spec.outliers.columns or ''}outliers")
     return "_".join([*words, *(["bias"] if spec.epilogue.operands else [])])

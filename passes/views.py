@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxquant.passes.context import BoundParameter, Context
+from fxquant.passes.groups import gathered_from
 from fxquant.passes.regions import Region
 
 _aten = torch.ops.aten
@@ -51,10 +52,12 @@ class View:
         parameter: The parameter.
         layout: Stand-in on the ``meta`` device: shape, strides and offset; None where it is
             more than other strides on the same elements. A tuple of them for the pieces of a split.
+        ids: Numbers ``[s]`` of the matrices that are picked out of a 3-D view, or None for it all.
     """
 
     parameter: BoundParameter
     layout: Any
+    ids: fx.Node | None = None
 
 
 def is_view(node: fx.Node) -> bool:
@@ -90,6 +93,28 @@ def resolve(ctx: Context, region: Region, node: Any) -> View | None:
     if source is None:
         return None
     return View(source.parameter, _replayed(node, source.layout))
+
+
+def resolve_factor(ctx: Context, region: Region, node: Any) -> View | None:
+    """Like `resolve`, for the operand of a product: it may pick matrices, ``weight[ids]``."""
+    picked = gathered_from(node)
+    if picked is not None:
+        view = resolve(ctx, region, picked[0])
+        return None if view is None else View(view.parameter, view.layout, picked[1])
+    if isinstance(node, fx.Node) and is_view(node) and node.args:
+        view = resolve_factor(ctx, region, node.args[0])
+        if view is not None and view.ids is not None:
+            return View(view.parameter, _replayed_inside(node, view.layout), view.ids)
+    return resolve(ctx, region, node)
+
+
+def _replayed_inside(node: fx.Node, layout: Any) -> Any:
+    """The layout after a view of matrices that were picked, or None if it is one of their batch."""
+    found = _replayed(node, layout)
+    if not isinstance(found, Tensor) or found.ndim != 3:
+        return None
+    same = (found.shape[0], found.stride(0)) == (layout.shape[0], layout.stride(0))
+    return found if same else None
 
 
 def _replayed(node: fx.Node, layout: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxquant.codegen.cpp import groups
 from fxquant.codegen.cpp.plan import CTYPES, Plan
 from fxquant.codegen.cpp.quantize import signature
 from fxquant.codegen.cpp.rows import members
@@ -50,11 +51,13 @@ _HOLES = (
 
 def entry(plan: Plan) -> str:
     """The text of the exported functions, to be printed last."""
-    e, _, k = plan.spec.weight.sizes
+    k = plan.spec.weight.k
     direct = ""
     if plan.reads_directly:
-        direct = _DIRECT.replace("@BATCH@", "" if e == 1 else f" && (m > 1 || x_e == {k})")
-    few, several, more = plan.is_regular, plan.spec.weights > 1, plan.result_dtypes[1:]
+        direct = _DIRECT.replace(
+            "@BATCH@", "" if plan.matrices == 1 else f" && (m > 1 || x_e == {k})"
+        )
+    several, more = plan.spec.weights > 1, plan.result_dtypes[1:]
     results = ["  call.out = static_cast<out_t*>(out);"]
     if more:
         results = ["  call.out = static_cast<out_t*>(outs[0]);"]
@@ -63,15 +66,19 @@ def entry(plan: Plan) -> str:
     taken = "\n".join(
         f"  call.{one.name} = memory.take<{one.ctype}>({one.count});" for one in members(plan)
     )
+    run = _RUN_EITHER if plan.is_regular else "    run_many(call, first, rows, threads);\n"
     return (
         _ENTRY.replace("@TAKEN@", taken)
         .replace("@HEAD@", signature('extern "C" void fxquant_run', _parameters(plan)))
         .replace("@WEIGHTS@", _WEIGHTS if several else _WEIGHT)
         .replace("@RESULTS@", "\n".join(results))
         .replace("@DIRECT@", direct)
-        .replace("@CHOICE@", _CHOICE if few else "")
-        .replace("@RUN@", _RUN_EITHER if few else "    run_many(call, first, rows, threads);\n")
+        .replace("@LOOP@", groups.loop(plan, run) if plan.spec.grouped else _loop(plan, run))
     )
+
+
+def _loop(plan: Plan, run: str) -> str:
+    return _LOOP.replace("@CHOICE@", _CHOICE if plan.is_regular else "").replace("@RUN@", run)
 
 
 def _parameters(plan: Plan) -> list[str]:
@@ -81,7 +88,7 @@ def _parameters(plan: Plan) -> list[str]:
         *("const void* x", "int64_t x_e", "int64_t x_row", "int64_t x_col", "int64_t m"),
         "void* const* outs" if plan.spec.epilogue.more else "void* out",
         *("const void* const* extra", "void* scratch", "int threads"),
-        "int variant" if plan.is_regular else "int",
+        "int" if not plan.is_regular else "int most_few" if plan.spec.grouped else "int variant",
     ]
 
 
@@ -249,8 +256,11 @@ extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
 @RESULTS@
   call.extra = extra;
   set_up(call, static_cast<unsigned char*>(scratch), m, threads);
-@DIRECT@@CHOICE@  for (int64_t first = 0; first < m; first += SUPER_ROWS) {
+@DIRECT@@LOOP@}
+"""
+
+_LOOP = """\
+@CHOICE@  for (int64_t first = 0; first < m; first += SUPER_ROWS) {
     const int64_t rows = std::min(SUPER_ROWS, m - first);
 @RUN@  }
-}
 """

@@ -154,7 +154,7 @@ def _seconds(cost: Cost, rates: Rates, dots: float, threads: int) -> Callable[[i
 
 
 def _tiles(plan: Plan) -> int:
-    return plan.spec.weight.sizes[0] * plan.n_tiles
+    return plan.matrices * plan.n_tiles
 
 
 def _vectors(plan: Plan) -> int:
@@ -167,10 +167,11 @@ def _steps(plan: Plan) -> int:
 
 
 def _traffic(plan: Plan) -> sympy.Expr:
-    e, n, k = plan.spec.weight.sizes
-    spec = plan.spec
+    experts, n, k = plan.spec.weight.sizes
+    e, spec = plan.matrices, plan.spec
     results = n * sum(_BYTES[dtype] for dtype in plan.result_dtypes)
-    return spec.weights * prepared_bytes(plan) + e * M * (k * _BYTES[spec.x_dtype] + results)
+    weight = prepared_bytes(plan) * e // experts
+    return spec.weights * weight + e * M * (k * _BYTES[spec.x_dtype] + results)
 
 
 def _share(items: sympy.Expr | int) -> sympy.Expr:

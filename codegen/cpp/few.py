@@ -22,7 +22,7 @@ def few(plan: Plan) -> str:
         f"    case {height}: return few_rows<{height}>(w, tile, x, sums, totals);"
         for height in plan.isa.few_heights
     )
-    return (
+    return plan.placed(
         _FEW.replace("@BEGIN@", begin)
         .replace("@END@", end)
         .replace("@ZEROS@", zeros)
@@ -37,8 +37,8 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
   const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
   const auto tiles = of.part(E * N_TILES);
   alignas(64) float totals[FEW_HEIGHTS[0] * TILE];
-  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-    const int64_t e = tile / N_TILES;
+  for (int64_t tile = @FIRST@tiles.first; tile < @FIRST@tiles.last; ++tile) {
+    const int64_t e = @MATRIX@;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
       const int height = height_of(rows - row, FEW_HEIGHTS);
@@ -59,8 +59,8 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
   const int64_t near_tiles = std::max<int64_t>(1, NEAR_TOTALS / (heights * TILE));
   const auto tiles = of.part(E * N_TILES);
   float* totals = reinterpret_cast<float*>(call.own + of.thread * OWN_BYTES);
-  for (int64_t first = tiles.first; first < tiles.last; first += near_tiles) {
-    const int64_t last = std::min(first + near_tiles, tiles.last);
+  for (int64_t first = @FIRST@tiles.first; first < @FIRST@tiles.last; first += near_tiles) {
+    const int64_t last = std::min(first + near_tiles, @FIRST@tiles.last);
     for (int64_t panel = 0; panel < panels; panel += NEAR_PANELS) {
       const int64_t first_row = panel * HEIGHT;
       const int64_t last_row = std::min(rows, (panel + NEAR_PANELS) * HEIGHT);
@@ -68,7 +68,7 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
         for (int64_t tile = first; tile < last; ++tile) {
           float* own = totals + i * NEAR_TOTALS + (tile - first) * heights * TILE;
           for (int64_t row = first_row; row < last_row; row += HEIGHT) {
-            const int64_t at = tile / N_TILES * heights + row;
+            const int64_t at = @MATRIX@ * heights + row;
             few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile,
                      call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
                      own + (row - first_row) * TILE);

@@ -33,7 +33,7 @@ def finish(plan: Plan) -> str:
         .replace("@SUMS@", sums)
         .replace("@GIVEN@", ", ".join(given))
     )
-    return "\n".join(part for part in (outliers, _row(plan), text) if part)
+    return plan.placed("\n".join(part for part in (outliers, _row(plan), text) if part))
 
 
 def prelude(plan: Plan) -> set[str]:
@@ -142,7 +142,7 @@ _DECODED = """\
 void outlier_weights(const Call& call, int64_t tile, int64_t first, int64_t last, float* out) {
   Scales scales(call.weight, tile);
 @FIRST@  for (int64_t column = first; column < last; ++column, out += TILE) {
-    const int64_t k = call.columns[tile / N_TILES * K + column];
+    const int64_t k = call.columns[@MATRIX@ * K + column];
 @ENTER@    const uint32_t* words = call.weight.codes() + (tile * GROUPS + k / PER_DWORD) * TILE;
     int place = 0;
     while (PLACES[place] != k % PER_DWORD) ++place;
@@ -177,7 +177,7 @@ void add_outliers(const Call& call, int64_t tile, const float* x, int64_t rows, 
   constexpr int64_t SOME = 64;
   constexpr int ALL = TILE / LANES;
   alignas(64) float weights[SOME * TILE];
-  const int64_t count = call.outliers[tile / N_TILES];
+  const int64_t count = call.outliers[@MATRIX@];
   for (int64_t first = 0; first < count; first += SOME) {
     const int64_t last = std::min(first + SOME, count);
     outlier_weights(call, tile, first, last, weights);
@@ -222,7 +222,7 @@ _FINISH = """\
 // The rows from panel_row on of the rows that are under work, which start at super_first.@LIE@
 void finish(const Call& call, int64_t tile, int64_t super_first, int64_t panel_row, int64_t rows,
             int64_t all_rows, float* totals@APART@) {
-  const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
+  const int64_t e = @MATRIX@, n0 = tile % N_TILES * TILE;
 @SCALES@@OUTLIERS@  for (int64_t row = 0; row < rows; ++row) {
     const int64_t at = super_first + panel_row + row;
     @SUMS@;

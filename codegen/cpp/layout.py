@@ -84,7 +84,7 @@ def prepare(plan: Plan) -> str:
         "@COUNTS@": _NO_COUNTS if segments(plan)[0][0] == "counts" else "",
     }.items():
         text = text.replace(name, value)
-    return text
+    return plan.placed(text)
 
 
 def _lookup_table(plan: Plan) -> str:
@@ -173,7 +173,7 @@ _STORED_SCALE = """\
 
 _FILL = """\
 #pragma omp parallel for num_threads(threads)
-  for (int64_t tile = 0; tile < E * N_TILES; ++tile) {
+  for (int64_t tile = 0; tile < @ALL_TILES@; ++tile) {
     const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
     for (int64_t k = 0; k < BLOCKS; ++k) {  // counts blocks
       const int64_t at = (tile * BLOCKS + k) * TILE;
@@ -188,7 +188,7 @@ _FILL = """\
 
 _NESTED = """
   std::memcpy(w.nested(), parts[2], @COUNT@ * sizeof(float));
-  for (int64_t tile = 0; tile < E * N_TILES; ++tile) {
+  for (int64_t tile = 0; tile < @ALL_TILES@; ++tile) {
     const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
     for (int64_t row = 0; row < TILE; ++row) {
       const int64_t n = std::min(n0 + row, N - 1);
@@ -216,7 +216,7 @@ extern "C" void fxquant_prepare(const void* const* parts, void* prepared, int th
   const Weight w{static_cast<unsigned char*>(prepared)};
   const uint8_t* codes = static_cast<const uint8_t*>(parts[0]);
 #pragma omp parallel for num_threads(threads)
-  for (int64_t tile = 0; tile < E * N_TILES; ++tile) {
+  for (int64_t tile = 0; tile < @ALL_TILES@; ++tile) {
     const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
     for (int64_t group = 0; group < GROUPS; ++group) {
       for (int64_t row = 0; row < TILE; ++row) {

@@ -25,7 +25,7 @@ def many(plan: Plan) -> str:
     text = text.replace("@HEIGHTS@", heights)
     whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
     tiles = _TILES.replace("@WHOLE@", whole).replace("@CHUNK@", _chunk(plan))
-    return f"{_decode(plan)}\n{text}\n{tiles}"
+    return f"{_decode(plan)}\n{text}\n{plan.placed(tiles)}"
 
 
 def _decode(plan: Plan) -> str:
@@ -231,7 +231,7 @@ _TILES = """\
 // One tile of outputs against some panels: totals[row][64].
 void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
                int64_t last_panel, uint32_t* decoded, float* totals) {
-  const int64_t e = tile / N_TILES, base = e * padded(rows, MANY_HEIGHTS);
+  const int64_t e = @MATRIX@, base = e * padded(rows, MANY_HEIGHTS);
   const int64_t first_row = first_panel * MANY_HEIGHTS[0];
   const int64_t last_row = std::min(rows, last_panel * MANY_HEIGHTS[0]);
   std::memset(totals, 0, (last_row - first_row + MANY_HEIGHTS[0]) * TILE * sizeof(float));
@@ -265,7 +265,7 @@ void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
     const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
     const auto items = of.part(E * N_TILES * parts);
     for (int64_t item = items.first; item < items.last; ++item) {
-      const int64_t tile = item / parts, part = item % parts;
+      const int64_t tile = @FIRST@item / parts, part = item % parts;
       const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
       const int64_t first_row = first * MANY_HEIGHTS[0];
       const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;

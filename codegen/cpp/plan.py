@@ -55,6 +55,29 @@ class Plan:
         return self.spec.weight.encoding
 
     @property
+    def matrices(self) -> int:
+        """In the activation and in the result."""
+        return self.spec.batch or 1
+
+    @property
+    def ends(self) -> int:
+        """Which operand of a grouped kernel says where the rows of each matrix end: the last."""
+        given = self.spec.outliers is not None and self.spec.outliers.columns is not None
+        return len(self.spec.epilogue.operands) + self.reads_codes + 2 * given
+
+    def placed(self, text: str) -> str:
+        """A text that walks over the tiles of a call's matrices, which it has from @FIRST@ on.
+
+        It knows a tile's matrix of the activation by @MATRIX@, and all of the weight's tiles, in
+        however many calls, by @ALL_TILES@.
+        """
+        first, matrix, tiles = "", "tile / N_TILES", "E * N_TILES"
+        if self.spec.grouped:
+            first, matrix, tiles = "call.first_tile + ", "0", "EXPERTS * N_TILES"
+        text = text.replace("@FIRST@", first).replace("@MATRIX@", matrix)
+        return text.replace("@ALL_TILES@", tiles)
+
+    @property
     def sum_marks(self) -> tuple[str, ...]:
         """What tells the names of the sums of several weights apart: ``sums``, ``sums1`` .."""
         return tuple(str(number or "") for number in range(self.spec.weights))

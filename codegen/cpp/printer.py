@@ -70,7 +70,7 @@ def preamble(isa: Isa) -> str:
 
 def _sizes(plan: Plan) -> str:
     spec, weight = plan.spec, plan.spec.weight
-    e, n, k = weight.sizes
+    experts, n, k = weight.sizes
     chunk = plan.chunk
     per_step = {"f32": "float", "bf16": "uint32_t", "int8": "uint32_t"}[plan.path]
     stored = plan.path == "int8" and plan.encoding.bits == 8
@@ -86,7 +86,8 @@ def _sizes(plan: Plan) -> str:
         "typedef uint16_t half_t __attribute__((may_alias));  // bfloat16, read in pairs",
     ]
     counts = (
-        ("E", e, "matrices"),
+        ("E", plan.matrices, "matrices"),
+        ("EXPERTS", experts, "matrices of the weight, of which each row has one"),
         ("WEIGHTS", spec.weights, "that are multiplied with the activation"),
         ("N", n, "outputs"),
         ("K", k, "inputs"),
@@ -115,6 +116,7 @@ def _sizes(plan: Plan) -> str:
         ("NEAR_TOTALS", 8192, "the same that few rows make before they are read"),
         ("OWN_BYTES", 4 * (decoded + spec.weights * totals), "a thread"),
         ("OPERANDS", len(spec.epilogue.operands), "of the epilogue"),
+        ("ENDS", plan.ends, "which operand says where the rows of each matrix end"),
         ("OUTLIERS", spec.outliers.columns or 0 if spec.outliers else 0, "given columns"),
         ("AHEAD", 2048, "dwords of codes that are asked for in advance"),
     )

@@ -83,6 +83,8 @@ def _call(plan: Plan) -> str:
     lines = [f"  {one.ctype}* {one.name};  // {one.comment}" for one in members(plan)]
     if plan.reads_directly:
         lines.append("  bool is_line;  // rows are lines as they are")
+    if plan.spec.grouped:
+        lines.append("  int64_t first_tile;  // of the matrix under work")
     results = ["  out_t* out;  // [e, m, n]"]
     for number, dtype in enumerate(plan.result_dtypes[1:], start=1):
         results.append(f"  {CTYPES[dtype]}* out{number};  // [e, m, n], in {dtype}")

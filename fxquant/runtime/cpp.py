@@ -88,8 +88,8 @@ class CppKernel:
 
         weight = spec.weight
         self.spec = spec
-        self._is_single = not openmp
-        self._n, self._k, self._batch = weight.n, weight.k, weight.batch
+        self._is_single, self._is_grouped = not openmp, spec.grouped
+        self._n, self._k, self._batch = weight.n, weight.k, spec.batch
         self._x_dtype = getattr(torch, spec.x_dtype)
         self._out_dtype = getattr(torch, spec.out_dtype)
         self._more = [getattr(torch, result.dtype) for result in spec.epilogue.more]
@@ -161,7 +161,12 @@ class CppKernel:
             pointers,
             _SCRATCH.at_least(size),
             threads,
-            _FEW if rows <= self.few_rows else _MANY,
+            # A grouped kernel chooses for the rows of each matrix.
+            min(self.few_rows, rows)
+            if self._is_grouped
+            else _FEW
+            if rows <= self.few_rows
+            else _MANY,
         )
         return out
 
@@ -262,7 +267,7 @@ def as_rows(x: Tensor) -> tuple[Tensor, int, int]:
 def _operands(spec: KernelSpec) -> list[tuple[torch.dtype, int, bool]]:
     """Dtype and size of each further operand, and whether the size is that of one row."""
     weight = spec.weight
-    sizes = {"e": weight.batch or 1, "n": weight.n, "m": 1}
+    sizes = {"e": spec.batch or 1, "n": weight.n, "m": 1}
     found = [
         (getattr(torch, o.dtype), math.prod(sizes[axis] for axis in o.dims), "m" in o.dims)
         for o in spec.epilogue.operands
@@ -274,6 +279,8 @@ def _operands(spec: KernelSpec) -> list[tuple[torch.dtype, int, bool]]:
         dense = (weight.batch or 1) * weight.n * outliers.columns
         found.append((torch.int32, outliers.columns, False))
         found.append((getattr(torch, outliers.dtype), dense, False))
+    if spec.grouped:  # where the rows of each matrix end
+        found.append((torch.int32, weight.batch or 1, False))
     return found
 
 

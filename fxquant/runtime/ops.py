@@ -40,6 +40,7 @@ from torch import Tensor
 from fxquant import errors
 from fxquant.codegen import reference
 from fxquant.codegen.epilogue import EpilogueOperand
+from fxquant.codegen.groups import grouped_product
 from fxquant.codegen.spec import KernelSpec
 from fxquant.formats import Encoding, decode
 from fxquant.runtime import launch
@@ -186,7 +187,7 @@ def _decoded(spec: KernelSpec, saved: Sequence[Tensor], dtype: torch.dtype) -> T
     dense = reference.operand(spec.weight, saved[:count], dtype)
     if spec.outliers is None or spec.outliers.columns is None:
         return dense
-    columns, apart = saved[count:]
+    columns, apart = saved[count : count + 2]
     return dense.index_copy(-1, columns.long(), apart.to(dtype))
 
 
@@ -206,9 +207,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         rounds = spec.compute_dtype == "int8"
         compute = getattr(torch, spec.x_dtype if rounds else spec.compute_dtype)
         dense = _decoded(spec, ctx.saved_tensors, compute)
-        grad_x = torch.matmul(grad.to(compute), dense).to(getattr(torch, spec.x_dtype))
-    axes = "emn" if spec.weight.batch is not None else "mn"
-    rows = grad if spec.weight.batch is not None else grad.reshape(-1, spec.weight.n)
+        if spec.grouped:
+            grad_x = grouped_product(grad.to(compute), dense, ctx.saved_tensors[-1])
+        else:
+            grad_x = torch.matmul(grad.to(compute), dense)
+        grad_x = grad_x.to(getattr(torch, spec.x_dtype))
+    axes = "emn" if spec.batch is not None else "mn"
+    rows = grad if spec.batch is not None else grad.reshape(-1, spec.weight.n)
     wanted = (
         needs_extra
         if isinstance(needs_extra, (list, tuple))

@@ -120,12 +120,15 @@ def _times(kernel: CppKernel) -> dict[int, tuple[float, float]]:
     """The best seconds of each skeleton, in turns, for every number of rows."""
     spec = kernel.spec
     weight = _weight(spec)
-    batch = [spec.weight.batch] if spec.weight.batch is not None else []
+    batch = [spec.batch] if spec.batch is not None else []
     best = {rows: [math.inf, math.inf] for rows in ROWS}
     calls: list[tuple[int, Tensor, Sequence[Tensor]]] = []
     for rows in ROWS:
         x = torch.randn(*batch, rows, spec.weight.k).to(getattr(torch, spec.x_dtype))
-        calls.append((rows, x, kernel.operands(rows)))
+        extra = kernel.operands(rows)
+        if spec.grouped:
+            extra[-1].fill_(rows)  # all of the first matrix
+        calls.append((rows, x, extra))
     kernel.run(calls[0][1], weight, calls[0][2])  # repacks the weight
     deadline = time.perf_counter() + LIMIT_S
     while True:

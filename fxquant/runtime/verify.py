@@ -170,7 +170,7 @@ def check(spec: Spec, operands: Sequence[Any], result: Any) -> Failure | None:
     for got, enclosure in zip(
         results, bounds.enclosures(spec, x, weight, extra, chosen), strict=True
     ):
-        shape = (-1, n) if spec.weight.batch is None else (batch, -1, n)
+        shape = (-1, n) if spec.batch is None else (batch, -1, n)
         excess = enclosure.excess(got.reshape(shape).index_select(-2, chosen))
         if excess.numel() and float(excess.max()) > 0:
             place = int(excess.argmax())
@@ -194,7 +194,7 @@ def _check_codes(spec: QuantizeSpec, operands: Sequence[Any], result: Any) -> Fa
 
 def _rows(spec: Spec, operands: Sequence[Any]) -> int:
     x = operands[0]
-    k = spec.k if isinstance(spec, QuantizeSpec) else spec.weight.k * (spec.weight.batch or 1)
+    k = spec.k if isinstance(spec, QuantizeSpec) else spec.weight.k * (spec.batch or 1)
     return int(x.numel()) // k
 
 

@@ -83,7 +83,9 @@ class Kernel:
         count = functools.reduce(int.__mul__, shape)
         outs = [torch.full((count + GUARD,), torch.nan, dtype=dtype) for dtype in dtypes]
         if rows:
-            x_e = x.stride(0) if spec.weight.batch else 0
+            x_e = x.stride(0) if spec.batch else 0
+            if spec.grouped:  # the most rows of a matrix that are few
+                variant = rows if variant == FEW else 0
             weights = _addresses([block.address for block in prepared])
             scratch = _filled(self._library.fxquant_scratch_bytes(rows, threads))
             self._library.fxquant_run(

@@ -63,7 +63,7 @@ def stored(encoding: Encoding, shape: tuple[int, ...], seed: int = 0) -> list[Te
 def activation(spec: KernelSpec, rows: int, seed: int = 1) -> Tensor:
     """A random activation with that many rows."""
     weight = spec.weight
-    shape = (rows, weight.k) if weight.batch is None else (weight.batch, rows, weight.k)
+    shape = (rows, weight.k) if spec.batch is None else (spec.batch, rows, weight.k)
     generator = torch.Generator().manual_seed(seed)
     if spec.is_quantized:
         return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
@@ -87,8 +87,11 @@ def operands(spec: KernelSpec, rows: int, seed: int = 2) -> list[Tensor]:
         apart = torch.randn(shape, generator=generator)
         made += [columns, apart.to(getattr(torch, spec.outliers.dtype))]
     if spec.is_quantized:
-        shape = (rows,) if spec.weight.batch is None else (spec.weight.batch, rows)
+        shape = (rows,) if spec.batch is None else (spec.batch, rows)
         made.append(torch.rand(shape, generator=generator) * 4 + 0.1)  # amax
+    if spec.grouped:
+        ends = torch.randint(0, rows + 1, (spec.weight.batch or 1,), generator=generator)
+        made.append(ends.sort().values.to(torch.int32))
     return made
 
 

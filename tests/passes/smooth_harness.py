@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxquant.calibration import SiteStats
+from fxquant.codegen.groups import grouped_product
 from fxquant.config import Config
 from fxquant.formats import Encoding, pack
 from fxquant.passes import adapt, run_pipeline, values
@@ -79,7 +80,9 @@ def exact(ctx: Context) -> PassReport:
             dtype = node.meta["val"].dtype
             x = adapt.cast(site.x, dtype, node)
             x = x if site.to_x is None else site.to_x(x)
-            out = values.emit(graph, node, _product, x, weight, site.operand.batch is not None)
+            batched = site.operand.batch is not None
+            ends = None if site.ends is None else site.ends(node)
+            out = values.emit(graph, node, _product, x, weight, batched, ends)
             if site.bias is not None:
                 bias = adapt.cast(site.bias, dtype, node)
                 out = values.emit(graph, node, torch.ops.aten.add.Tensor, out, bias)
@@ -92,8 +95,10 @@ def exact(ctx: Context) -> PassReport:
     return PassReport("exact", "")
 
 
-def _product(x: Tensor, weight: Tensor, batched: bool) -> Tensor:
+def _product(x: Tensor, weight: Tensor, batched: bool, ends: Tensor | None) -> Tensor:
     weight = weight.to(x.dtype)
+    if ends is not None:
+        return grouped_product(x, weight.transpose(-1, -2), ends)
     return torch.matmul(x, (weight if batched else weight[0]).transpose(-1, -2))
 
 

@@ -62,7 +62,7 @@ def named(found: Smoothed, text: str) -> list[str]:
 PLACES = {
     "llama": (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], []),
     "gemma": (["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], []),
-    "mixtral": (["q_proj", "k_proj", "v_proj", "o_proj"], []),
+    "mixtral": (["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"], ["gate_up_proj"]),
     "opt": (["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"], []),
     "gpt2": (["c_attn", "attn.c_proj", "c_fc"], ["mlp.c_proj"]),
     "t5": ([".q.", ".k.", ".v.", ".o.", ".wi.", ".wo."], []),
