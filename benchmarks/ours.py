@@ -92,7 +92,7 @@ def _contender(
             apart,
         ).to_json()
         size = sum(tensor.nbytes for tensor in (*parts, *extra))
-        return Prepared(lambda x: torch.ops.fxquant.linear(x, parts, extra, spec), size)
+        return Prepared(lambda x: torch.ops.fxquant.linear(x, parts, extra, spec, -1), size)
 
     def finish(exact: Tensor) -> Tensor:
         if not epilogue.operands:

@@ -61,7 +61,7 @@ def main() -> None:
     calls: dict[str, Callable[[], Tensor]] = {
         "run": lambda: launch.run(x, weight, [bias], text, "cpp"),
         "launch": lambda: launched(x, weight, [bias], text, "cpp"),
-        "linear": lambda: linear(x, weight, [bias], text),
+        "linear": lambda: linear(x, weight, [bias], text, -1),
     }
     print(f"{'':8}{'to the kernel':>16}{'whole call':>16}   (us, medians of {CALLS} calls)")
     for name, call in calls.items():

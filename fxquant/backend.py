@@ -15,16 +15,16 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 
-from fxquant import codegen, errors, formats, passes, runtime
-from fxquant.codegen import Header
+from fxquant import codegen, formats, passes, runtime
 from fxquant.config import Config
+from fxquant.kernels import Kernels
 from fxquant.ledger import Ledger
 from fxquant.online import online
 from fxquant.passes import run_pipeline
-from fxquant.passes.context import Context, LinearSite
-from fxquant.passes.fuse import Fuse, launch_as, products_and_rows
+from fxquant.passes.context import Context
+from fxquant.passes.fuse import STEPS, Fuse, settle
 from fxquant.passes.sources import DerivedPart, PackedPart, Tools, evaluate
-from fxquant.runtime import cache, dump, launch, ops, targets, verify
+from fxquant.runtime import cache, dump, ops, targets
 from fxquant.runtime.graph import CompiledGraph, Derived, Slot, Source
 from fxquant.runtime.store import STORE
 
@@ -70,17 +70,15 @@ def _compile(
     ctx = Context(gm, list(example_inputs), config, STORE.pack, remember=STORE.remember)
     run_pipeline(ctx)
     device = _device_of(ctx)
-    headers = _headers(ctx)
-    choices = targets.build(targets.choose(config.target, device), headers, device)
-    kernels = _print_kernels(headers, choices)
+    choice = targets.choose(config.target, device)
+    kernels = Kernels(ctx.sites, choice, device, config)
+    compiled = _lower(ctx, kernels, device, mode)
     where = dump.folder(config.dump)
     if where is not None:
-        dump.write(where, kernels)
-        verify.write_to(where, headers)
-    ledger = Ledger(ctx, choices)
+        kernels.dump(where)
+    ledger = Ledger(ctx, kernels)
     ledger.file()
-    compiled = _lower(ctx, choices, device, mode)
-    return CompiledGraph(compiled, *_sources(ctx, ledger), kernels, ledger.meet)
+    return CompiledGraph(compiled, *_sources(ctx, ledger), kernels.printed(), ledger.meet)
 
 
 def _device_of(ctx: Context) -> torch.device:
@@ -89,35 +87,6 @@ def _device_of(ctx: Context) -> torch.device:
         if isinstance(value, Tensor):
             return value.device
     return torch.device("cpu")
-
-
-def _headers(ctx: Context) -> dict[str, Header]:
-    """Every distinct spec, with the products that it computes."""
-    sites: dict[str, list[LinearSite]] = {}
-    for site in ctx.sites:
-        sites.setdefault(site.spec_json, []).append(site)
-        if site.quantize_json:
-            sites.setdefault(site.quantize_json, []).append(site)
-    return {
-        text: Header(tuple(site.module for site in found), found[0].scheme)
-        for text, found in sites.items()
-    }
-
-
-def _print_kernels(
-    headers: Mapping[str, Header], choices: Mapping[str, targets.Choice]
-) -> list[launch.Kernel]:
-    """The kernels that run, and those that were asked for and do not."""
-    kernels = []
-    for text, header in headers.items():
-        spec, choice = launch.parse(text), choices[text]
-        if choice.asked != choice.runs:
-            try:
-                kernels.append(launch.make_kernel(spec, choice.asked, header, choice.note))
-            except errors.NotPrintedError as error:
-                LOG.info("%s", error)
-        kernels.append(launch.make_kernel(spec, choice.runs, header))
-    return kernels
 
 
 def _sources(ctx: Context, ledger: Ledger) -> tuple[list[Source], list[Slot | Derived]]:
@@ -152,20 +121,14 @@ def _slot(source: PackedPart | DerivedPart, tools: Tools, ledger: Ledger) -> Slo
 
 
 def _lower(
-    ctx: Context,
-    choices: Mapping[str, targets.Choice],
-    device: torch.device,
-    mode: str | None,
+    ctx: Context, kernels: Kernels, device: torch.device, mode: str | None
 ) -> Callable[..., Any]:
     """Hands the rewritten graph to Inductor, or runs it op by op where Inductor cannot work."""
-    wanted = ctx.config.verify
-    runs = {text: verify.named(choice.runs, wanted=wanted) for text, choice in choices.items()}
     missing = targets.inductor_missing(device)
     if missing:
-        told = any(choice.note == missing for choice in choices.values())
-        level = logging.INFO if told else logging.WARNING
+        level = logging.INFO if kernels.choice.note == missing else logging.WARNING
         LOG.log(level, "%s: the graph runs op by op, without Inductor", missing)
-        compiler = functools.partial(_op_by_op, runs)
+        compiler = functools.partial(_op_by_op, kernels)
         return aot_module_simplified(ctx.gm, ctx.inputs, fw_compiler=compiler)
     patches = {
         **targets.inductor_patches(),
@@ -173,18 +136,40 @@ def _lower(
         **ctx.config.inductor,
     }
     users = patches.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
-    version = cache.fingerprint(codegen, formats, passes, runtime)
-    patches["post_grad_custom_post_pass"] = Fuse(version, runs, before=users)
+    version = (cache.fingerprint(codegen, formats, passes, runtime), *kernels.version)
+    fuses = ctx.config.fuse and kernels.choice.runs != "torch"
+    fuse = Fuse(version, kernels.build, STEPS if fuses else (), before=users)
+    patches["post_grad_custom_post_pass"] = fuse
     compiled: Any = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
-    return compiled
+    if not ctx.sites:
+        return compiled  # type: ignore[no-any-return]
+    key = _graph_key(ctx, patches, str(fuse.uuid()))
+    if not kernels.recall(key):
+        # Inductor's caches answered, and what its code launches is not known or not at hand.
+        patches["force_disable_caches"] = True
+        compiled = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
+    kernels.keep(key)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _graph_key(ctx: Context, patches: Mapping[str, Any], *parts: str) -> str:
+    """Tells a graph with its inputs and options from others."""
+    inputs = [
+        (str(value.dtype), str(value.shape), str(value.stride()), str(value.device))
+        if isinstance(value, Tensor)
+        else str(value)
+        for value in ctx.inputs
+    ]
+    options = sorted((name, str(value)) for name, value in patches.items() if not callable(value))
+    grad = torch.is_grad_enabled()
+    return cache.key_of(*parts, str(ctx.gm.graph), str(inputs), str(options), str(grad))
 
 
 def _op_by_op(
-    runs: Mapping[str, str],
+    kernels: Kernels,
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],  # noqa: ARG001
 ) -> Callable[..., Any]:
-    for node in products_and_rows(gm.graph):
-        launch_as(node, runs.get(str(node.args[-1]), "auto"))
+    settle(gm.graph, (), kernels.build, inline=False)
     gm.recompile()
     return make_boxed_func(gm.forward)

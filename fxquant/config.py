@@ -45,6 +45,7 @@ class Config:
             the schemes that have to know activations beforehand.
         calibration_steps: In place of it: the first so many calls of each compiled graph run in
             full precision and are observed, then the graph is quantized.
+        fuse: Take the work around products into their kernels; False leaves it to Inductor.
         verify: Check every kernel on its first inputs, and let torch compute in place of one that
             is wrong.
         dump: Folder to write every kernel to; None takes `FXQUANT_DUMP`, or writes none.
@@ -65,6 +66,7 @@ class Config:
     threshold: float | None = None
     calibration: Calibration | None = None
     calibration_steps: int = 0
+    fuse: bool = True
     verify: bool = False
     dump: str | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -88,7 +90,7 @@ class Config:
         self._check_target()
         self._check_recipe_options()
         self._check_calibration()
-        for name in ("strict", "verify"):
+        for name in ("strict", "fuse", "verify"):
             if not isinstance(getattr(self, name), bool):
                 raise errors.ill_typed_option(name, getattr(self, name), "a bool")
         if isinstance(self.min_coverage, bool) or not isinstance(self.min_coverage, (int, float)):

@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import PackedWeight, anchor_of
+from fxquant.kernels import Kernels
 from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.sources import DerivedPart, Rule
 from fxquant.passes.statistics import ColumnWeights
@@ -20,7 +21,6 @@ from fxquant.report import LEFT_ALONE, QUANTIZED, Row, gauge, remember
 from fxquant.runtime import counters, launch, verify
 from fxquant.runtime.graph import Slot
 from fxquant.runtime.store import STORE
-from fxquant.runtime.targets import Choice
 
 LOG = logging.getLogger("fxquant.report")
 
@@ -30,23 +30,23 @@ class Ledger:
 
     Args:
         ctx: The graph after the pipeline.
-        choices: What computes each spec.
+        kernels: What computes its products.
     """
 
-    def __init__(self, ctx: Context, choices: Mapping[str, Choice]) -> None:
+    def __init__(self, ctx: Context, kernels: Kernels) -> None:
         self.rows: dict[int, list[Row]] = {}
         self.outliers: dict[int, list[tuple[Row, str]]] = {}
         self.limits: dict[Rule, list[tuple[Row, int]]] = {}
         self.verified: dict[int, list[tuple[Row, list[tuple[str, str]]]]] = {}
-        for site in ctx.sites:
-            row, index = _row(site, choices), site.parameter.index
+        for number, site in enumerate(ctx.sites):
+            row, index = _row(site, number, kernels), site.parameter.index
             self.rows.setdefault(index, []).append(row)
-            if _finds_outliers(site) and choices[site.spec_json].runs != "torch":
-                self.outliers.setdefault(index, []).append((row, site.spec_json))
-            if ctx.config.verify:
-                texts = filter(None, (site.spec_json, site.quantize_json))
-                kernels = [(text, choices[text].runs) for text in texts]
-                self.verified.setdefault(index, []).append((row, kernels))
+            found = [(text, kernels.choices[text].runs) for text in kernels.of(number)]
+            for text, runs in found[-1:]:
+                if _finds_outliers(text) and runs != "torch":
+                    self.outliers.setdefault(index, []).append((row, text))
+            if kernels.verify:
+                self.verified.setdefault(index, []).append((row, found))
             if site.limit is not None:
                 self.limits.setdefault(site.limit, []).append((row, index))
         bound = ctx.parameters.values()
@@ -113,8 +113,8 @@ class Ledger:
             gauge(row, inputs[index], functools.partial(_saturated, weakref.ref(result)))
 
 
-def _finds_outliers(site: LinearSite) -> bool:
-    outliers = launch.parse_spec(site.spec_json).outliers
+def _finds_outliers(text: str) -> bool:
+    outliers = launch.parse_spec(text).outliers
     return outliers is not None and outliers.threshold is not None
 
 
@@ -137,11 +137,12 @@ def _saturated(limit: weakref.ref[Tensor]) -> str:
     return "" if known is None else f"saturated elements: {launch.saturated(known)}"
 
 
-def _row(site: LinearSite, choices: Mapping[str, Choice]) -> Row:
+def _row(site: LinearSite, number: int, kernels: Kernels) -> Row:
     assert site.packed is not None, "the pack pass ran"
-    kernel = _kernel(site.spec_json, choices, "dequantize + matmul fallback")
-    if site.quantize_json:
-        kernel += f" after {_kernel(site.quantize_json, choices, 'torch operations')}"
+    *before, product = kernels.of(number) or [t for t in (site.quantize_json, site.spec_json) if t]
+    kernel = _kernel(product, kernels, "dequantize + matmul fallback")
+    for text in before:
+        kernel += f" after {_kernel(text, kernels, 'torch operations')}"
     return Row(
         module=site.module,
         parameter=site.parameter.name,
@@ -154,11 +155,12 @@ def _row(site: LinearSite, choices: Mapping[str, Choice]) -> Row:
         where=site.where,
         activation=_activation(site),
         notes=tuple(site.notes),
+        fused=tuple(kernels.fused(number)),
     )
 
 
-def _kernel(text: str, choices: Mapping[str, Choice], fallback: str) -> str:
-    choice = choices[text]
+def _kernel(text: str, kernels: Kernels, fallback: str) -> str:
+    choice = kernels.choices.get(text, kernels.choice)
     said = [fallback] if choice.runs == "torch" else []
     said += [choice.note] if choice.note else []
     return f"{choice.runs}:{launch.parse(text).name}" + (f" ({': '.join(said)})" if said else "")

@@ -44,6 +44,7 @@ class Row:
         activation: How its activation is quantized, as in ``"int8 per token"``, or ``""``.
         notes: What else was done, a clause each: where scales went, and what kernels had counted
             when the report was made.
+        fused: What its kernel does beside the product, and why it does no more, a clause each.
     """
 
     module: str
@@ -58,6 +59,7 @@ class Row:
     where: str = ""
     activation: str = ""
     notes: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -126,7 +128,7 @@ class Report:
                 *([row.activation or "-"] if has_activations else []),
                 f"{row.bits:.3f}" if row.bits else "-",
                 "-" if row.error_db is None else f"{row.error_db:.1f}",
-                escape("\n".join([said, *row.notes])),
+                escape("\n".join([said, *row.fused, *row.notes])),
             )
         return table
 

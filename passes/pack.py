@@ -11,7 +11,7 @@ from torch import fx
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.passes import adapt, regions, values, views
 from fxquant.passes.activations import Activations
-from fxquant.passes.context import BoundParameter, Context, LinearSite, PassReport
+from fxquant.passes.context import BoundParameter, Context, PassReport
 from fxquant.passes.inputs import add as add_input
 from fxquant.passes.regions import Region
 from fxquant.passes.sources import DerivedPart, PackedPart, Rule, evaluate
@@ -24,14 +24,14 @@ def pack(ctx: Context) -> PassReport:
     """Packs the sites' parameters, rewrites the sites, and settles the graph's inputs."""
     inputs = _PackedInputs(ctx)
     activations = Activations(ctx, inputs.derive)
-    for site in ctx.sites:
+    for number, site in enumerate(ctx.sites):
         weight, name = site.parameter.value, site.parameter.name
         if site.scaled is None:
             site.packed = ctx.pack_weight(weight, site.operand.encoding, name)
         else:
             site.packed = evaluate(site.scaled, ctx.inputs, ctx.tools)
         packed = inputs.of(site.packed, site.parameter, site.scaled)
-        _rewrite(ctx, site, packed, activations)
+        _rewrite(ctx, number, packed, activations)
     for region in reversed(ctx.regions):
         _drop_dead(ctx, region)
     _dequantize_other_uses(ctx, inputs)
@@ -90,8 +90,9 @@ class _PackedInputs:
 
 
 def _rewrite(
-    ctx: Context, site: LinearSite, packed: list[fx.Node], activations: Activations
+    ctx: Context, number: int, packed: list[fx.Node], activations: Activations
 ) -> None:
+    site = ctx.sites[number]
     node, graph = site.node, site.region.graph
     weight = [site.region.bring_in(part) for part in packed]
     out_dtype = node.meta["val"].dtype
@@ -112,7 +113,8 @@ def _rewrite(
             extra.append(site.ends(node))
         spec = spec_of(site, x.meta["val"].dtype, asked)
         site.spec_json = spec.to_json()
-        out = values.emit(graph, node, _fxquant.linear.default, x, weight, extra, site.spec_json)
+        op, text = _fxquant.linear.default, site.spec_json
+        out = values.emit(graph, node, op, x, weight, extra, text, number)
         out = out if site.from_out is None else site.from_out(out)
         out = adapt.laid_out_as(out, node.meta["val"])
     values.replace(node, out)

@@ -90,14 +90,14 @@ def test_a_compiler_that_fails_on_one_kernel(
     for _ in range(3):
         torch.testing.assert_close(compiled(x), decoded(model)(x), rtol=1e-4, atol=1e-4)
     up, down = kernels_of(model)
-    assert up.startswith("torch:nf4_linear_64x128_bias (dequantize + matmul fallback: the C++")
+    assert up.startswith("torch:nf4_linear_64x128_bias_gelu (dequantize + matmul fallback: the C++")
     assert "internal compiler error" in up
     assert down == "cpp:nf4_linear_128x64_bias"
     (kept,) = (tmp_path / "cache" / "failed").iterdir()
     assert f"read the source {kept} and run" in caplog.text
     dumped = {path.name.rsplit("_", 1)[0]: path for path in (tmp_path / "dump").glob("*[!n]")}
-    assert dumped["cpp_nf4_linear_64x128_bias"].read_text().startswith("// Not run: the C++ comp")
-    assert "torch_nf4_linear_64x128_bias" in dumped
+    assert dumped["cpp_nf4_linear_64x128_bias_gelu"].read_text().startswith("// Not run: the C++ comp")
+    assert "torch_nf4_linear_64x128_bias_gelu" in dumped
     assert "torch_nf4_linear_128x64_bias" not in dumped
     # Neither a call nor another compile asks again.
     before = calls.read_text().count("kernel.cpp")

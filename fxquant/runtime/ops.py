@@ -4,10 +4,10 @@ They are plain library ops with fake and autograd rules, so they pass through AO
 shapes and CUDA graphs like any ATen op. What they compute is defined by
 `fxquant.codegen.reference`; what runs is a kernel that `fxquant.runtime.launch` finds.
 
-``linear(Tensor x, Tensor[] weight, Tensor[] extra, str spec) -> Tensor``
+``linear(Tensor x, Tensor[] weight, Tensor[] extra, str spec, int site) -> Tensor``
     x is ``[.., k]``, or ``[e, m, k]`` for batched weights; `weight` holds the tensors named by
     `Encoding.parts`; `extra` the epilogue's operands, then those of static outliers; `spec` is a
-    `KernelSpec` as JSON.
+    `KernelSpec` as JSON; `site` the product's number in its graph for reports, or -1.
 ``launch(Tensor x, Tensor[] weight, Tensor[] extra, str spec, str target) -> Tensor``
     What `linear` becomes after autograd (`fxquant.passes.fuse`): the kernel of one target, without
     gradient, and with half of the overhead.
@@ -47,7 +47,7 @@ from fxquant.runtime import launch
 
 _LIBRARY = torch.library.Library("fxquant", "DEF")
 _LIBRARY.define(
-    "linear(Tensor x, Tensor[] weight, Tensor[] extra, str spec) -> Tensor",
+    "linear(Tensor x, Tensor[] weight, Tensor[] extra, str spec, int site) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(
@@ -87,7 +87,23 @@ def parse_encoding(text: str) -> Encoding:
     return Encoding.from_text(text)
 
 
-def _linear_fake(x: Tensor, weight: list[Tensor], extra: list[Tensor], spec: str) -> Tensor:  # noqa: ARG001
+def _linear(
+    x: Tensor,
+    weight: list[Tensor],
+    extra: list[Tensor],
+    spec: str,
+    site: int,  # noqa: ARG001
+) -> Any:
+    return launch.run(x, weight, extra, spec)
+
+
+def _linear_fake(
+    x: Tensor,
+    weight: list[Tensor],  # noqa: ARG001
+    extra: list[Tensor],  # noqa: ARG001
+    spec: str,
+    site: int,  # noqa: ARG001
+) -> Tensor:
     parsed = launch.parse_spec(spec)
     return x.new_empty((*x.shape[:-1], parsed.weight.n), dtype=getattr(torch, parsed.out_dtype))
 
@@ -99,7 +115,7 @@ def _launch_fake(
     spec: str,
     target: str,  # noqa: ARG001
 ) -> Tensor:
-    return _linear_fake(x, weight, extra, spec)
+    return _linear_fake(x, weight, extra, spec, -1)
 
 
 def _launch_several_fake(
@@ -169,7 +185,7 @@ def _table_fake(values: list[float], shape: list[int], device: torch.device) -> 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-    _, weight, extra, spec = inputs
+    _, weight, extra, spec, _ = inputs
     ctx.save_for_backward(*weight, *extra[len(launch.parse_spec(spec).epilogue.operands) :])
     ctx.spec = spec
     ctx.extra_meta = [(t.shape, t.dtype) for t in extra]
@@ -225,10 +241,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             shape, dtype = ctx.extra_meta[number]
             summed = _sum_to_operand(rows, operand, axes)
             grad_extra[number] = summed.to(dtype).reshape(shape)
-    return grad_x, [None] * len(spec.weight.encoding.parts), grad_extra, None
+    return grad_x, [None] * len(spec.weight.encoding.parts), grad_extra, None, None
 
 
-_LIBRARY.impl("linear", launch.run, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch", launch.run, "CompositeExplicitAutograd")
 _LIBRARY.impl("launch", torch.library.fallthrough_kernel, "Autograd")
 _LIBRARY.impl("launch_several", launch.run_several, "CompositeExplicitAutograd")

@@ -58,6 +58,12 @@ def _warn(message: str) -> None:
     LOG.warning(message)
 
 
+def identity(choice: Choice) -> tuple[str, ...]:
+    """What tells the code that is compiled for a choice from other code."""
+    chain = toolchain.toolchain() if choice.runs == "cpp" else None
+    return (choice.asked, choice.runs, repr(chain))
+
+
 def build(choice: Choice, specs: Mapping[str, Header], device: torch.device) -> dict[str, Choice]:
     """Builds the kernels of a graph.
 

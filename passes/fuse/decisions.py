@@ -20,3 +20,7 @@ class Decision:
     sites: tuple[int, ...]
     done: bool
     reason: str
+
+
+SITES = "fxquant_sites"
+"""The key of a node's meta: the products behind it, by their positions among the graph's sites."""

@@ -21,63 +21,94 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fxquant.codegen import quantize, reference
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
+from fxquant.passes.fuse.decisions import SITES
 
+AUTO = "auto"
 _LAUNCHES = {"linear": "launch", "quantize": "launch_quantize"}
-"""What stands in the place of each of our ops; all take the spec last."""
+"""What stands in the place of each of our ops, with a target as the last argument."""
+_RESULTS = ("launch", "launch_several", "launch_quantize", "launch_rows")
 
 
-def lower(graph: fx.Graph, targets: Mapping[str, str]) -> None:
-    """Rewrites the graph in place.
+def begin(graph: fx.Graph) -> None:
+    """Makes every product and every quantization a launch that has no target yet."""
+    for old, new in _LAUNCHES.items():
+        for node in graph.find_nodes(op="call_function", target=_op(old)):
+            args = node.args
+            if old == "linear":
+                node.meta[SITES] = () if args[4] == -1 else (args[4],)
+                args = args[:4]
+            node.target = _op(new)
+            node.args = (*args, AUTO)
+            if "eager_input_vals" in node.meta:
+                # Inductor reads the strides of an op's operands there, by position.
+                found, kwargs = node.meta["eager_input_vals"]
+                node.meta["eager_input_vals"] = ((*found[: len(args)], AUTO), kwargs)
+    for node in graph.find_nodes(op="call_function", target=_op("launch_quantize")):
+        pieces = [reader for piece in node.users for reader in piece.users]
+        node.meta[SITES] = tuple(
+            dict.fromkeys(number for reader in pieces for number in reader.meta.get(SITES, ()))
+        )
+
+
+def launches(graph: fx.Graph) -> list[fx.Node]:
+    """The ops of a graph that become kernels."""
+    ops = [_op(name) for name in _RESULTS]
+    return [node for op in ops for node in graph.find_nodes(op="call_function", target=op)]
+
+
+def text_of(node: fx.Node) -> str:
+    """The spec of a launch, as JSON."""
+    return str(node.args[-2])
+
+
+def lower(graph: fx.Graph, targets: Mapping[str, str], *, inline: bool) -> None:
+    """Gives every launch its target, or puts the reference in its place.
 
     Args:
-        graph: After autograd.
+        graph: Its ops of ours are launches.
         targets: What computes each spec, as JSON.
+        inline: Whether the reference stands in for launches on the ``torch`` target.
     """
     tables = _Tables(graph)
-    for node in products_and_rows(graph):
-        target = targets.get(str(node.args[-1]), "auto")
-        if target == "torch" and not _counts(node):
+    for node in launches(graph):
+        target = targets[text_of(node)]
+        if inline and target == "torch" and not _counts(node):
             _inline_reference(graph, node, tables)
         else:
-            launch_as(node, target)
+            node.args = (*node.args[:-1], target)
+            if "eager_input_vals" in node.meta:
+                found, kwargs = node.meta["eager_input_vals"]
+                node.meta["eager_input_vals"] = ((*found[:-1], target), kwargs)
 
 
 def _op(name: str) -> Any:
     return getattr(torch.ops.fxquant, name).default
 
 
-def products_and_rows(graph: fx.Graph) -> list[fx.Node]:
-    """The ops of a graph that become kernels."""
-    ops = [_op(name) for name in _LAUNCHES]
-    return [node for op in ops for node in graph.find_nodes(op="call_function", target=op)]
-
-
 def _counts(node: fx.Node) -> bool:
     """Whether a node quantizes rows and is given a limit."""
-    return node.target is _op("quantize") and bool(node.args[1])
-
-
-def launch_as(node: fx.Node, target: str) -> None:
-    """Makes a `fxquant::linear` or a `fxquant::quantize` the launch of a target's kernel."""
-    node.target = next(_op(new) for old, new in _LAUNCHES.items() if node.target is _op(old))
-    node.args = (*node.args, target)
-    if "eager_input_vals" in node.meta:
-        # Inductor reads the strides of an op's operands there, by position.
-        args, kwargs = node.meta["eager_input_vals"]
-        node.meta["eager_input_vals"] = ((*args, target), kwargs)
+    rows = (_op("launch_quantize"), _op("launch_rows"))
+    return node.target in rows and bool(node.args[1])
 
 
 def _inline_reference(graph: fx.Graph, node: fx.Node, tables: _Tables) -> None:
     """Puts the reference's ops in the place of one op."""
-    if node.target is _op("quantize"):
-        x, extra, text = node.args
+    if node.target is _op("launch_quantize"):
+        x, extra, text, _ = node.args
         operands = [x, *extra]  # type: ignore[misc]
         rows = QuantizeSpec.from_json(str(text))
 
         def body(*tensors: torch.Tensor) -> Any:
             return quantize.run(rows, tensors[0], tensors[1:])
+    elif node.target is _op("launch_rows"):
+        given, _, text, _ = node.args
+        operands = list(given)  # type: ignore[arg-type]
+        made = QuantizeSpec.from_json(str(text))
+
+        def body(*tensors: torch.Tensor) -> Any:
+            return quantize.run_rows(made, tensors, [])
     else:
-        x, weight, extra, text = node.args
+        x, weight, extra, text, _ = node.args
         operands = [x, *weight, *extra]  # type: ignore[misc]
         spec, count = KernelSpec.from_json(str(text)), 1 + len(weight)  # type: ignore[arg-type]
 

@@ -39,9 +39,9 @@ def test_linear_obeys_the_rules_of_operators(shape: tuple[int, ...], bias: bool)
     extra = [torch.randn(33, requires_grad=True)] if bias else []
     text = spec_of(packed, bias=bias).to_json()
     args = (x, packed.tensors(), extra, text)
-    torch.library.opcheck(torch.ops.fxquant.linear.default, args)
+    torch.library.opcheck(torch.ops.fxquant.linear.default, (*args, -1))
     expected = torch.nn.functional.linear(x, packed.dequantize(), *extra)
-    torch.testing.assert_close(torch.ops.fxquant.linear(*args), expected)
+    torch.testing.assert_close(torch.ops.fxquant.linear(*args, -1), expected)
 
 
 def test_dequantize_and_table_obey_the_rules_of_operators() -> None:
@@ -63,7 +63,7 @@ def test_gradients_of_a_batched_product_with_a_batched_bias() -> None:
     weight = packed.dequantize()
 
     def by_op(x: Tensor, bias: Tensor) -> Tensor:
-        return torch.ops.fxquant.linear(x, packed.tensors(), [bias], spec.to_json())
+        return torch.ops.fxquant.linear(x, packed.tensors(), [bias], spec.to_json(), -1)
 
     def by_hand(x: Tensor, bias: Tensor) -> Tensor:
         return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))
@@ -104,7 +104,7 @@ def test_gradients_pass_straight_through_the_rounding_to_int8(
         extra += [columns, apart]
         weight[..., columns.long()] = apart.to(dtype)
     args = (x, packed.tensors(), extra, spec.to_json())
-    out = torch.ops.fxquant.linear(*args)
+    out = torch.ops.fxquant.linear(*args, -1)
     seed = torch.randn_like(out)
     got = torch.autograd.grad(out, (x, bias), seed)
     by_hand = torch.matmul(x, weight.transpose(-1, -2)) + (bias[:, None] if batched else bias)
@@ -115,7 +115,7 @@ def test_gradients_pass_straight_through_the_rounding_to_int8(
     differs = not torch.allclose(got[0], codes_only, rtol=1e-2, atol=1e-2)
     assert differs == (outliers is OUTLIERS[2])
     if dtype == torch.float32:
-        torch.library.opcheck(torch.ops.fxquant.linear.default, args)
+        torch.library.opcheck(torch.ops.fxquant.linear.default, (*args, -1))
 
 
 def test_operands_on_two_devices_are_refused_by_name() -> None:
@@ -136,7 +136,7 @@ def test_each_target_computes_the_same_without_a_gpu() -> None:
     assert torch.equal(torch.ops.fxquant.launch(*args, "torch"), wanted)
     by_cpp = torch.ops.fxquant.launch(*args, "cpp")
     assert torch.equal(torch.ops.fxquant.launch(*args, "auto"), by_cpp)
-    assert torch.equal(torch.ops.fxquant.linear(*args), by_cpp)
+    assert torch.equal(torch.ops.fxquant.linear(*args, -1), by_cpp)
     bound = product_bound(x, packed.dequantize(), torch.float32)
     assert_close_within(by_cpp, wanted.double(), 2 * bound)
 

@@ -88,11 +88,11 @@ def test_rows_have_no_gradient_and_say_so() -> None:
     assert not codes.requires_grad
     args = (packed.tensors(), [bias, amax], product("int8", bias=True))
     with pytest.raises(errors.KernelError, match=r"has no gradient: train with .*\.$"):
-        torch.ops.fxquant.linear(codes, *args).sum().backward()
+        torch.ops.fxquant.linear(codes, *args, -1).sum().backward()
     # That of a bias is no concern of the rows.
     codes, amax = torch.ops.fxquant.quantize(x.detach(), [], spec.to_json())
     args = (packed.tensors(), [bias, amax], product("int8", bias=True))
-    (grad,) = torch.autograd.grad(torch.ops.fxquant.linear(codes, *args).sum(), bias)
+    (grad,) = torch.autograd.grad(torch.ops.fxquant.linear(codes, *args, -1).sum(), bias)
     assert grad.tolist() == [3.0] * 9
     with torch.no_grad():
         torch.ops.fxquant.quantize(x, [], spec.to_json())

@@ -1,0 +1,144 @@
+"""The kernels of one graph: settled when fusing has decided what they are."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from fxquant import errors
+from fxquant.codegen import Header
+from fxquant.config import Config
+from fxquant.passes.context import LinearSite
+from fxquant.passes.fuse import Decision
+from fxquant.runtime import cache, dump, launch, targets, verify
+from fxquant.runtime.targets import Choice
+
+LOG = logging.getLogger("fxquant.backend")
+_FILE = "kernels.json"
+
+
+class Kernels:
+    """What computes each product of a graph.
+
+    Inductor may take a graph from its caches, and then nothing is fused again: what was decided is
+    kept beside, in the kernel cache.
+
+    Args:
+        sites: The graph's products.
+        choice: The graph's target.
+        device: Where it runs.
+        config: The options.
+    """
+
+    def __init__(
+        self, sites: Sequence[LinearSite], choice: Choice, device: torch.device, config: Config
+    ) -> None:
+        # Modules and schemes only: a graph must not keep its parameters alive.
+        self.origins = [(site.module, site.scheme) for site in sites]
+        self.choice = choice
+        self.device = device
+        self.verify = config.verify
+        self.choices: dict[str, Choice] = {}
+        self.serves: dict[str, tuple[int, ...]] = {}
+        self.decisions: list[Decision] = []
+
+    @property
+    def version(self) -> tuple[str, ...]:
+        """What the code of a graph depends on beside the graph and the options of Inductor."""
+        modules = (module for module, _ in self.origins)
+        return (*targets.identity(self.choice), str(self.verify), *modules)
+
+    def build(
+        self, serves: Mapping[str, tuple[int, ...]], decisions: Sequence[Decision]
+    ) -> dict[str, str]:
+        """Builds what a graph launches; a graph for the gradient may come later.
+
+        Args:
+            serves: Specs as JSON, each with the products that it serves.
+            decisions: What was fused and what was not.
+
+        Returns:
+            What launches of each spec call their target.
+        """
+        for text, numbers in serves.items():
+            self.serves[text] = tuple(dict.fromkeys((*self.serves.get(text, ()), *numbers)))
+        self.decisions += decisions
+        headers = {text: self._header(text) for text in serves}
+        self.choices.update(targets.build(self.choice, headers, self.device))
+        return {text: verify.named(self.choices[text].runs, wanted=self.verify) for text in serves}
+
+    def of(self, number: int) -> list[str]:
+        """The specs that serve a product, the one that gives its result last."""
+        found = [text for text, numbers in self.serves.items() if number in numbers]
+        return sorted(found, key=lambda text: '"kind":"quantize"' not in text)
+
+    def fused(self, number: int) -> list[str]:
+        """What was fused with a product, or why nothing was."""
+        return [self._note(d, number) for d in self.decisions if number in d.sites]
+
+    def _note(self, decision: Decision, number: int) -> str:
+        others = [self.origins[other][0] for other in decision.sites if other != number]
+        beside = f" with {', '.join(others)}" if decision.kind == "join" else ""
+        if decision.done:
+            return f"{_DONE[decision.kind]}{beside}: {decision.reason}"
+        return f"no {decision.kind} fused: {decision.reason}"
+
+    def printed(self) -> list[launch.Kernel]:
+        """The kernels that run, and those that were asked for and do not."""
+        kernels = []
+        for text, choice in self.choices.items():
+            spec, header = launch.parse(text), self._header(text)
+            if choice.asked != choice.runs:
+                try:
+                    kernels.append(launch.make_kernel(spec, choice.asked, header, choice.note))
+                except errors.NotPrintedError as error:
+                    LOG.info("%s", error)
+            kernels.append(launch.make_kernel(spec, choice.runs, header))
+        return kernels
+
+    def dump(self, where: Path) -> None:
+        """Writes the kernels out for people to read."""
+        dump.write(where, self.printed())
+        verify.write_to(where, self.serves)
+
+    def keep(self, key: str) -> None:
+        """Keeps what was decided, for compiles of the same graph that Inductor's caches answer."""
+        cache.get_or_build("fused", key, self._write)
+
+    def recall(self, key: str) -> bool:
+        """Takes up what an earlier compile of the same graph decided.
+
+        Returns:
+            Whether it is known, and every kernel runs on the target that it ran on then.
+        """
+        if self.choices:
+            return True
+        try:
+            kept = json.loads((cache.root() / "fused" / key / _FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        serves = {text: tuple(numbers) for text, (_, numbers) in kept["kernels"].items()}
+        decisions = [Decision(k, tuple(n), done=d, reason=r) for k, n, d, r in kept["decisions"]]
+        self.build(serves, decisions)
+        if all(self.choices[text].runs == runs for text, (runs, _) in kept["kernels"].items()):
+            return True
+        self.choices, self.serves, self.decisions = {}, {}, []
+        return False
+
+    def _write(self, folder: Path) -> None:
+        kernels = {t: (self.choices[t].runs, numbers) for t, numbers in self.serves.items()}
+        decisions = [(d.kind, d.sites, d.done, d.reason) for d in self.decisions]
+        text = json.dumps({"kernels": kernels, "decisions": decisions})
+        (folder / _FILE).write_text(text, encoding="utf-8")
+
+    def _header(self, text: str) -> Header:
+        served = [self.origins[number] for number in self.serves.get(text, ())]
+        modules = dict.fromkeys(module for module, _ in served)
+        return Header(tuple(modules), served[0][1] if served else "")
+
+
+_DONE = {"epilogue": "fused", "join": "joined", "prologue": "fused before it"}

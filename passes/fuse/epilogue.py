@@ -1,0 +1,221 @@
+"""Epilogues and joins: products take in the pointwise work after them.
+
+`join` first makes one kernel of products of one activation: of two that a pointwise op brings
+together (the gate and the up projection of a gated MLP), and of several of one form (query, key
+and value). `epilogues` then extends every product that is left by the work on its result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxquant.codegen.epilogue import (
+    Epilogue,
+    EpilogueNode,
+    EpilogueOperand,
+    EpilogueResult,
+)
+from fxquant.codegen.spec import KernelSpec
+from fxquant.passes import values
+from fxquant.passes.fuse import pointwise
+from fxquant.passes.fuse.decisions import SITES, Decision
+from fxquant.passes.fuse.region import MAX_RESULTS, Order, Region, grow
+
+_fxquant = torch.ops.fxquant
+
+
+def join(graph: fx.Graph) -> list[Decision]:
+    """Joins products of one activation, each joint kernel with what follows it."""
+    made: list[Decision] = []
+    order = Order(graph)
+    for group in _groups(graph):
+        left = list(group)
+        for pair in itertools.combinations(group, 2):
+            if not set(pair) <= set(left):
+                continue
+            region = grow(pair, _axes(pair[0]), order)
+            if region is not None and region.joins():
+                made.append(_rewrite(graph, region, order, "join"))
+                order = Order(graph)
+                left = [node for node in left if node not in pair]
+        if len(left) < 2:
+            continue
+        region = grow(left[:MAX_RESULTS], _axes(left[0]), order)
+        if region is not None and len(region.results()) <= MAX_RESULTS:
+            made.append(_rewrite(graph, region, order, "join"))
+            order = Order(graph)
+    return made
+
+
+def epilogues(graph: fx.Graph) -> list[Decision]:
+    """Extends products by the pointwise work on their results."""
+    made: list[Decision] = []
+    order = Order(graph)
+    for node in list(_products(graph)):
+        region = grow([node], _axes(node), order)
+        assert region is not None, "a product alone does not depend on itself"
+        if region.nodes:
+            made.append(_rewrite(graph, region, order, "epilogue"))
+            order = Order(graph)
+        elif _spec(node).weights == 1:
+            why = region.ends[0] if region.ends else "its result is the graph's"
+            made.append(Decision("epilogue", node.meta[SITES], done=False, reason=why))
+    return made
+
+
+def _products(graph: fx.Graph) -> list[fx.Node]:
+    return list(graph.find_nodes(op="call_function", target=_fxquant.launch.default))
+
+
+def _spec(node: fx.Node) -> KernelSpec:
+    return KernelSpec.from_json(str(node.args[3]))
+
+
+def _axes(node: fx.Node) -> str:
+    return "mn" if _spec(node).batch is None else "emn"
+
+
+def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
+    """Products of one activation with weights of one form, in the order of the graph."""
+    groups: dict[Any, list[fx.Node]] = {}
+    for node in _products(graph):
+        spec = _spec(node)
+        if spec.outliers is None:
+            x, _, extra = node.args[:3]
+            beside = tuple(extra[len(spec.epilogue.operands) :])  # type: ignore[index,arg-type]
+            form = dataclasses.replace(spec, epilogue=Epilogue(), name="_")
+            groups.setdefault((x, beside, form), []).append(node)
+    yield from (group for group in groups.values() if len(group) > 1)
+
+
+@dataclasses.dataclass
+class _Writer:
+    """Writes a region as one epilogue."""
+
+    region: Region
+    operands: list[EpilogueOperand] = dataclasses.field(default_factory=list)
+    tensors: list[fx.Node] = dataclasses.field(default_factory=list)
+    nodes: list[EpilogueNode] = dataclasses.field(default_factory=list)
+    names: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
+
+    def begin(self, number: int, seed: fx.Node) -> None:
+        """Takes over a product's own epilogue."""
+        own, extra = _spec(seed).epilogue, seed.args[2]
+        renamed = {"%acc": f"%acc{number}" if number else "%acc"}
+        for i, operand in enumerate(own.operands):
+            renamed[f"%in{i}"] = f"%in{len(self.operands)}"
+            self.operands.append(operand)
+            self.tensors.append(extra[i])  # type: ignore[index,arg-type]
+
+        def new(value: Any) -> Any:
+            return renamed.get(value, value) if isinstance(value, str) else value
+
+        for i, node in enumerate(own.nodes):
+            kwargs = tuple((key, new(value)) for key, value in node.kwargs)
+            renamed[f"%{i}"] = f"%{len(self.nodes)}"
+            self.nodes.append(EpilogueNode(node.op, tuple(map(new, node.args)), kwargs))
+        self.names[seed] = renamed[own.result]
+
+    def take(self, node: fx.Node) -> None:
+        """Writes down an op; a cast that is only a result is rounding, which results have."""
+        if pointwise.is_cast(node) and self.region.is_last(node):
+            self.names[node] = self.name(node.args[0])  # type: ignore[arg-type]
+            return
+        written = pointwise.written(node, self.name)
+        self.names[node] = f"%{len(self.nodes)}"
+        self.nodes.append(written)
+
+    def name(self, argument: fx.Node) -> str:
+        """The reference of a value, which may be a new operand."""
+        value = self.region.base(argument)
+        if value not in self.names:
+            dtype = pointwise.name_of(argument.meta["val"].dtype)
+            self.names[value] = f"%in{len(self.operands)}"
+            self.operands.append(EpilogueOperand(self.region.operands[argument], dtype))
+            self.tensors.append(argument)
+        return self.names[value]
+
+    def results(self) -> list[fx.Node]:
+        """The results, the main one first: what the last op gives."""
+        last = f"%{len(self.nodes) - 1}" if self.nodes else "%acc"
+        found = self.region.results()
+        main = next(node for node in found if self.names[node] == last)
+        return [main, *(node for node in found if node is not main)]
+
+
+def _rewrite(graph: fx.Graph, region: Region, order: Order, kind: str) -> Decision:
+    """Puts one launch in the place of a region."""
+    writer = _Writer(region)
+    for number, seed in enumerate(region.seeds):
+        writer.begin(number, seed)
+    for node in region.nodes:
+        writer.take(node)
+    results = writer.results()
+    dtypes = [pointwise.name_of(node.meta["val"].dtype) for node in results]
+    more = [EpilogueResult(writer.names[n], d) for n, d in zip(results, dtypes, strict=True)][1:]
+    first, words = _spec(region.seeds[0]), pointwise.words(region.nodes)
+    joined = ["join"] if len(region.seeds) > 1 else []
+    spec = dataclasses.replace(
+        first,
+        epilogue=Epilogue(tuple(writer.operands), tuple(writer.nodes), tuple(more)),
+        out_dtype=dtypes[0],
+        weights=len(region.seeds),
+        name="_".join([first.name, *joined, *words])[:80],
+    )
+    x, _, extra = region.seeds[0].args[:3]
+    weight = [part for seed in region.seeds for part in seed.args[1]]  # type: ignore[union-attr]
+    beside = list(extra)[len(first.epilogue.operands) :]  # type: ignore[arg-type]
+    start = min(region.seeds, key=order.at.__getitem__)
+    with graph.inserting_after(max((*region.seeds, *region.nodes), key=order.at.__getitem__)):
+        op = _fxquant.launch_several.default if more else _fxquant.launch.default
+        args = (x, weight, [*writer.tensors, *beside], spec.to_json(), "auto")
+        fused = values.emit(graph, start, op, *args)
+    fused.meta[SITES] = tuple(number for seed in region.seeds for number in seed.meta[SITES])
+    new = [fused]
+    if more:
+        with graph.inserting_after(fused):
+            new = values.pieces(fused, len(results))
+    for old, given in zip(results, new, strict=True):
+        old.replace_all_uses_with(_shaped(region, given, old))
+    _settle(start, fused)
+    inside = (*region.seeds, *region.nodes, *region.views)
+    for node in sorted(inside, key=order.at.__getitem__, reverse=True):
+        if not node.users:
+            graph.erase_node(node)
+    said = ", ".join(words) or f"{len(region.seeds)} products in one kernel"
+    end = f"; then {region.ends[0]}" if region.ends else ""
+    return Decision(kind, fused.meta[SITES], done=True, reason=f"{said}{end}")
+
+
+def _shaped(region: Region, given: fx.Node, old: fx.Node) -> fx.Node:
+    """A result in the shape of the node that it stands for, behind a view."""
+    shape = old.meta["val"].shape
+    if pointwise.same_shape(given.meta["val"].shape, shape):
+        return given
+    alike = (v for v in region.views if pointwise.same_shape(v.meta["val"].shape, shape))
+    sizes = next(alike).args[1]
+    with given.graph.inserting_after(given):
+        return values.emit(given.graph, old, torch.ops.aten.reshape.default, given, sizes)
+
+
+def _settle(start: fx.Node, fused: fx.Node) -> None:
+    """Moves what reads a new node, and stands between a node and the new one, behind it."""
+    late, last = {fused}, fused
+    node = fused.next
+    while node.op != "output" and node.all_input_nodes and set(node.all_input_nodes) & late:
+        late.add(node)
+        last, node = node, node.next
+    node = start
+    while node is not fused:
+        following = node.next
+        if late.intersection(node.all_input_nodes):
+            late.add(node)
+            last.append(node)
+            last = node
+        node = following
