@@ -101,6 +101,34 @@ def enclosures(
     )
 
 
+def float_sums(rows: Tensor, dense: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Sums:
+    """The sums of a product of floats.
+
+    A kernel rounds levels to `dtype` and scales sums in float32, or rounds scaled levels: each
+    weight is off by half a unit in its last place, of numbers below the smallest normal one by
+    half of that one's, and by four roundings in float32. With zero points it may sum ``x * code``
+    and ``x * zero`` apart. Hardware for pairs of bfloat16 takes subnormal numbers for zeros.
+
+    Args:
+        rows: ``[.., m, k]`` float64, what is multiplied.
+        dense: ``[.., n, k]`` float64, the weight as it is decoded in float32.
+        zeros: Magnitudes of ``zero * scale``, None without zero points.
+        dtype: In which products are made.
+    """
+    k, size = rows.shape[-1], rows.abs()
+    exact = rows @ dense.transpose(-1, -2)
+    magnitude = size @ dense.abs().transpose(-1, -2)
+    apart = magnitude if zeros is None else magnitude + 2 * size @ zeros.transpose(-1, -2)
+    error = (k + 6) * UNIT * apart + 4 * UNIT * magnitude + SMALLEST_NORMAL
+    if dtype != torch.float32:
+        info = torch.finfo(dtype)
+        lost = size.sum(-1, keepdim=True) * (info.smallest_normal * info.eps / 2)
+        error = error + info.eps / 2 * magnitude + lost
+    if dtype == torch.bfloat16:
+        error = error + SMALLEST_NORMAL * (dense.abs().sum(-1) + 2 * k).unsqueeze(-2)
+    return Sums(exact, error)
+
+
 def allowed(spec: KernelSpec, x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Any:
     """How far apart two right results may be, element by element; a tuple for several results."""
     shape = (*x.shape[:-1], spec.weight.n)
@@ -151,7 +179,7 @@ def _sums(call: _Call, weight: Sequence[Tensor]) -> Sums:
     zeros = _zeros_apart(stored, weight, dense)
     if call.spec.compute_dtype != "int8":
         dtype = getattr(torch, call.spec.compute_dtype)
-        return _float_sums(call.rows(call.x).to(dtype).double(), dense, zeros, dtype)
+        return float_sums(call.rows(call.x).to(dtype).double(), dense, zeros, dtype)
     if call.spec.outliers is None:
         return _int8_sums(call, weight, call.x, zeros)
     is_outlier, left = _outliers(call, dense)
@@ -159,28 +187,6 @@ def _sums(call: _Call, weight: Sequence[Tensor]) -> Sums:
     # The addition of both parts rounds relative to either.
     error = right.error + left.error + 2 * UNIT * (left.exact.abs() + left.error)
     return Sums(right.exact + left.exact, error)
-
-
-def _float_sums(rows: Tensor, dense: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Sums:
-    """Of floats.
-
-    A kernel rounds levels to `dtype` and scales sums in float32, or rounds scaled levels: each
-    weight is off by half a unit in its last place, of numbers below the smallest normal one by
-    half of that one's, and by four roundings in float32. With zero points it may sum ``x * code``
-    and ``x * zero`` apart. Hardware for pairs of bfloat16 takes subnormal numbers for zeros.
-    """
-    k, size = rows.shape[-1], rows.abs()
-    exact = rows @ dense.transpose(-1, -2)
-    magnitude = size @ dense.abs().transpose(-1, -2)
-    apart = magnitude if zeros is None else magnitude + 2 * size @ zeros.transpose(-1, -2)
-    error = (k + 6) * UNIT * apart + 4 * UNIT * magnitude + SMALLEST_NORMAL
-    if dtype != torch.float32:
-        info = torch.finfo(dtype)
-        lost = size.sum(-1, keepdim=True) * (info.smallest_normal * info.eps / 2)
-        error = error + info.eps / 2 * magnitude + lost
-    if dtype == torch.bfloat16:
-        error = error + SMALLEST_NORMAL * (dense.abs().sum(-1) + 2 * k).unsqueeze(-2)
-    return Sums(exact, error)
 
 
 def _int8_sums(call: _Call, weight: Sequence[Tensor], inner: Tensor, zeros: Tensor | None) -> Sums:
@@ -241,7 +247,7 @@ def _outliers(call: _Call, dense: Tensor) -> tuple[Tensor, Sums]:
     if outliers.threshold is not None:
         found = (rows.abs() >= outliers.threshold).any(-2, keepdim=True)
         own = call.rows(torch.where(found, rows, 0.0)).to(dtype).double()
-        return found, _float_sums(own, torch.where(found, dense, 0.0), None, dtype)
+        return found, float_sums(own, torch.where(found, dense, 0.0), None, dtype)
     columns, apart = call.extra[len(spec.epilogue.operands) :][:2]
     found = torch.zeros(spec.weight.k, dtype=torch.bool, device=rows.device)
     found = found.index_fill(0, columns.long(), value=True)

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from fxquant import errors, tensorfile
 from fxquant._version import __version__
-from fxquant.codegen import Spec, bounds, quantize
+from fxquant.codegen import Spec, bounds, quantize, row_bounds
+from fxquant.codegen.intervals import Interval
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.runtime import cache
 
@@ -171,17 +172,15 @@ def check(spec: Spec, operands: Sequence[Any], result: Any) -> Failure | None:
         results, bounds.enclosures(spec, x, weight, extra, chosen), strict=True
     ):
         shape = (-1, n) if spec.batch is None else (batch, -1, n)
-        excess = enclosure.excess(got.reshape(shape).index_select(-2, chosen))
-        if excess.numel() and float(excess.max()) > 0:
-            place = int(excess.argmax())
-            half = float(((enclosure.high - enclosure.low) / 2).flatten()[place])
-            failure = Failure(float(excess.flatten()[place]) + half, half)
-            if found is None or failure.error > found.error:
-                found = failure
+        failure = _outside(enclosure, got.reshape(shape).index_select(-2, chosen))
+        if failure is not None and (found is None or failure.error > found.error):
+            found = failure
     return found
 
 
 def _check_codes(spec: QuantizeSpec, operands: Sequence[Any], result: Any) -> Failure | None:
+    if spec.prologue is not None:
+        return _check_rows(spec, operands, result)
     codes, amax = quantize.run(spec, *operands)
     apart = (codes.int() - result[0].int()).abs().flatten()
     other = result[1].reshape(amax.shape)
@@ -192,10 +191,29 @@ def _check_codes(spec: QuantizeSpec, operands: Sequence[Any], result: Any) -> Fa
     return Failure(worst, 0.0)
 
 
+def _check_rows(spec: QuantizeSpec, operands: Sequence[Any], result: Any) -> Failure | None:
+    found = row_bounds.enclosures(spec, *operands, result[1])
+    pairs = zip(result, found, strict=True)
+    failures = [_outside(e, got.reshape(e.low.shape)) for got, e in pairs]
+    return next((failure for failure in failures if failure is not None), None)
+
+
+def _outside(enclosure: Interval, got: Tensor) -> Failure | None:
+    excess = enclosure.excess(got)
+    if not excess.numel() or float(excess.max()) == 0:
+        return None
+    place = int(excess.argmax())
+    half = float(((enclosure.high - enclosure.low) / 2).flatten()[place])
+    return Failure(float(excess.flatten()[place]) + half, half)
+
+
 def _rows(spec: Spec, operands: Sequence[Any]) -> int:
-    x = operands[0]
-    k = spec.k if isinstance(spec, QuantizeSpec) else spec.weight.k * (spec.batch or 1)
-    return int(x.numel()) // k
+    if not isinstance(spec, QuantizeSpec):
+        return int(operands[0].numel()) // (spec.weight.k * (spec.batch or 1))
+    if spec.prologue is None:
+        return int(operands[0].numel()) // spec.k
+    dims = [operand.dims for operand in spec.prologue.operands]
+    return int(operands[0][dims.index("mk")].numel()) // spec.k
 
 
 @functools.lru_cache(maxsize=1024)
@@ -205,7 +223,7 @@ def _tell_unverified(name: str) -> None:
 
 def _may_check(operands: Sequence[Any]) -> bool:
     """Whether work may be done beside the launch, and be waited for."""
-    return not (operands[0].is_cuda and torch.cuda.is_current_stream_capturing())
+    return _device_of(operands).type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 # --- files that reproduce a failure -----------------------------------------------------------

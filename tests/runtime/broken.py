@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
 
-from fxquant.codegen import RENDERERS, KernelSpec, cpp
+from fxquant.codegen import RENDERERS, KernelSpec, cpp, triton
 from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.quantize import QuantizeSpec
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """Breaks the printers of both targets."""
-    whole, triton = cpp.render, RENDERERS["triton"]
-    patch.setattr(cpp, "render", lambda spec, *rest: whole(_wrong(spec), *rest))
-    patch.setitem(RENDERERS, "triton", lambda spec, header: triton(_wrong(spec), header))
+    for module in (cpp, triton):
+        whole = module.render
+        broken = functools.partial(lambda whole, spec, *rest: whole(_wrong(spec), *rest), whole)
+        patch.setattr(module, "render", broken)
+    patch.setitem(RENDERERS, "triton", triton.render)
 
 
 def _wrong(spec: KernelSpec | QuantizeSpec) -> KernelSpec | QuantizeSpec:
     if isinstance(spec, QuantizeSpec):
         return replace(spec, scope="token")
-    return replace(spec, epilogue=Epilogue())
+    return spec if spec.epilogue.more else replace(spec, epilogue=Epilogue())

@@ -21,7 +21,7 @@ from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.formats import Encoding, pack
 from fxquant.runtime import launch, replay, toolchain, verify
 from fxquant.runtime.cpp import CppKernel
-from tests.codegen import harness
+from tests.codegen import harness, prologues
 from tests.helpers import compile_, decoded, frozen
 from tests.runtime import broken
 
@@ -147,6 +147,20 @@ def test_wrong_codes_are_seen(
     right(x, [])
     right(torch.full((2, 44), torch.nan), [])
     assert caplog.text.count("is off by") == 1
+
+
+def test_rows_that_are_made_are_checked() -> None:
+    spec = QuantizeSpec(46, "float32", prologue=prologues.layer_norm("float32"), name="made_46")
+    operands = [torch.randn(6, 46), torch.randn(6, 46), torch.randn(46), torch.randn(46)]
+    runner = launch.runner_of(spec.to_json(), f"cpp{verify.VERIFIED}", CPU)
+    right = runner(operands, [])
+    assert verify.set_aside_because(spec.to_json(), "cpp") == ""
+    for place in range(3):
+        wrong = [part.clone() for part in right]
+        wrong[place][3] += 2
+        failure = verify.check(spec, (operands, []), wrong)
+        assert failure is not None
+        assert failure.error >= 1
 
 
 def test_a_check_looks_at_all_results_and_at_the_last_rows() -> None:
