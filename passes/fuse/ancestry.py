@@ -199,10 +199,11 @@ class _Growth:
         return ""
 
     def _is_read_elsewhere(self, node: fx.Node) -> bool:
-        return any(
-            user not in self.readers and (user not in self.members or user in self.kept)
-            for user in node.users
-        )
+        return any(user not in self.readers and not self._is_inside(user) for user in node.users)
+
+    def _is_inside(self, user: fx.Node) -> bool:
+        """Whether a node reads nothing any more once the kernel is there."""
+        return (user in self.members and user not in self.kept) or self._is_pair(user)
 
     def _sizes_of_inputs(self, node: fx.Node) -> dict[fx.Node, _Sizes] | None:
         """The rows that a node's arguments belong to, or None if they are none of ours."""
@@ -278,7 +279,7 @@ class _Growth:
             user
             for node in (*self.more, self.x)
             for user in node.users
-            if user not in self.members or user in self.kept
+            if not self._is_inside(user)
         ]
         return min((*self.readers, *outside), key=self.at.__getitem__)
 

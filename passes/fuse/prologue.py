@@ -26,6 +26,8 @@ from fxquant.passes.fuse.rows import Written, write
 
 _fxquant = torch.ops.fxquant
 _KIND = "prologue"
+_MOST_ENDS = 3
+"""Reasons that a report names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +67,18 @@ def prologues(graph: fx.Graph) -> list[Decision]:
         ancestry = grow(graph, seed.x, seed.readers)
         written = write(ancestry, seed.spec)
         if written is None:
-            reason = ancestry.ends[0] if ancestry.ends else "nothing makes it but a product"
+            reason = _ends(ancestry) or "nothing makes it but a product"
             made.append(Decision(_KIND, seed.sites, done=False, reason=reason))
             continue
         _rewrite(graph, seed, ancestry, written)
-        end = f"; before it, {ancestry.ends[0]}" if ancestry.ends else ""
+        end = f"; before it, {_ends(ancestry)}" if ancestry.ends else ""
         reason = f"{written.words} and int8 in one kernel{end}"
         made.append(Decision(_KIND, seed.sites, done=True, reason=reason))
     return made
+
+
+def _ends(ancestry: Ancestry) -> str:
+    return "; ".join(list(dict.fromkeys(ancestry.ends))[:_MOST_ENDS])
 
 
 def _seeds(graph: fx.Graph) -> Iterator[_Seed]:

@@ -10,6 +10,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from fxquant.codegen.epilogue import FLOAT_DTYPES
@@ -175,12 +176,30 @@ def _trim(region: Region) -> None:
 
 
 def _is_poor(region: Region, node: fx.Node) -> bool:
-    """Whether a value is better made outside: no float, or only wider than what it is made of."""
+    """Whether a value is better made outside.
+
+    That is one that is no float, one that is only wider than what it is made of, and one that
+    Inductor makes of other results within what reads it: the squares that a norm sums.
+    """
     dtype = node.meta["val"].dtype
     if pointwise.name_of(dtype) not in FLOAT_DTYPES:
         return True
-    if not pointwise.is_cast(node) or not region.is_last(node):
+    if not region.is_last(node):
         return False
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return bool(dtype.itemsize > source.meta["val"].dtype.itemsize)
+    if pointwise.is_cast(node):
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if dtype.itemsize > source.meta["val"].dtype.itemsize:
+            return True
+    inside = {*region.seeds, *region.nodes}
+    made_of = {region.base(argument) for argument in node.all_input_nodes} & inside
+    return made_of <= set(region.results()) and all(map(_is_fused_by_inductor, node.users))
+
+
+def _is_fused_by_inductor(node: fx.Node) -> bool:
+    """Whether what an op reads need not lie in memory."""
+    return pointwise.is_pointwise(node) or node.target in _REDUCTIONS
+
+
+_aten = torch.ops.aten
+_REDUCTIONS = (_aten.mean.dim, _aten.sum.dim_IntList, _aten.amax.default, _aten.var_mean.correction)

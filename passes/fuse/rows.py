@@ -156,7 +156,7 @@ def _words(prologue: Prologue) -> list[str]:
     """What a prologue does: norms by their names, else the ops."""
     ops = [node.op.split(".")[1] for node in prologue.nodes if node.op != "aten._to_copy.default"]
     words = []
-    if ops[0] == "add":
+    if ops[:1] == ["add"]:
         words.append("add")
     if "rsqrt" in ops and "mean" in ops:
         return [*words, "layer_norm" if ops.count("mean") > 1 else "rms_norm"]
