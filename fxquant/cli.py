@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     schemes = commands.add_parser("schemes", help="the schemes, their papers and recipes")
     schemes.set_defaults(run=_schemes)
 
-    dump = commands.add_parser("dump", help="run a script and write the kernels of its models")
+    dump = commands.add_parser(
+        "dump", help="run a script, write the kernels of its models and what they took"
+    )
     dump.add_argument("--out", type=Path, default=Path("dump"), metavar="DIR", help="(./dump)")
     _add_script(dump)
     dump.set_defaults(run=_dump)
@@ -145,7 +147,7 @@ def _schemes(_: argparse.Namespace, console: Console) -> int:
 
 def _dump(options: argparse.Namespace, console: Console) -> int:
     from fxquant.report import watch
-    from fxquant.runtime import dump
+    from fxquant.runtime import dump, index
 
     _check_script(options.script)
     dump.check(options.out, "--out")
@@ -161,6 +163,8 @@ def _dump(options: argparse.Namespace, console: Console) -> int:
     console.print(f"{len(new)} kernels in {options.out}:", highlight=False, markup=False)
     for path in new:
         console.print(f"  {path.name}", highlight=False, markup=False)
+    index.write()
+    console.print(f"index: {options.out / index.PAGE}", highlight=False, markup=False)
     return 0
 
 

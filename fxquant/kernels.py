@@ -14,7 +14,7 @@ from fxquant.codegen import Header
 from fxquant.config import Config
 from fxquant.passes.context import LinearSite
 from fxquant.passes.fuse import Decision
-from fxquant.runtime import cache, dump, launch, targets, verify
+from fxquant.runtime import cache, dump, launch, targets, timing, verify
 from fxquant.runtime.targets import Choice
 
 LOG = logging.getLogger("fxquant.backend")
@@ -42,6 +42,7 @@ class Kernels:
         self.choice = choice
         self.device = device
         self.verify = config.verify
+        self.is_dumped = dump.folder(config.dump) is not None
         self.choices: dict[str, Choice] = {}
         self.serves: dict[str, tuple[int, ...]] = {}
         self.decisions: list[Decision] = []
@@ -50,7 +51,7 @@ class Kernels:
     def version(self) -> tuple[str, ...]:
         """What the code of a graph depends on beside the graph and the options of Inductor."""
         modules = (module for module, _ in self.origins)
-        return (*targets.identity(self.choice), str(self.verify), *modules)
+        return (*targets.identity(self.choice), self._named(""), *modules)
 
     def build(
         self, serves: Mapping[str, tuple[int, ...]], decisions: Sequence[Decision]
@@ -69,7 +70,11 @@ class Kernels:
         self.decisions += decisions
         headers = {text: self._header(text) for text in serves}
         self.choices.update(targets.build(self.choice, headers, self.device))
-        return {text: verify.named(self.choices[text].runs, wanted=self.verify) for text in serves}
+        return {text: self._named(self.choices[text].runs) for text in serves}
+
+    def _named(self, target: str) -> str:
+        """What launches call a target whose kernels are checked, or counted for the dump."""
+        return timing.named(verify.named(target, wanted=self.verify), wanted=self.is_dumped)
 
     def of(self, number: int) -> list[str]:
         """The specs that serve a product, the one that gives its result last."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import anchor_of
+from fxquant.runtime import index
 
 QUANTIZED, LEFT_ALONE = "quantized", "left alone"
 PACKED = "packed"
@@ -294,6 +295,8 @@ def follow(old: Tensor, new: Tensor) -> None:
 def report(model: nn.Module) -> Report:
     """What was done to the products of a model, by every compile of it so far.
 
+    Where kernels are dumped, the page beside them is brought up to date.
+
     Args:
         model: A module, or what `torch.compile` made of it.
 
@@ -309,6 +312,7 @@ def report(model: nn.Module) -> Report:
         for record in _records:
             for row in record.rows_for(names):
                 _supersede(latest, row)
+    index.write()
     return Report(tuple(latest.values()))
 
 

@@ -147,6 +147,22 @@ def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     return ALL_ROWS
 
 
+def prediction(plan: Plan, rates: Rates, threads: int) -> Callable[[int], float]:
+    """The seconds of a call by its number of rows: of the skeleton that is the quicker one.
+
+    Args:
+        plan: Of the kernel.
+        rates: Of the machine with this many threads.
+        threads: That the kernel runs on.
+    """
+    path = plan.path
+    many = _seconds(many_cost(plan), rates, rates.many[path], threads)
+    if not plan.is_regular:
+        return many
+    few = _seconds(few_cost(plan), rates, rates.few[path], threads)
+    return lambda rows: min(few(rows), many(rows))
+
+
 def _seconds(cost: Cost, rates: Rates, dots: float, threads: int) -> Callable[[int], float]:
     """A cost's time on a machine, of the number of rows."""
     compiled = sympy.lambdify([M, THREADS, BANDWIDTH, DOTS, VECTORS], cost.time, modules="math")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from fxquant import errors
-from fxquant.runtime import cache
+from fxquant.runtime import cache, index
 from fxquant.runtime.launch import SUFFIXES, Kernel
 
 ENVIRONMENT = "FXQUANT_DUMP"
@@ -39,8 +39,10 @@ def check(where: Path, variable: str) -> None:
         raise errors.unwritable_folder("dump", where, variable, error) from error
 
 
-def write(where: Path, kernels: Iterable[Kernel]) -> list[Path]:
+def write(where: Path, kernels: Sequence[Kernel]) -> list[Path]:
     """Writes ``<target>_<name>_<key>.py`` (``.cpp``) and the same with ``.json`` for each kernel.
+
+    An index of all that was dumped to the folder is written beside them.
 
     Returns:
         The source files.
@@ -58,6 +60,9 @@ def write(where: Path, kernels: Iterable[Kernel]) -> list[Path]:
             spec = json.dumps(json.loads(kernel.spec.to_json()), indent=2)
             cache.write_atomically(path.with_suffix(".json"), spec + "\n")
             written.append(path)
+        index.add(
+            where, [(path.name, kernel) for path, kernel in zip(written, kernels, strict=True)]
+        )
     except OSError as error:
         raise errors.unwritable_folder("dump", where, f"{ENVIRONMENT} or `dump`", error) from error
     return written
@@ -65,4 +70,5 @@ def write(where: Path, kernels: Iterable[Kernel]) -> list[Path]:
 
 def sources(where: Path) -> list[Path]:
     """The kernels that lie in a folder, by name."""
-    return sorted(path for path in where.glob("*") if path.suffix in SUFFIXES.values())
+    kernels = (path for path in where.glob("*") if path.name.split("_")[0] in SUFFIXES)
+    return sorted(path for path in kernels if path.suffix in SUFFIXES.values())

@@ -25,7 +25,7 @@ from fxquant.codegen.cpp import layout
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
-from fxquant.runtime import cache, counters, quantizers, toolchain, tuning, verify
+from fxquant.runtime import cache, counters, quantizers, timing, toolchain, tuning, verify
 from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.cpp_quantize import CppQuantizer
 from fxquant.runtime.cpp_rows import CppRows
@@ -274,7 +274,11 @@ def runner_of(spec: str, target: str, device: torch.device) -> Runner:
         FolderError: The kernel cache cannot be written.
     """
     found: Runner
-    if target.endswith(verify.VERIFIED):
+    if target.endswith(timing.TIMED):
+        plain = target.removesuffix(timing.TIMED)
+        found, rows = runner_of(spec, plain, device), functools.partial(verify.rows_of, parse(spec))
+        found = timing.timed((spec, plain.removesuffix(verify.VERIFIED)), found, rows)
+    elif target.endswith(verify.VERIFIED):
         plain = target.removesuffix(verify.VERIFIED)
         found = runner_of(spec, plain, device)
         kernel = functools.partial(make_kernel, parse(spec), plain, _headers.get(spec, Header()))

@@ -123,7 +123,7 @@ class Checked:
 
     def __call__(self, *operands: Any) -> Any:
         """Computes the spec."""
-        size = _rows(self._spec, operands).bit_length()
+        size = rows_of(self._spec, operands).bit_length()
         if size in self._sizes:
             return self._runner(*operands)
         if not _may_check(operands):
@@ -166,7 +166,7 @@ def check(spec: Spec, operands: Sequence[Any], result: Any) -> Failure | None:
     batch, n, k = spec.weight.sizes
     per_row = batch * n * k * spec.weights
     most = min(_MOST_ROWS, max(_LEAST_ROWS, _MOST_PRODUCTS // per_row))
-    chosen = torch.tensor(bounds.spread(_rows(spec, operands), most), device=x.device)
+    chosen = torch.tensor(bounds.spread(rows_of(spec, operands), most), device=x.device)
     found: Failure | None = None
     for got, enclosure in zip(
         results, bounds.enclosures(spec, x, weight, extra, chosen), strict=True
@@ -207,7 +207,8 @@ def _outside(enclosure: Interval, got: Tensor) -> Failure | None:
     return Failure(float(excess.flatten()[place]) + half, half)
 
 
-def _rows(spec: Spec, operands: Sequence[Any]) -> int:
+def rows_of(spec: Spec, operands: Sequence[Any]) -> int:
+    """The number of rows of a call; of a batch, of each of its matrices."""
     if not isinstance(spec, QuantizeSpec):
         return int(operands[0].numel()) // (spec.weight.k * (spec.batch or 1))
     if spec.prologue is None:
