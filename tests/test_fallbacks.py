@@ -96,7 +96,9 @@ def test_a_compiler_that_fails_on_one_kernel(
     (kept,) = (tmp_path / "cache" / "failed").iterdir()
     assert f"read the source {kept} and run" in caplog.text
     dumped = {path.name.rsplit("_", 1)[0]: path for path in (tmp_path / "dump").glob("*[!n]")}
-    assert dumped["cpp_nf4_linear_64x128_bias_gelu"].read_text().startswith("// Not run: the C++ comp")
+    assert (
+        dumped["cpp_nf4_linear_64x128_bias_gelu"].read_text().startswith("// Not run: the C++ comp")
+    )
     assert "torch_nf4_linear_64x128_bias_gelu" in dumped
     assert "torch_nf4_linear_128x64_bias" not in dumped
     # Neither a call nor another compile asks again.

@@ -51,7 +51,7 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header) -> str:
     variants = plan(spec, index)
     if decode.tables(spec.weight.encoding) or outliers.tables(spec):
         out.add("import functools")
-    out.add(*(["import math", ""] if spec.weight.batch is None else [""]), *_IMPORTS)
+    out.add(*(["import math", ""] if spec.batch is None else [""]), *_IMPORTS)
     if spec.compute_dtype == "int8":
         _print_int8(out, spec, index, variants)
     else:

@@ -9,6 +9,7 @@ from fxquant.codegen.triton.decode import Table
 from fxquant.codegen.triton.int8_decode import Int8Decode, ScaledDecode
 from fxquant.codegen.triton.kernels import (
     JIT,
+    ends,
     loop,
     marks,
     operand_names,
@@ -36,7 +37,8 @@ def parameters(spec: KernelSpec) -> list[str]:
     """The product's pointers, sizes and strides."""
     weights = decode.parameters(spec.weight.encoding, marks(spec))
     pointers = ["q", "amax", *weights, *operand_names(spec), *outliers.pointers(spec)]
-    return [*pointers, *result_names(spec), "partial", "rows", *outliers.strides(spec)]
+    pointers += [*ends(spec), *result_names(spec)]
+    return [*pointers, "partial", "rows", *outliers.strides(spec)]
 
 
 def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> None:
@@ -53,7 +55,7 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
         doc = "Weight tile by activation tile, acc is [outputs, rows]."
     with out.function(f"{spec.name}_gemm", with_constants(parameters(spec)), doc, JIT):
         print_start(out, spec)
-        row = "(e * rows + m)" if spec.weight.batch else "m"
+        row = "(e * rows + m)" if spec.batch else "m"
         out.add(
             "n = n0 + tl.arange(0, BLOCK_N)",
             "m, n = m[None, :], n[:, None]",

@@ -79,7 +79,7 @@ def print_finish(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     with out.function("finish", params, doc):
         out.add(*body.lines())
         mask = " & ".join(test for test in tests.values() if test)
-        row = "(e * rows + m)" if spec.weight.batch else "m"
+        row = "(e * rows + m)" if spec.batch else "m"
         out.add(f"where = {row} * {n} + n")
         values = [spec.epilogue.result, *(result.value for result in spec.epilogue.more)]
         for name, value in zip(result_names(spec), values, strict=True):
@@ -89,17 +89,17 @@ def print_finish(out: Lines, spec: KernelSpec, plan: Plan) -> None:
 
 def _finish_args(spec: KernelSpec) -> list[str]:
     sums = [f"acc{mark}" for mark in marks(spec)]
-    place = [*decode.batch_index(spec.weight), "m", "n", "rows"]
+    place = [*(["e"] if spec.batch else []), "m", "n", "rows"]
     return [*sums, *operand_names(spec), *result_names(spec), *place]
 
 
-def _share_index(spec: KernelSpec, number: int) -> str:
+def _share_index(spec: KernelSpec, number: int, rows: str = "rows") -> str:
     """Where a partial sum of a weight lies, in [shares, (weights,) (batch,) rows, outputs]."""
-    batch, matrix = spec.weight.batch, "share"
+    batch, matrix = spec.batch, "share"
     if spec.weights > 1:
         matrix = f"(share * {spec.weights} + {number})" if number else f"share * {spec.weights}"
     matrix = f"({matrix} * {batch} + e)" if batch else matrix
-    return f"where = ({matrix} * rows + m) * {spec.weight.n} + n"
+    return f"where = ({matrix} * {rows} + m) * {spec.weight.n} + n"
 
 
 def _operand_index(dims: str, n: int) -> str:
@@ -177,7 +177,7 @@ def print_reduce(out: Lines, spec: KernelSpec) -> None:
     n = spec.weight.n
     mask = f", mask=n < {n}, other=0.0" if n % REDUCE_BLOCK else ""
     with out.function(f"{spec.name}_reduce", params, "Adds the shares of a split.", JIT):
-        if spec.weight.batch:
+        if spec.batch:
             out.add("e = tl.program_id(2).to(tl.int64)")
         out.add(
             "m = tl.program_id(0).to(tl.int64)",
@@ -196,8 +196,13 @@ def print_reduce(out: Lines, spec: KernelSpec) -> None:
 def parameters(spec: KernelSpec) -> list[str]:
     """The pointers, sizes and strides of a product of floats."""
     pointers = ["x", *decode.parameters(spec.weight.encoding, marks(spec)), *operand_names(spec)]
-    strides = ["x_stride_e", "x_stride_m"] if spec.weight.batch else ["x_stride_m"]
-    return [*pointers, *result_names(spec), "partial", "rows", *strides]
+    strides = ["x_stride_e", "x_stride_m"] if spec.batch else ["x_stride_m"]
+    return [*pointers, *ends(spec), *result_names(spec), "partial", "rows", *strides]
+
+
+def ends(spec: KernelSpec) -> list[str]:
+    """The pointer that says where the rows of each matrix end."""
+    return ["ends"] if spec.grouped else []
 
 
 def with_constants(params: list[str]) -> list[str]:
@@ -215,10 +220,30 @@ def print_start(out: Lines, spec: KernelSpec) -> None:
         out.add("share, e = tl.program_id(2) % SPLIT, (tl.program_id(2) // SPLIT).to(tl.int64)")
     else:
         out.add("share = tl.program_id(2)")
+    if spec.grouped:
+        _print_group(out, spec)
+
+
+def _print_group(out: Lines, spec: KernelSpec) -> None:
+    """The rows of matrix e, where all that follows takes `rows` for the end of them.
+
+    Behind the last matrix come the rows that belong to none. The host does not know how many there
+    are of each: programs beyond their number have nothing to do.
+    """
+    last = (spec.weight.batch or 1) - 1
+    out.add(
+        "all_rows = rows",
+        "first = tl.load(ends + e - 1, mask=e > 0, other=0)",
+        f"rows = tl.load(ends + e, mask=e <= {last}, other=rows)",
+        "m += first",
+    )
+    with out.block("if first + tl.program_id(0) * BLOCK_M >= rows:"):
+        out.add("return")
+    out.add(f"has_none = e > {last}", f"e = tl.minimum(e, {last})")
 
 
 def _matrix(spec: KernelSpec) -> str:
-    return "x + e * x_stride_e" if spec.weight.batch else "x"
+    return "x + e * x_stride_e" if spec.batch else "x"
 
 
 def loop(spec: KernelSpec) -> str:
@@ -245,11 +270,14 @@ def print_end(out: Lines, spec: KernelSpec, plan: Plan, m: str, n: str) -> None:
 def print_store(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """The epilogue on the sums, or a share of them to memory."""
     mask = "(m < rows)" + ("" if plan.whole_n else f" & (n < {spec.weight.n})")
+    if spec.grouped:
+        out.add(*(f"acc{mark} = tl.where(has_none, 0.0, acc{mark})" for mark in marks(spec)))
+    rows = "all_rows" if spec.grouped else "rows"
     with out.block("if SPLIT == 1:"):
         out.add(call("finish", _finish_args(spec)))
     with out.block("else:"):
         for number, mark in enumerate(marks(spec)):
             out.add(
-                _share_index(spec, number),
+                _share_index(spec, number, rows),
                 f"tl.store(partial + where, acc{mark}, mask={mask})",
             )

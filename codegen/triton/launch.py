@@ -8,6 +8,7 @@ from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import decode, int8, outliers, steps
 from fxquant.codegen.triton.kernels import (
     REDUCE_BLOCK,
+    ends,
     marks,
     operand_names,
     parameters,
@@ -47,7 +48,8 @@ def print_types(out: Lines, spec: KernelSpec) -> None:
     types |= dict(zip(operand_names(spec), (o.dtype for o in spec.epilogue.operands), strict=True))
     if spec.compute_dtype == "int8":
         types |= _int8_types(spec)
-    scalars = ["x_stride_e", "x_stride_m"] if spec.weight.batch else ["x_stride_m"]
+    types |= dict.fromkeys(ends(spec), "int32")
+    scalars = ["x_stride_e", "x_stride_m"] if spec.batch else ["x_stride_m"]
     print_type_table(out, types, ["rows", *([] if spec.is_quantized else scalars)])
 
 
@@ -153,7 +155,7 @@ def _print_views(out: Lines, spec: KernelSpec) -> None:
         with out.block("if not out.is_contiguous():"):
             counter = ", None, counter" if outliers.kind(spec) == "found" else ""
             out.add(f"return out.copy_(run(x, weight, extra{counter}))")
-    if weight.batch is None:
+    if spec.batch is None:
         out.add(f"x = x.reshape(math.prod(x.shape[:-1]), {weight.k})")
     if spec.is_quantized:
         out.add("q = x.contiguous()")
@@ -179,17 +181,20 @@ def _print_arguments(out: Lines, spec: KernelSpec, tables: list[str]) -> None:
         names.append("amax")
     elif outliers.kind(spec) == "given":
         names += ["columns", "apart"]
+    names += ends(spec)
     for number, name in enumerate(names):
         out.add(f"{name} = extra[{number}].contiguous()")
 
 
 def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
     weight = spec.weight
-    batch, operands = weight.batch or 1, operand_names(spec)
+    batch, operands = spec.batch or 1, operand_names(spec)
+    # Those that a matrix has on average, if rows are grouped.
+    each = f"-(-rows // {weight.batch})" if spec.grouped else "rows"
     sizes = [f"{size}, " for size in (spec.weights, batch) if size > 1]
     out.add(
         "",
-        "most = next((most for most in VARIANTS if rows <= most), max(VARIANTS))",
+        f"most = next((most for most in VARIANTS if {each} <= most), max(VARIANTS))",
         "kernel, tile, options = VARIANTS[most]",
         'split = tile["SPLIT"]',
         "partial = out",
@@ -200,10 +205,11 @@ def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
                 f"sums = (split, {''.join(sizes)}rows, {weight.n})",
                 "partial = torch.empty(sums, dtype=torch.float32, device=x.device)",
             )
-    shares = f"{batch} * split" if weight.batch else "split"
+    matrices = (weight.batch or 1) + 1 if spec.grouped else batch
+    shares = f"{matrices} * split" if weight.batch else "split"
     out.add(f'grid = (-(-rows // tile["BLOCK_M"]), -(-{weight.n} // tile["BLOCK_N"]), {shares})')
     taken = int8.parameters(spec) if spec.compute_dtype == "int8" else parameters(spec)
-    args = steps.arguments(taken, batched=weight.batch is not None)
+    args = steps.arguments(taken, batched=spec.batch is not None)
     with out.block("with torch.cuda.device_of(x):"):
         if spec.compute_dtype == "int8" and not spec.is_quantized:
             out.add(steps.call_quantize(steps.rows_of(spec)))

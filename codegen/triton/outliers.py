@@ -47,7 +47,7 @@ def strides(spec: KernelSpec) -> list[str]:
     """The activation's strides, where the product reads it."""
     if not spec.outliers:
         return []
-    return ["x_stride_e", "x_stride_m"] if spec.weight.batch else ["x_stride_m"]
+    return ["x_stride_e", "x_stride_m"] if spec.batch else ["x_stride_m"]
 
 
 def print_find(out: Lines, spec: KernelSpec) -> None:
@@ -67,7 +67,7 @@ def _print_find(out: Lines, spec: KernelSpec) -> None:
     doc = f"Marks the columns with a magnitude of {spec.outliers.threshold} or more."
     with out.function(f"{spec.name}_find", params, doc, JIT):
         matrix = "x"
-        if spec.weight.batch:
+        if spec.batch:
             out.add("e = tl.program_id(2).to(tl.int64)", f"outlier += e * {k}")
             matrix = "x + e * x_stride_e"
         out.add(
@@ -98,7 +98,7 @@ def _print_list(out: Lines, spec: KernelSpec) -> None:
             )
         out.add("tl.store(count, found)")
         with out.block("if counter is not None:"):
-            once = ", mask=tl.program_id(1) == 0" if spec.weight.batch else ""
+            once = ", mask=tl.program_id(1) == 0" if spec.batch else ""
             out.add(
                 f'tl.atomic_add(counter, 1{once}, sem="relaxed")',
                 'tl.atomic_add(counter + 1, found.to(tl.int64), sem="relaxed")',
@@ -169,11 +169,11 @@ def print_products(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     out.add("# outliers")
     listed = "columns"
     if given is None:
-        if weight.batch:
+        if spec.batch:
             listed = f"columns + e * {weight.k}"
-        out.add(f"found = tl.load(count{' + e' if weight.batch else ''})")
+        out.add(f"found = tl.load(count{' + e' if spec.batch else ''})")
     most = "found" if given is None else str(given)
-    matrix = "x + e * x_stride_e" if weight.batch else "x"
+    matrix = "x + e * x_stride_e" if spec.batch else "x"
     # Loads at places that are loaded cannot be issued ahead, and the attempt takes registers.
     steps = f"share * {AT_ONCE}, {most}, {AT_ONCE} * SPLIT, num_stages=1"
     with out.block(f"for c0 in tl.range({steps}):"):

@@ -16,6 +16,7 @@ TYPES = {
     "columns": "int32",
     "count": "int32",
     "counter": "int64",
+    "ends": "int32",
 }
 """What the pointers are that only kernels around int8 know."""
 
@@ -26,7 +27,7 @@ _MARK_TILE = {"BLOCK_K": 128}
 def rows_of(spec: KernelSpec) -> Rows:
     """The rows that a product quantizes itself."""
     weight = spec.weight
-    return Rows(spec.name, weight.k, weight.batch, outliers=outliers.kind(spec))
+    return Rows(spec.name, weight.k, spec.batch, outliers=outliers.kind(spec))
 
 
 def print_steps(out: Lines, rows: Rows) -> None:

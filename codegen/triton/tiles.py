@@ -154,7 +154,7 @@ def _outputs(spec: KernelSpec, rows: int) -> int:
 
 def _split(spec: KernelSpec, n: int, k: int) -> int:
     """Shares of the inputs: until there are enough programs, each with two steps at least."""
-    programs = (spec.weight.batch or 1) * math.ceil(spec.weight.n / n)
+    programs = (spec.batch or 1) * math.ceil(spec.weight.n / n)
     steps = math.ceil(spec.weight.k / k)
     split = 1
     while programs * split < _ENOUGH_PROGRAMS and split * 4 <= steps:

@@ -123,8 +123,6 @@ def make_kernel(spec: Spec, target: str, header: Header, note: str = "") -> Kern
         isa = chain.isa if chain is not None else toolchain.host_isa()
         source, comment = cpp.render(spec, header, isa), "//"
     else:
-        if target == "triton" and isinstance(spec, KernelSpec) and spec.grouped:
-            raise errors.not_printed(target, "rows that belong to one matrix of a batch each")
         source, comment = RENDERERS[target](spec, header), "#"
     if note:
         source = f"{comment} Not run: {note}\n{source}"

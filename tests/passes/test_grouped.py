@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxquant
 from fxquant.codegen.spec import KernelSpec
 from tests.passes.harness import Captured, run
 from tests.passes.smooth_harness import Smoothed
@@ -149,6 +150,20 @@ def test_masks_and_rows_of_a_matrix_pick_nothing():
     captured = run(table, torch.randn(2, K), torch.tensor([1, 5]))
     assert captured.sites == []
     assert captured.losses == []
+
+
+@pytest.mark.parametrize("kind", ["given", "picked"])
+def test_calibration_sees_the_rows_of_all_matrices(kind):
+    x = torch.randn(7, K)
+    if kind == "given":
+        pytest.importorskip("transformers.integrations.moe")
+        model, args = Experts(fallback), (x, ends(2, 2, 5, 7))
+    else:
+        ids = torch.tensor([3, 0, 3, 1, 0, 0, 3])
+        model, args = Experts(lambda x, ids, w: torch.bmm(w[ids], x[..., None])), (x, ids)
+    found = fxquant.calibrate(model, [args], progress=False).stats["weight"]
+    torch.testing.assert_close(found.amax, x.abs().amax(0))
+    assert found.tokens == 7
 
 
 def test_smoothing_goes_through_rows_that_are_picked():
