@@ -37,7 +37,8 @@ def helpers(plan: Plan) -> str:
     if direct and plan.is_int8:
         made = f"if (call.is_line)\n      sum_blocks(x, sums, height);\n    else\n      {made}"
     parts["@MAKE@"] = f"    {made}"
-    text = _PACK
+    # Behind others, one row is a panel: what it is read from holds those.
+    text = _PACK.replace("@ALL@", "rows" if spec.grouped else "call.m")
     for name in _HOLES:
         text = text.replace(name, parts.get(name, ""))
     return _HELPERS + text
@@ -162,7 +163,7 @@ _PACK = """\
 template <int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
-  const bool is_single = rows == 1 && height_of(1, heights) == 1;
+  const bool is_single = @ALL@ == 1 && height_of(1, heights) == 1;
 @NOTHING@@OUTLIERS@  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
   for (int64_t item = of.thread; @UNLESS@item < E * rows; item += of.threads) {
     const int64_t e = item / rows, row = item % rows;

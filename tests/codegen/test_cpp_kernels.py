@@ -31,8 +31,8 @@ pytestmark = pytest.mark.skipif(
     toolchain.compiler() is None and not os.environ.get("CI"), reason=toolchain.NOT_FOUND
 )
 ISA_NAMES = cpp_harness.isas()
-ROWS = (1, 2, 3, 5, 16, 17, 40, 130, SUPER_ROWS + 32)
-"""The last is more than a kernel takes at a time."""
+ROWS = (1, 2, 3, 5, 16, 17, 40, 130, SUPER_ROWS + 1, SUPER_ROWS + 32)
+"""The last are more than a kernel takes at a time: by one row, which is no panel yet, and more."""
 SEEN = 300
 """Rows that pick an input each show one wrong code of these."""
 OUTLIERS = (3, 31, 32, 64, 650)

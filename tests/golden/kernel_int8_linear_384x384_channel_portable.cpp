@@ -274,7 +274,7 @@ template <int COUNT> INLINE int64_t padded(int64_t rows, const int (&heights)[CO
 template <int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
-  const bool is_single = rows == 1 && height_of(1, heights) == 1;
+  const bool is_single = call.m == 1 && height_of(1, heights) == 1;
   const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
   for (int64_t item = of.thread; item < E * rows; item += of.threads) {
     const int64_t e = item / rows, row = item % rows;
