@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from fxquant.codegen.spec import KernelSpec
 from fxquant.formats import Encoding
+
+_MOST_PLACES = 4
 
 
 class Describable(Protocol):
@@ -33,10 +37,14 @@ class Header:
     Attributes:
         modules: Paths of the modules whose products it computes.
         scheme: Name of the scheme.
+        where: ``file:line`` of the model's source, of each module.
+        work: What a call has to read and to do, in a few words.
     """
 
     modules: tuple[str, ...] = ()
     scheme: str = ""
+    where: tuple[str, ...] = ()
+    work: str = ""
 
     def comment(self, spec: Describable) -> str:
         """The docstring that a printed Python module starts with."""
@@ -53,10 +61,31 @@ class Header:
             "",
             *(_operands_of(spec) if isinstance(spec, KernelSpec) else ()),
         ]
-        for title, values in (("Scheme", (self.scheme,)), ("Modules", self.modules)):
+        said = {
+            "Scheme": (self.scheme,),
+            "Modules": layers(self.modules),
+            "Source": self.where[:_MOST_PLACES],
+            "A call": (self.work,),
+        }
+        for title, values in said.items():
             if any(values):
                 lines += wrap(f"{title}: {', '.join(values)}", subsequent_indent="  ")
         return "\n".join([*lines, '"""']).replace('\n\n"""', '\n"""')
+
+
+def layers(modules: Sequence[str]) -> list[str]:
+    """Paths, those of one module in many layers as one: ``layers.{0..23}.mlp.gate_proj``."""
+    groups: dict[str, list[str]] = {}
+    for path in modules:
+        groups.setdefault(re.sub(r"\d+", "#", path, count=1), []).append(path)
+    found = []
+    for pattern, paths in groups.items():
+        numbers = [int(re.search(r"\d+", path)[0]) for path in paths if "#" in pattern]  # type: ignore[index]
+        if len(paths) > 2 and numbers == list(range(numbers[0], numbers[0] + len(paths))):
+            found.append(pattern.replace("#", f"{{{numbers[0]}..{numbers[-1]}}}", 1))
+        else:
+            found += paths
+    return found
 
 
 def _operands_of(spec: KernelSpec) -> list[str]:

@@ -37,8 +37,8 @@ class Kernels:
     def __init__(
         self, sites: Sequence[LinearSite], choice: Choice, device: torch.device, config: Config
     ) -> None:
-        # Modules and schemes only: a graph must not keep its parameters alive.
-        self.origins = [(site.module, site.scheme) for site in sites]
+        # Texts only: a graph must not keep its parameters alive.
+        self.origins = [(site.module, site.scheme, site.where) for site in sites]
         self.choice = choice
         self.device = device
         self.verify = config.verify
@@ -50,7 +50,7 @@ class Kernels:
     @property
     def version(self) -> tuple[str, ...]:
         """What the code of a graph depends on beside the graph and the options of Inductor."""
-        modules = (module for module, _ in self.origins)
+        modules = (module for module, *_ in self.origins)
         return (*targets.identity(self.choice), self._named(""), *modules)
 
     def build(
@@ -142,8 +142,10 @@ class Kernels:
 
     def _header(self, text: str) -> Header:
         served = [self.origins[number] for number in self.serves.get(text, ())]
-        modules = dict.fromkeys(module for module, _ in served)
-        return Header(tuple(modules), served[0][1] if served else "")
+        modules, _, places = zip(*served, strict=True) if served else ((), (), ())
+        where = dict.fromkeys(place for place in places if place)
+        scheme = served[0][1] if served else ""
+        return Header(tuple(dict.fromkeys(modules)), scheme, tuple(where))
 
 
 _DONE = {"epilogue": "fused", "join": "joined", "prologue": "fused before it"}

@@ -63,7 +63,7 @@ def test_no_compiler_where_kernels_are_asked_for_by_name(monkeypatch: pytest.Mon
     _, kernels = run_and_get_kernels(compile_(model, target="cpp"), x)
     printed = [kernel for kernel in kernels if kernel.target == "cpp"]
     assert len(printed) == 2
-    assert all(k.source.startswith(f"// Not run: {toolchain.NOT_FOUND}\n// nf4") for k in printed)
+    assert all(k.source.startswith(f"// Not run: {toolchain.NOT_FOUND}\n// ") for k in printed)
     assert {kernel.note for kernel in kernels if kernel.target == "torch"} == {""}
 
 
@@ -82,7 +82,7 @@ def test_a_compiler_that_fails_on_one_kernel(
     compiler: Callable[[str], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     calls = compiler(
-        FINDS_SOURCE + 'if grep -qs "^// nf4_linear_64x128_bias" "$source"; then\n'
+        FINDS_SOURCE + 'if grep -qs "^// up_gelu" "$source"; then\n'
         'echo "internal compiler error" >&2; exit 4; fi\nexec g++ "$@"'
     )
     model, x = frozen(TwoLayers()), torch.randn(3, 128)
@@ -96,11 +96,9 @@ def test_a_compiler_that_fails_on_one_kernel(
     (kept,) = (tmp_path / "cache" / "failed").iterdir()
     assert f"read the source {kept} and run" in caplog.text
     dumped = {path.name.rsplit("_", 1)[0]: path for path in (tmp_path / "dump").glob("*[!n]")}
-    assert (
-        dumped["cpp_nf4_linear_64x128_bias_gelu"].read_text().startswith("// Not run: the C++ comp")
-    )
-    assert "torch_nf4_linear_64x128_bias_gelu" in dumped
-    assert "torch_nf4_linear_128x64_bias" not in dumped
+    assert dumped["cpp_up_gelu"].read_text().startswith("// Not run: the C++ comp")
+    assert "torch_up_gelu" in dumped
+    assert "torch_down" not in dumped
     # Neither a call nor another compile asks again.
     before = calls.read_text().count("kernel.cpp")
     torch._dynamo.reset()
@@ -159,7 +157,7 @@ def test_kernels_of_a_graph_are_built_side_by_side(
     meet = tmp_path / "meet"
     meet.mkdir()
     compiler(
-        FINDS_SOURCE + f'if grep -qs "^// nf4" "$source"; then touch {meet}/$$; n=0\n'
+        FINDS_SOURCE + f'if grep -qs "^// \\(up\\|down\\)" "$source"; then touch {meet}/$$; n=0\n'
         f'while [ "$(ls {meet} | wc -l)" -lt 2 ]; do n=$((n+1)); sleep 0.05\n'
         'if [ $n -gt 600 ]; then echo alone >&2; exit 1; fi; done; fi\nexec g++ "$@"'
     )

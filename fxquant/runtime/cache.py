@@ -45,6 +45,15 @@ def key_of(*parts: str) -> str:
     return digest.hexdigest()[:32]
 
 
+def code_of(source: str) -> str:
+    """A kernel's text without what it says on top of itself, which names modules and lines."""
+    if source.startswith('"""'):
+        return source.partition('"""\n')[2] or source
+    lines = source.splitlines(keepends=True)
+    head = next((place for place, line in enumerate(lines) if line[:2] != "//"), 0)
+    return "".join(lines[head:])
+
+
 @functools.lru_cache(maxsize=8)
 def fingerprint(*packages: ModuleType) -> str:
     """Changes with the source of packages: what a cache of their results has to know.

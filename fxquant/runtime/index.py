@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fxquant._version import __version__
+from fxquant.codegen import Spec
 from fxquant.codegen.cpp import cost
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.spec import KernelSpec
@@ -156,7 +157,7 @@ def _entry(name: str, kernel: launch.Kernel) -> Entry:
 
 
 @functools.lru_cache(maxsize=1024)
-def _prediction(spec: launch.Spec) -> Callable[[int], float] | None:
+def _prediction(spec: Spec) -> Callable[[int], float] | None:
     """Seconds of a C++ product by the number of rows; None where the cost model knows nothing."""
     chain = toolchain.toolchain()
     if chain is None or not isinstance(spec, KernelSpec) or spec.grouped:
@@ -226,7 +227,8 @@ def _page(found: list[Entry]) -> str:
 def _rows_of(entry: Entry, total: float) -> str:
     """A kernel's part of the table: a line for each number of rows."""
     longest = sorted(entry.lines, key=lambda line: -line.calls * (line.measured_us or 0))
-    lines = sorted(longest[:_MOST_SIZES], key=lambda line: line.rows) or [None]
+    shown = sorted(longest[:_MOST_SIZES], key=lambda line: line.rows)
+    lines: list[Line | None] = [*shown] or [None]
     share = 100 * entry.seconds / total if total else 0.0
     note = f"<div class=note>not run: {html.escape(entry.note)}</div>" if entry.note else ""
     first = (

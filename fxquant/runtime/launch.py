@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,8 +23,10 @@ from fxquant._version import __version__
 from fxquant.codegen import RENDERERS, Header, Spec, cpp, reference
 from fxquant.codegen.cpp import layout
 from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.naming import name_for
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
+from fxquant.codegen.work import work_of
 from fxquant.runtime import cache, counters, quantizers, timing, toolchain, tuning, verify
 from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.cpp_quantize import CppQuantizer
@@ -118,15 +120,17 @@ def make_kernel(spec: Spec, target: str, header: Header, note: str = "") -> Kern
     Raises:
         KernelError: The target prints no kernel for the spec.
     """
+    name = name_for(header.modules, spec.name, weights=getattr(spec, "weights", 1))
+    shown, header = replace(spec, name=name), replace(header, work=work_of(spec).describe())
     if target == "cpp":
         chain = toolchain.toolchain()
         isa = chain.isa if chain is not None else toolchain.host_isa()
-        source, comment = cpp.render(spec, header, isa), "//"
+        source, comment = cpp.render(shown, header, isa), "//"
     else:
-        source, comment = RENDERERS[target](spec, header), "#"
+        source, comment = RENDERERS[target](shown, header), "#"
     if note:
         source = f"{comment} Not run: {note}\n{source}"
-    return Kernel(target, spec.name, source, spec, note, header.modules)
+    return Kernel(target, name, source, spec, note, header.modules)
 
 
 _headers: dict[str, Header] = {}
@@ -306,9 +310,8 @@ def _triton_runner(spec: str) -> Runner:
 
 @functools.lru_cache(maxsize=4096)
 def _triton_module(spec: str) -> ModuleType:
-    parsed = parse(spec)
-    source = make_kernel(parsed, "triton", _headers.get(spec, Header())).source
-    return load_module(parsed.name, source)
+    kernel = make_kernel(parse(spec), "triton", _headers.get(spec, Header()))
+    return load_module(kernel.name, kernel.source)
 
 
 def _cpp_kernel(spec: str) -> CppKernel | CppQuantizer | CppRows:
@@ -328,8 +331,8 @@ def _build_once(
     """A kernel, or why there is none: the compiler is not asked again at every call."""
     parsed = parse(spec)
     try:
-        source = make_kernel(parsed, "cpp", _headers.get(spec, Header())).source
-        library = toolchain.build(chain, parsed.name, source)
+        printed = make_kernel(parsed, "cpp", _headers.get(spec, Header()))
+        library = toolchain.build(chain, printed.name, printed.source)
         if isinstance(parsed, QuantizeSpec):
             made = CppQuantizer if parsed.prologue is None else CppRows
             return made(library, parsed, openmp=chain.openmp)
@@ -353,13 +356,13 @@ def load_module(name: str, source: str) -> ModuleType:
     Raises:
         FolderError: The kernel cache cannot be written.
     """
-    key = cache.key_of(__version__, "python", source)
-    folder = cache.get_or_build("triton", key, lambda path: _write_module(path, name, source))
+    key = cache.key_of(__version__, "python", cache.code_of(source))
+    folder = cache.get_or_build("triton", key, lambda path: _write_module(path, source))
     qualified = f"fxquant_kernels.{name}_{key}"
     with _LOADING:
         if qualified in sys.modules:
             return sys.modules[qualified]
-        spec = importlib.util.spec_from_file_location(qualified, folder / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(qualified, folder / "kernel.py")
         if spec is None or spec.loader is None:
             raise errors.unwritable_folder(
                 "kernel cache", folder, cache.ENVIRONMENT, "not readable"
@@ -374,8 +377,8 @@ def load_module(name: str, source: str) -> ModuleType:
         return module
 
 
-def _write_module(folder: Path, name: str, source: str) -> None:
-    (folder / f"{name}.py").write_text(source, encoding="utf-8")
+def _write_module(folder: Path, source: str) -> None:
+    (folder / "kernel.py").write_text(source, encoding="utf-8")
 
 
 # --- what kernels counted -------------------------------------------------------------------

@@ -223,7 +223,7 @@ def build(chain: Toolchain, name: str, source: str) -> Path:
 
 def _key(chain: Toolchain, source: str) -> str:
     found = chain.compiler
-    return cache.key_of(__version__, found.path, found.version, *chain.flags, source)
+    return cache.key_of(__version__, found.path, found.version, *chain.flags, cache.code_of(source))
 
 
 class _CompilerError(Exception):

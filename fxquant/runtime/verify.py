@@ -192,7 +192,8 @@ def _check_codes(spec: QuantizeSpec, operands: Sequence[Any], result: Any) -> Fa
 
 
 def _check_rows(spec: QuantizeSpec, operands: Sequence[Any], result: Any) -> Failure | None:
-    found = row_bounds.enclosures(spec, *operands, result[1])
+    given, limit = operands
+    found = row_bounds.enclosures(spec, given, limit, result[1])
     pairs = zip(result, found, strict=True)
     failures = [_outside(e, got.reshape(e.low.shape)) for got, e in pairs]
     return next((failure for failure in failures if failure is not None), None)
