@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from fxquant import errors
 from fxquant.codegen.epilogue import (
@@ -253,7 +254,7 @@ class KernelSpec:
     def to_json(self) -> str:
         """Canonical JSON text: equal specs give equal text."""
         weight = self.weight
-        data = {
+        data: dict[str, Any] = {
             "name": self.name,
             "weight": {
                 "encoding": weight.encoding.to_json(),

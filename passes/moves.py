@@ -182,7 +182,7 @@ def _embedded(node: fx.Node, call: fx.Node, pattern: Pattern) -> Ways:
 
 def _gather(node: fx.Node, pattern: Pattern, _: Ties) -> Ways:
     """Rows picked by number: whatever is the same for all of them."""
-    operand, dim, _ = node.args
+    operand, dim = node.args[:2]
     dim = int(dim) % pattern.ndim  # type: ignore[arg-type]
     return [[Need(operand, pattern)]] if pattern.shape[dim] == 1 else []  # type: ignore[arg-type]
 

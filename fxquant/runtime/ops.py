@@ -6,8 +6,9 @@ shapes and CUDA graphs like any ATen op. What they compute is defined by
 
 ``linear(Tensor x, Tensor[] weight, Tensor[] extra, str spec, int site) -> Tensor``
     x is ``[.., k]``, or ``[e, m, k]`` for batched weights; `weight` holds the tensors named by
-    `Encoding.parts`; `extra` the epilogue's operands, then those of static outliers; `spec` is a
-    `KernelSpec` as JSON; `site` the product's number in its graph for reports, or -1.
+    `Encoding.parts`; `extra` the epilogue's operands, those of static outliers and the ends of
+    groups; `spec` is a `KernelSpec` as JSON; `site` the product's number in its graph for reports,
+    or -1.
 ``launch(Tensor x, Tensor[] weight, Tensor[] extra, str spec, str target) -> Tensor``
     What `linear` becomes after autograd (`fxquant.passes.fuse`): the kernel of one target, without
     gradient, and with half of the overhead.

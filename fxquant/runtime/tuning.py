@@ -125,10 +125,10 @@ def _times(kernel: CppKernel) -> dict[int, tuple[float, float]]:
     calls: list[tuple[int, Tensor, Sequence[Tensor]]] = []
     for rows in ROWS:
         x = torch.randn(*batch, rows, spec.weight.k).to(getattr(torch, spec.x_dtype))
-        extra = kernel.operands(rows)
+        operands = kernel.operands(rows)
         if spec.grouped:
-            extra[-1].fill_(rows)  # all of the first matrix
-        calls.append((rows, x, extra))
+            operands[-1].fill_(rows)  # all are of the first matrix
+        calls.append((rows, x, operands))
     kernel.run(calls[0][1], weight, calls[0][2])  # repacks the weight
     deadline = time.perf_counter() + LIMIT_S
     while True:
