@@ -59,7 +59,7 @@ def test_what_saturates_is_counted_for_every_model(target: str, tmp_path: Path) 
     options = static(fxquant.calibrate(first, [x], progress=False), target)
     compiled = compile_(first, dump=str(tmp_path), **options)
     compiled(x)
-    (written,) = tmp_path.glob(f"{target}_quantize_64_static_*.json")
+    (written,) = tmp_path.glob(f"{target}_quantize_a_b_*.json")
     assert json.loads(written.read_text())["kind"] == "quantize"
     (source,) = [f for f in tmp_path.glob(written.stem + ".*") if f != written]
     assert "Modules: a, b" in source.read_text()

@@ -260,9 +260,9 @@ def _mm(dtype: Any, x: _Known, y: _Known) -> Interval:
         turned = _mm(dtype, _turned(y), _turned(x))
         return Interval(turned.low.transpose(-1, -2), turned.high.transpose(-1, -2))
     dense = y.interval.low.transpose(-1, -2)
-    own = x.interval
+    own, outliers = x.interval, torch.zeros_like(x.interval.low)
     if y.weight is not None and y.weight.activation:
-        own = _int8(own, y.weight.threshold)
+        own, outliers = _int8(own, y.weight.threshold)
     reach = torch.maximum(own.low.abs(), own.high.abs())
     if y.weight is None:
         wide = torch.maximum(y.interval.low.abs(), y.interval.high.abs()).transpose(-1, -2)
@@ -278,8 +278,9 @@ def _mm(dtype: Any, x: _Known, y: _Known) -> Interval:
         # Bytes are biased by 128, and scales of absmax are a 127th of the largest weight or more.
         biased = wide + 2.1 * wide.amax(-1, keepdim=True)
         error = (k + 64) * UNIT * (reach @ biased.transpose(-1, -2)) + 2.0**-126
-        if y.weight.threshold is not None:  # outliers are multiplied in 16 bits
-            error = error + 2.0**-10 * (reach @ wide.transpose(-1, -2))
+        # Outliers are multiplied in 16 bits, of float32 in float16.
+        half = torch.finfo(dtype if dtype in SIXTEEN else torch.float16).eps / 2
+        error = error + (2 * half + 8 * UNIT) * (outliers @ wide.transpose(-1, -2))
     else:
         error = bounds.float_sums(reach, wide, None, dtype).error
     return intervals.around(exact, error + moved)
@@ -292,8 +293,11 @@ def _turned(value: _Known) -> _Known:
     return _Known(Interval(low, high), value.weight)
 
 
-def _int8(x: Interval, threshold: float | None) -> Interval:
-    """What rows are after they were rounded to int8; columns of outliers as they are."""
+def _int8(x: Interval, threshold: float | None) -> tuple[Interval, Tensor]:
+    """What rows are after they were rounded to int8, and the magnitudes of outliers.
+
+    Columns of outliers stay as they are.
+    """
     size = Interval(
         torch.maximum(torch.maximum(x.low, -x.high), torch.zeros_like(x.low)),
         torch.maximum(x.low.abs(), x.high.abs()),
@@ -317,7 +321,7 @@ def _int8(x: Interval, threshold: float | None) -> Interval:
     low, high = torch.stack(corners).amin(0), torch.stack(corners).amax(0)
     low = torch.where(surely, x.low, torch.where(maybe, torch.minimum(low, x.low), low))
     high = torch.where(surely, x.high, torch.where(maybe, torch.maximum(high, x.high), high))
-    return Interval(low, high)
+    return Interval(low, high), torch.where(maybe, size.high, 0.0)
 
 
 def _added(bias: _Known, product: Interval, beta: float = 1, alpha: float = 1) -> Interval:
