@@ -36,13 +36,17 @@ class CppRows:
     def __init__(self, library: Path, spec: QuantizeSpec, *, openmp: bool) -> None:
         assert spec.prologue is not None, "others are run by CppQuantizer"
         self.library, self.spec, self._openmp = library, spec, openmp
-        operands = spec.prologue.operands
-        self._dims = [operand.dims for operand in operands]
-        self._dtypes = [getattr(torch, operand.dtype) for operand in operands]
-        self._first = self._dims.index("mk")
+        operands, k = spec.prologue.operands, spec.k
+        self._k, self._has_limit = k, spec.has_limit
+        self._expected = [
+            (number, operand.dims, k if operand.dims == "k" else 1, getattr(torch, operand.dtype))
+            for number, operand in enumerate(operands)
+        ]
+        self._first = [operand.dims for operand in operands].index("mk")
         self._more = [getattr(torch, result.dtype) for result in spec.prologue.more]
         self._operands = _POINTER * len(operands)
         self._steps = _INT64 * len(operands)
+        self._dense = self._steps(*[k] * len(operands))
         self._results = _POINTER * max(1, len(self._more))
         self._run = exported(
             loaded(library, spec.name),
@@ -66,48 +70,57 @@ class CppRows:
         Raises:
             KernelError: An operand has another dtype, size or device than the spec says.
         """
-        if len(operands) != len(self._dims):
+        if len(operands) != len(self._expected):
             what = "the number of operands"
-            raise errors.kernel_operand(self.spec.name, what, len(self._dims), len(operands))
-        limit = checked_limit(self.spec, extra)
-        k, first = self.spec.k, operands[self._first]
-        rows = first.numel() // k
-        sizes = {"mk": rows * k, "k": k, "m": rows, "": 1}
-        steps, kept = self._steps(), []
-        for number, (operand, dims) in enumerate(zip(operands, self._dims, strict=True)):
-            wrong = dims == "mk" and (operand.dim() == 0 or operand.shape[-1] != k)
-            if (
-                wrong
-                or operand.numel() != sizes[dims]
-                or operand.dtype is not self._dtypes[number]
-                or not operand.is_cpu
-            ):
-                raise self._misfit(number, sizes[dims], operand)
-            if dims == "mk":
-                operand, steps[number], column = as_rows(operand)  # noqa: PLW2901
-                if column != 1 and k > 1:
-                    operand, steps[number] = operand.contiguous(), k  # noqa: PLW2901
-            elif not operand.is_contiguous():
-                operand = operand.contiguous()  # noqa: PLW2901
-            kept.append(operand)
-        codes = first.new_empty(first.shape, dtype=torch.int8)
-        amax = first.new_empty(first.shape[:-1], dtype=torch.float32)
-        more = [first.new_empty(first.shape, dtype=dtype) for dtype in self._more]
+            raise errors.kernel_operand(self.spec.name, what, len(self._expected), len(operands))
+        limit = checked_limit(self.spec, extra) if self._has_limit or extra else None
+        k, first = self._k, operands[self._first]
+        shape, elements = first.shape, first.numel()
+        rows, steps, kept = elements // k, self._dense, list(operands)
+        for number, dims, size, dtype in self._expected:
+            operand = operands[number]
+            found = operand.numel()
+            if "m" not in dims:
+                fits = found == size
+            elif dims == "m":
+                fits = found == rows
+            else:
+                fits = found == elements and operand.shape[-1:] == (k,)
+            if not fits or operand.dtype is not dtype or not operand.is_cpu:
+                raise self._misfit(number, operand)
+            if not operand.is_contiguous():
+                if steps is self._dense:
+                    steps = self._steps(*steps)
+                kept[number], steps[number] = _laid_out(operand, k if dims == "mk" else 0)
+        codes = first.new_empty(shape, dtype=torch.int8)
+        amax = first.new_empty(shape[:-1], dtype=torch.float32)
+        more = [first.new_empty(shape, dtype=dtype) for dtype in self._more]
         saturated = self._run(
-            self._operands(*(operand.data_ptr() for operand in kept)),
+            self._operands(*[operand.data_ptr() for operand in kept]),
             steps,
             rows,
             limit.data_ptr() if limit is not None else None,
             codes.data_ptr(),
             amax.data_ptr(),
-            self._results(*(result.data_ptr() for result in more)),
+            self._results(*[result.data_ptr() for result in more]),
             usable_threads(openmp=self._openmp),
         )
         if limit is not None:
             count(limit, saturated)
         return [codes, amax, *more]
 
-    def _misfit(self, number: int, size: int, got: Tensor) -> errors.KernelError:
-        expected = f"{size} elements of {self._dtypes[number]} with axes {self._dims[number]!r}"
+    def _misfit(self, number: int, got: Tensor) -> errors.KernelError:
+        _, dims, _, dtype = self._expected[number]
+        axes = {"mk": f"[.., {self._k}]", "k": f"[{self._k}]", "m": "one number a row", "": "one"}
         found = f"{got.dtype} {list(got.shape)} on {got.device}"
-        return errors.kernel_operand(self.spec.name, f"operand {number}", expected, found)
+        what = f"operand {number}"
+        return errors.kernel_operand(self.spec.name, what, f"{dtype}, {axes[dims]}", found)
+
+
+def _laid_out(operand: Tensor, k: int) -> tuple[Tensor, int]:
+    """An operand as a kernel reads it, and the step from row to row: inputs lie side by side."""
+    if k:
+        found, step, column = as_rows(operand)
+        if column == 1 or k == 1:
+            return found, step
+    return operand.contiguous(), k

@@ -221,7 +221,7 @@ def run_rows(
         device = first.device
         is_usual = target == "auto"
         runner = _usual_runner(spec, device) if is_usual else runner_of(spec, target, device)
-    return runner(operands, limit)  # type: ignore[no-any-return]
+    return runner(operands, limit)
 
 
 def prepare(spec: str, target: str, header: Header, device: torch.device) -> None:
