@@ -69,8 +69,10 @@ def _common(tails: Sequence[tuple[str, ...]]) -> list[str]:
         shared.append(words[0])
     rest = list(dict.fromkeys("_".join(tail[len(shared) :]) for tail in tails))
     rest = [word for word in rest if word]
+    if not shared and len(rest) > 2:
+        return []
     if len(rest) > _MOST_TAILS:
-        return [*shared, "shared"] if shared else []
+        return [*shared, "shared"]
     return [*shared, *rest]
 
 

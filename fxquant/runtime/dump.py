@@ -55,7 +55,8 @@ def write(where: Path, kernels: Sequence[Kernel]) -> list[Path]:
         where.mkdir(parents=True, exist_ok=True)
         for kernel in kernels:
             key = cache.key_of(kernel.target, kernel.spec.to_json())[:8]
-            path = where / f"{kernel.target}_{kernel.name}_{key}{SUFFIXES[kernel.target]}"
+            name = f"{kernel.target}_{kernel.name}_{key}{SUFFIXES[kernel.target]}"
+            path = where / index.file_of(where, kernel, name)
             cache.write_atomically(path, kernel.source)
             spec = json.dumps(json.loads(kernel.spec.to_json()), indent=2)
             cache.write_atomically(path.with_suffix(".json"), spec + "\n")

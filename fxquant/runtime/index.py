@@ -108,6 +108,14 @@ def add(folder: Path, kernels: Iterable[tuple[str, launch.Kernel]]) -> None:
     _write(folder)
 
 
+def file_of(folder: Path, kernel: launch.Kernel, name: str) -> str:
+    """The file that holds a kernel in a folder, by another name when another graph has it too."""
+    spec = kernel.spec.to_json()
+    known = _kernels.get(folder.absolute(), {}).items()
+    same = (f for f, k in known if k.target == kernel.target and k.spec.to_json() == spec)
+    return next(same, name)
+
+
 def write() -> None:
     """Writes the pages of all folders with what is known now; logs where one cannot be written."""
     for folder in list(_kernels):

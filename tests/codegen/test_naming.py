@@ -36,6 +36,7 @@ ATTENTION = "encoder.layer.{}.attention.self.{}"
         ),
         (["h.0.attn.c_attn"], "layer_norm_quantize_768_per_token", 1, None),
         (["a.q", "b.k", "c.v", "d.o", "e.x"], "nf4_linear_8x16_relu", 1, "nf4_linear_8x16_relu"),
+        (["a.q", "b.k", "c.v"], "layer_norm_quantize_16", 1, "layer_norm_quantize_16"),
         (["0", "2"], "nf4_linear_8x16", 1, "nf4_linear_8x16"),
         ([], "nf4_linear_8x16", 1, "nf4_linear_8x16"),
         (["lambda"], "nf4_linear_8x16", 1, "kernel_lambda"),

@@ -78,6 +78,28 @@ def test_modules_calls_and_times(tmp_path: Path) -> None:
 
 
 @needs_compiler
+def test_a_kernel_of_two_graphs_is_one(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+            self.add_module(name, nn.Linear(64, 55))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return getattr(self, self.name)(x)  # type: ignore[no-any-return]
+
+    for name in ("first", "second"):
+        torch._dynamo.reset()
+        compile_(frozen(Model(name)), dump=str(tmp_path))(torch.randn(2, 64))
+    index.write()
+    (file,) = tmp_path.glob("*.cpp")
+    assert file.name.startswith("cpp_first_")
+    (entry,) = json.loads((tmp_path / index.DATA).read_text())["kernels"]
+    assert entry["modules"] == ["first", "second"]
+    assert [line["calls"] for line in entry["lines"]] == [2]
+
+
+@needs_compiler
 def test_nothing_is_timed_without_a_dump() -> None:
     model = frozen(nn.Linear(64, 52))
     compile_(model)(torch.randn(3, 64))
