@@ -24,6 +24,8 @@ UNIT = 2.0**-24
 """Half the distance of neighbouring float32 numbers at 1: what one rounding may be off by."""
 _LARGEST = torch.finfo(torch.float32).max
 _SMALLEST_NORMAL = 2.0**-126
+_LOST_BY_SILU = 2.0**-121
+"""From -88.8 down its exponential is infinite, and the quotient 0 in place of up to -2.4e-37."""
 
 _TURNS = (0.0, -0.7517915246935645, -1.2784645427610738)
 """Where ops turn that are not monotone: magnitude and square, gelu, silu."""
@@ -153,7 +155,8 @@ def _slack(name: str, size: Tensor, reach: Tensor | float) -> Tensor:
     if name in _ARITHMETIC:
         return 4 * UNIT * size + _SMALLEST_NORMAL
     reach = torch.as_tensor(reach, dtype=torch.float64, device=size.device)
-    slack = (48 + 4 * reach.clamp_max(128.0)) * UNIT * size + _SMALLEST_NORMAL
+    least = _LOST_BY_SILU if name == "silu" else _SMALLEST_NORMAL
+    slack = (48 + 4 * reach.clamp_max(128.0)) * UNIT * size + least
     return slack if name in _RELATIVE else slack + 16 * UNIT * reach.clamp_min(1.0)
 
 
