@@ -89,9 +89,7 @@ class _PackedInputs:
         return node
 
 
-def _rewrite(
-    ctx: Context, number: int, packed: list[fx.Node], activations: Activations
-) -> None:
+def _rewrite(ctx: Context, number: int, packed: list[fx.Node], activations: Activations) -> None:
     site = ctx.sites[number]
     node, graph = site.node, site.region.graph
     weight = [site.region.bring_in(part) for part in packed]
