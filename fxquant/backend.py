@@ -142,14 +142,14 @@ def _lower(
     patches["post_grad_custom_post_pass"] = fuse
     compiled: Any = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
     if not ctx.sites:
-        return compiled  # type: ignore[no-any-return]
+        return compiled
     key = _graph_key(ctx, patches, str(fuse.uuid()))
     if not kernels.recall(key):
         # Inductor's caches answered, and what its code launches is not known or not at hand.
         patches["force_disable_caches"] = True
         compiled = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
     kernels.keep(key)
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
 def _graph_key(ctx: Context, patches: Mapping[str, Any], *parts: str) -> str:

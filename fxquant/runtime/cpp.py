@@ -137,10 +137,11 @@ class CppKernel:
             else:
                 x, x_row, x_col = as_rows(x)
         leading.append(self._n)
-        out: Tensor | list[Tensor] = x.new_empty(leading, dtype=self._out_dtype)
-        place: Any = out.data_ptr()
+        main = x.new_empty(leading, dtype=self._out_dtype)
+        out: Tensor | list[Tensor] = main
+        place: Any = main.data_ptr()
         if self._more:
-            out = [out, *[x.new_empty(leading, dtype=dtype) for dtype in self._more]]
+            out = [main, *[x.new_empty(leading, dtype=dtype) for dtype in self._more]]
             place = self._results(*[result.data_ptr() for result in out])
         if rows == 0:
             return out
