@@ -83,14 +83,14 @@ def test_gradients_of_rows_that_belong_to_one_matrix_each(compute: str) -> None:
     bias = torch.randn(9, requires_grad=True)
     ends = torch.tensor([2, 2, 6], dtype=torch.int32)
     weight = packed.dequantize()
-    args = (x, packed.tensors(), [bias, ends], spec.to_json())
+    args = (x, packed.tensors(), [bias, ends], spec.to_json(), -1)
     out = torch.ops.fxquant.linear(*args)
     by_hand = torch.cat([x[:2] @ weight[0].T, x[2:6] @ weight[2].T, torch.zeros(1, 9)]) + bias
     seed = torch.randn(7, 9)
     got = torch.autograd.grad(out, (x, bias), seed)
     torch.testing.assert_close(got, torch.autograd.grad(by_hand, (x, bias), seed))
     assert got[0][6].count_nonzero() == 0
-    torch.library.opcheck(torch.ops.fxquant.linear.default, (*args, -1))
+    torch.library.opcheck(torch.ops.fxquant.linear.default, args)
 
 
 OUTLIERS = [None, Outliers("float32", threshold=2.0), Outliers("float16", columns=3)]
