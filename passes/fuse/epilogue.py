@@ -188,7 +188,10 @@ def _rewrite(graph: fx.Graph, region: Region, order: Order, kind: str) -> Decisi
     for node in sorted(inside, key=order.at.__getitem__, reverse=True):
         if not node.users:
             graph.erase_node(node)
-    said = ", ".join(words) or f"{len(region.seeds)} products in one kernel"
+    products = (
+        f"{len(region.seeds)} products in one kernel" if joined else "arithmetic with numbers"
+    )
+    said = ", ".join(words) or products
     end = f"; then {region.ends[0]}" if region.ends else ""
     return Decision(kind, fused.meta[SITES], done=True, reason=f"{said}{end}")
 

@@ -83,10 +83,30 @@ def constant(node: fx.Node) -> float | None:
 _REAL = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
 
 
+def obstacle(node: fx.Node) -> str:
+    """Why an op is none that kernels compute, in a clause, or ``""``."""
+    op, value = str(node.target).removesuffix(".default"), tensor_of(node)
+    if node.op == "call_function" and value is not None and is_pointwise_in_torch(node):
+        if name_of(value.dtype) not in OPERAND_DTYPES:
+            return f"{op} gives {name_of(value.dtype)}"
+        if not is_pointwise(node):
+            return f"{op} has no entry in the table of pointwise ops"
+        if not is_written(node):
+            return f"{op} has no entry for these arguments"
+    return "" if is_pointwise(node) else f"{op} is no pointwise op"
+
+
+def is_pointwise_in_torch(node: fx.Node) -> bool:
+    """Whether torch calls an op pointwise, of the shared table or not."""
+    return is_cast(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 def is_written(node: fx.Node) -> bool:
-    """Whether all arguments of a pointwise node can be written down: numbers, dtypes and nodes."""
+    """Whether a pointwise node can be written down: numbers, dtypes and nodes are its arguments."""
     plain = (fx.Node, int, float, str, torch.dtype, type(None))
-    return all(isinstance(value, plain) for value in (*node.args, *node.kwargs.values()))
+    if not all(isinstance(value, plain) for value in (*node.args, *node.kwargs.values())):
+        return False
+    return pointwise.is_spelled(written(node, lambda _: "%in0"))
 
 
 def operand_axes(node: fx.Node, value: Tensor, axes: str) -> str | None:

@@ -142,8 +142,9 @@ def _take(region: Region, node: fx.Node, held: set[fx.Node], cone: set[fx.Node])
         if isinstance(source, fx.Node) and pointwise.equal(value.shape[-1], outputs):
             region.views[node] = region.base(source)
             return ""
-    if value is None or not pointwise.is_pointwise(node) or not pointwise.is_written(node):
-        return f"{op} is no pointwise op"
+    reason = pointwise.obstacle(node)
+    if reason or value is None:
+        return reason
     inside = [argument for argument in node.all_input_nodes if argument in held]
     if not any(pointwise.same_shape(a.meta["val"].shape, value.shape) for a in inside):
         return f"{op} broadcasts the product"

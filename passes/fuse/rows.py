@@ -100,7 +100,7 @@ class _Writer:
         if reduces(node):
             made = self._reduction(node)
         else:
-            made = self._add(_spelled(pointwise.written(node, self.name)))
+            made = self._add(pointwise.written(node, self.name))
         if dtype in _HALVES and not pointwise.is_cast(node):
             made = self._add(cast(made, pointwise.name_of(dtype)))
         self.names[node] = made
@@ -136,20 +136,6 @@ class _Writer:
         # In two passes: what is left of a large mean has no digits to lose.
         centred = self._call("aten.sub.Tensor", value, mean)
         return self._call("aten.mean.dim", self._call("aten.mul.Tensor", centred, centred))
-
-
-def _spelled(node: EpilogueNode) -> EpilogueNode:
-    """A node whose op takes numbers where it has numbers."""
-    if node.op != "aten.where.self":
-        return node
-    kinds = tuple(isinstance(value, str) for value in node.args[1:])
-    overload = {
-        (True, True): "self",
-        (False, True): "ScalarSelf",
-        (True, False): "ScalarOther",
-        (False, False): "Scalar",
-    }[kinds]  # type: ignore[index]
-    return EpilogueNode(f"aten.where.{overload}", node.args)
 
 
 def _words(prologue: Prologue) -> list[str]:
