@@ -304,7 +304,7 @@ def _obstacle(node: fx.Node) -> str:
     if node.target is operator.getitem:
         return _NATURAL
     op = str(node.target).removesuffix(".default")
-    return f"{op} is neither pointwise nor a sum, a mean or a maximum of rows"
+    return f"{op} is neither pointwise nor a reduction of rows"
 
 
 _NATURAL = "-"
