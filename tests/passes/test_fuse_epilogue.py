@@ -330,7 +330,7 @@ _STEPS: dict[str, Callable[[random.Random, list[Tensor]], Tensor]] = {
 }
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**20))
 def test_random_graphs(seed: int) -> None:
     products = [Product(site=number) for number in range(3)]
