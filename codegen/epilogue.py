@@ -96,7 +96,7 @@ class Epilogue:
     """Pointwise work on the sums: an FX graph of ATen ops, written down.
 
     The main result is the last node (``"%acc"`` when there is none), rounded to the spec's
-    `out_dtype`. `fxquant.codegen.pointwise` turns an epilogue into an `fx.Graph` and back.
+    `out_dtype`. `fxquant.codegen.graphs` turns an epilogue into an `fx.Graph` and back.
 
     Attributes:
         operands: Further tensors that it reads.

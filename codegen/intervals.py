@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fxquant.codegen.epilogue import OPERAND_DTYPES, EpilogueNode
+from fxquant.codegen.pointwise import boxed
 
 UNIT = 2.0**-24
 """Half the distance of neighbouring float32 numbers at 1: what one rounding may be off by."""
@@ -35,11 +36,20 @@ _ARITHMETIC = {
     *("relu", "leaky_relu", "maximum", "minimum", "clamp", "clamp_min", "clamp_max", "hardtanh"),
     *("eq", "ne", "lt", "le", "gt", "ge", "logical_and", "logical_or", "logical_not"),
     *("_to_copy", "convert_element_type", "floor", "ceil", "round", "trunc", "sign", "copysign"),
+    *("isnan", "isinf", "signbit", "logical_xor", "ldexp"),
+    *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"),
 }
 """One or two roundings, of quotients on a GPU two units in the last place: `4 * UNIT`."""
 
-_RELATIVE = {"exp", "exp2", "sigmoid", "silu", "sqrt", "rsqrt", "tanh", "erf", "sin", "cos", "pow"}
+_RELATIVE = {
+    *("exp", "exp2", "expm1", "log1p", "sigmoid", "silu", "sqrt", "rsqrt", "pow", "hypot"),
+    *("erf", "erfc", "sin", "cos", "asin", "acos", "atan", "atan2"),
+    *("tanh", "sinh", "cosh", "asinh", "acosh", "atanh"),
+}
 """Functions whose error is relative to their result; that of others may be to the argument."""
+
+_COMPOSED = {"tan", "fmod", "remainder", "addcmul", "addcdiv"}
+_OF_SIGNS = {"signbit", "copysign", "atan2"}
 
 
 @dataclass(frozen=True)
@@ -83,9 +93,11 @@ def call(node: EpilogueNode, values: Mapping[str, Interval]) -> Interval:
         values: What ``%acc``, ``%in0``, ``%0`` .. are.
     """
     _, name, overload = node.op.split(".")
-    op = getattr(getattr(torch.ops.aten, name), overload)
-    places = [_candidates(value, values) for value in node.args]
-    kwargs = {key: _candidates(value, values) for key, value in node.kwargs}
+    if name in _COMPOSED or "alpha" in dict(node.kwargs) or "rounding_mode" in dict(node.kwargs):
+        return _composed(name, node, values)
+    op, tensors = getattr(getattr(torch.ops.aten, name), overload), boxed(node.op)
+    places = [_candidates(v, values, name, i in tensors) for i, v in enumerate(node.args)]
+    kwargs = {key: _candidates(v, values, name, key in tensors) for key, v in node.kwargs}
     found = []
     for point in itertools.product(*places, *kwargs.values()):
         named = dict(zip(kwargs, point[len(places) :], strict=True))
@@ -94,6 +106,9 @@ def call(node: EpilogueNode, values: Mapping[str, Interval]) -> Interval:
     if low.dtype == torch.bool:
         for value in found[1:]:
             low, high = low & value, high | value
+        if name == "isnan":
+            (x,) = [values[v] for v in node.args]
+            high = high | ((x.low == -math.inf) & (x.high == math.inf))
         return Interval(low, high)
     for value in found[1:]:
         low, high = torch.minimum(low, value), torch.maximum(high, value)
@@ -107,10 +122,69 @@ def call(node: EpilogueNode, values: Mapping[str, Interval]) -> Interval:
     return _tidy(low - slack, high + slack, certain, lost)
 
 
-def _candidates(value: Any, values: Mapping[str, Interval]) -> list[Any]:
+def _composed(name: str, node: EpilogueNode, values: Mapping[str, Interval]) -> Interval:
+    """The results of an op by those of what it is made of, each of which rounds."""
+    known = dict(values)
+
+    def then(op: str, *args: Any) -> str:
+        key = f"composed {len(known)}"
+        known[key] = call(EpilogueNode(f"aten.{op}", args), known)
+        return key
+
+    kwargs = dict(node.kwargs)
+    x, y, *rest = (*node.args, None)
+    if name == "tan":
+        found = then("div.Tensor", then("sin.default", x), then("cos.default", x))
+    elif name in ("add", "sub", "rsub"):
+        x, y = (y, x) if name == "rsub" else (x, y)
+        scaled = then("mul.Tensor", y, kwargs["alpha"])
+        found = then("add.Tensor" if name == "add" else "sub.Tensor", x, scaled)
+    elif name in ("addcmul", "addcdiv"):
+        part = then("mul.Tensor" if name == "addcmul" else "div.Tensor", y, rest[0])
+        found = then("add.Tensor", x, then("mul.Tensor", part, kwargs.get("value", 1.0)))
+    else:
+        quotient = then("div.Tensor", x, y)
+        mode = kwargs.get("rounding_mode", "floor" if name == "remainder" else "trunc")
+        whole = quotient if mode is None else then(f"{mode}.default", quotient)
+        if name == "div":
+            return known[whole]
+        return _rest(*(_interval(value, known) for value in (x, whole, y)))
+    return known[found]
+
+
+def _interval(value: Any, values: Mapping[str, Interval]) -> Interval:
+    if isinstance(value, str):
+        return values[value]
+    point = torch.tensor(value, dtype=torch.float64)
+    return Interval(point, point)
+
+
+def _rest(x: Interval, whole: Interval, y: Interval) -> Interval:
+    """What a division leaves: less than the divisor, and exactly so much where the quotient is.
+
+    A GPU rounds the product of both, and where the quotient lies next to an integer it may take
+    that one.
+    """
+    size = torch.maximum(y.low.abs(), y.high.abs())
+    slack = 8 * UNIT * (torch.maximum(x.low.abs(), x.high.abs()) + size) + _SMALLEST_NORMAL
+    q = whole.low.round()
+    corners = torch.broadcast_tensors(
+        *(a - q * b for a in (x.low, x.high) for b in (y.low, y.high))
+    )
+    least, most = torch.stack(corners).amin(0), torch.stack(corners).amax(0)
+    is_known = q == whole.high.round()
+    lost = x.low.isinf() | x.high.isinf() | (y.low * y.high <= 0) | x.low.isnan() | y.low.isnan()
+    low = torch.where(is_known, least, -size) - slack
+    high = torch.where(is_known, most, size) + slack
+    return _tidy(low, high, torch.zeros_like(lost), lost)
+
+
+def _candidates(
+    value: Any, values: Mapping[str, Interval], name: str, is_tensor: bool
+) -> list[Any]:
     """Where an op is evaluated, of one argument."""
     if not isinstance(value, str):
-        return [value]
+        return [torch.tensor(value) if is_tensor and isinstance(value, float) else value]
     if value in OPERAND_DTYPES:
         return [getattr(torch, value)]
     if value not in values:
@@ -121,6 +195,9 @@ def _candidates(value: Any, values: Mapping[str, Interval]) -> list[Any]:
     ends = [found.low, found.high]
     if found.low.dtype == torch.bool:
         return ends
+    if name in _OF_SIGNS:
+        # Which of two zeros a sum is depends on its order.
+        ends += [torch.where(end == 0, zero, end) for end in ends for zero in (0.0, -0.0)]
     # A turn inside of the interval, else one of its ends once more; NaN ends stay NaN.
     return ends + [
         torch.minimum(torch.maximum(found.low, _like(t, found)), found.high) for t in _TURNS
@@ -150,11 +227,12 @@ def _slack(name: str, size: Tensor, reach: Tensor | float) -> Tensor:
 
     Functions in C++ err by 7 units in the last place at most (tests/codegen/test_cpp_ops.py). The
     quotient that spells tanh on a GPU cancels near 0.05 to 48 `UNIT`, and a GPU's exponential
-    loses ``abs(x)`` units: it is one of ``x * log2(e)``, rounded.
+    loses ``abs(x)`` units: it is one of ``x * log2(e)``, rounded. That of erfc is of ``x * x``.
     """
     if name in _ARITHMETIC:
         return 4 * UNIT * size + _SMALLEST_NORMAL
     reach = torch.as_tensor(reach, dtype=torch.float64, device=size.device)
+    reach = reach * reach if name == "erfc" else reach
     least = _LOST_BY_SILU if name == "silu" else _SMALLEST_NORMAL
     slack = (48 + 4 * reach.clamp_max(128.0)) * UNIT * size + least
     return slack if name in _RELATIVE else slack + 16 * UNIT * reach.clamp_min(1.0)

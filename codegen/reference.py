@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fxquant.codegen.epilogue import FLOAT_DTYPES, OPERAND_DTYPES, EpilogueNode
 from fxquant.codegen.header import Header
+from fxquant.codegen.pointwise import boxed
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import decode
 
@@ -302,8 +303,9 @@ def _epilogue_lines(spec: KernelSpec) -> list[str]:
 
 def call_text(node: EpilogueNode, names: Mapping[str, str]) -> str:
     """The torch code of a pointwise node, of which `names` says what its references are called."""
-    args = [_argument(value, names) for value in node.args]
-    args += [f"{key}={_argument(value, names)}" for key, value in node.kwargs]
+    tensors = boxed(node.op)
+    args = [_argument(value, names, i in tensors) for i, value in enumerate(node.args)]
+    args += [f"{key}={_argument(value, names, key in tensors)}" for key, value in node.kwargs]
     to_float = ".float()" if _rounds(node) else ""
     return f"torch.ops.{node.op}({', '.join(args)}){to_float}"
 
@@ -313,7 +315,9 @@ def _rounds(node: EpilogueNode) -> bool:
     return any(value in FLOAT_DTYPES[:2] for value in node.values if isinstance(value, str))
 
 
-def _argument(value: Any, names: Mapping[str, str]) -> str:
+def _argument(value: Any, names: Mapping[str, str], is_tensor: bool) -> str:
+    if is_tensor and isinstance(value, float):
+        return f"torch.full((), {_argument(value, names, False)}, dtype=torch.float32)"
     if isinstance(value, str):
         if value in OPERAND_DTYPES:
             return f"torch.{value}"

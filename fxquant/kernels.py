@@ -86,11 +86,14 @@ class Kernels:
         return [self._note(d, number) for d in self.decisions if number in d.sites]
 
     def _note(self, decision: Decision, number: int) -> str:
-        others = [self.origins[other][0] for other in decision.sites if other != number]
-        beside = f" with {', '.join(others)}" if decision.kind == "join" else ""
+        beside = ""
+        if decision.kind == "join":
+            own = self.origins[number][0]
+            others = [self.origins[other][0] for other in decision.sites if other != number]
+            beside = f" with {', '.join(_seen_from(own, other) for other in others)}"
         if decision.done:
             return f"{_DONE[decision.kind]}{beside}: {decision.reason}"
-        return f"no {decision.kind} fused: {decision.reason}"
+        return f"{_NOT_DONE[decision.kind]}{beside}: {decision.reason}"
 
     def printed(self) -> list[launch.Kernel]:
         """The kernels that run, and those that were asked for and do not."""
@@ -149,3 +152,17 @@ class Kernels:
 
 
 _DONE = {"epilogue": "fused", "join": "joined", "prologue": "fused before it"}
+_NOT_DONE = {
+    "epilogue": "nothing fused after it",
+    "join": "not joined",
+    "prologue": "nothing fused before it",
+}
+
+
+def _seen_from(own: str, other: str) -> str:
+    """A module's path without what it has in common with another's: ``key`` beside ``query``."""
+    parts, beside = other.split("."), own.split(".")
+    at = 0
+    while at < min(len(parts), len(beside)) - 1 and parts[at] == beside[at]:
+        at += 1
+    return ".".join(parts[at:])

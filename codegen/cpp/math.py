@@ -9,7 +9,7 @@ error of the rounded coefficients stand in front of each function; its own error
 `tests/codegen/test_cpp_ops.py`. Quotients of polynomials have positive coefficients, so nothing
 cancels, and cost less than the one long polynomial of the same error.
 
-Sines, cosines and roots are the library's (`std::sin` is not vectorised, but right everywhere).
+What models compute seldom is the library's (`std::sin` is not vectorised, but right everywhere).
 """
 
 from __future__ import annotations
@@ -136,6 +136,25 @@ _EXPONENTIALS = {
     return scaled(madd(p, r, 1.0f), shifted);
 }
 """,
+    "lane_expm1": """
+// e^x - 1 = 2^k (e^r - 1) + 2^k - 1 with halves of these, of which 2^(k - 1) is normal up to
+// k = 128; what e^r is more than 1 comes from the same fit as `exp_fraction`.
+[[gnu::always_inline]] static inline float lane_expm1(float x) {
+    const float z = at_most(at_least(x, -86.0f), 89.0f);
+    const float shifted = madd(z, 1.44269504f, 12582912.0f);
+    const float k = shifted - 12582912.0f;
+    const float r = madd(k, 2.12194440e-4f, madd(k, -0.693359375f, z));
+    float p = 0.0013813145f;
+    p = madd(p, r, 0.008369419f);
+    p = madd(p, r, 0.041668456f);
+    p = madd(p, r, 0.16666515f);
+    p = madd(p, r, 0.49999994f);
+    const float more = madd(p * r, r, r);
+    const float half = float_of((bits_of(shifted) - 0x4b400000u + 126u) << 23);
+    const float halved = madd(half, more, half - 0.5f);
+    return k == 0.0f ? more : halved + halved;
+}
+""",
     "one_plus_exp_of_minus": """
 // 1 + e^-x, for quotients: e^-x stays at 4e-38 where it does not change the sum, and one step
 // makes 2^k: half of it, which is normal up to k = 128, with e^r doubled.
@@ -193,6 +212,14 @@ _LOGARITHMS = {
     const float square = f * f;
     const float rest = madd(square, madd(p, f, -0.5f), k * -2.12194440e-4f);
     return log_edges(x, madd(k, 0.693359375f, f + rest));
+}
+""",
+    "lane_log1p": """
+// log(1 + x); the rounding of 1 + x goes out of the quotient (Kahan).
+[[gnu::always_inline]] static inline float lane_log1p(float x) {
+    const float grown = 1.0f + x;
+    const float value = lane_log(grown) * (x / (grown - 1.0f));
+    return (grown == 1.0f) | (x == INFINITY) ? x : value;
 }
 """,
     "lane_log2": """
@@ -253,6 +280,15 @@ _LOGARITHMS = {
     const float turned = odd ? std::copysign(power, x) : power;
     const float real = (x < 0.0f) & !whole & (x > -INFINITY) ? NAN : turned;
     return (x == 1.0f) | (y == 0.0f) ? 1.0f : ((x != x) | (y != y) ? x + y : real);
+}
+""",
+}
+
+_SIGNS = {
+    "lane_sign": """
+// 0 of NaN too.
+[[gnu::always_inline]] static inline float lane_sign(float x) {
+    return float(x > 0.0f) - float(x < 0.0f);
 }
 """,
 }
@@ -320,7 +356,7 @@ _SIGMOIDS = {
 """,
 }
 
-PRELUDE = {**_BITS, **halves.PRELUDE, **_EXPONENTIALS, **_LOGARITHMS, **_SIGMOIDS}
+PRELUDE = {**_BITS, **halves.PRELUDE, **_EXPONENTIALS, **_LOGARITHMS, **_SIGNS, **_SIGMOIDS}
 """Helper functions by name; a text may call those that stand before it."""
 
 _WORD = re.compile(r"\w+(?=\()")

@@ -8,21 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from fxquant.codegen.epilogue import Epilogue, EpilogueNode
+from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.pointwise import Ops
 
 _STANDARD = {
     "abs": "std::fabs",
-    "sqrt": "std::sqrt",
-    "sin": "std::sin",
-    "cos": "std::cos",
-    "floor": "std::floor",
-    "ceil": "std::ceil",
+    "round": "std::nearbyint",
+    **{name: f"std::{name}" for name in ("ceil", "floor", "sqrt", "trunc")},
+    **{name: f"std::{name}" for name in ("acos", "asin", "atan", "cos", "sin", "tan")},
+    **{name: f"std::{name}" for name in ("acosh", "asinh", "atanh", "cosh", "sinh")},
+    **{name: f"std::{name}" for name in ("erfc", "log10", "signbit")},
+    **{name: f"std::{name}" for name in ("atan2", "copysign", "fmod", "hypot")},
 }
-_COMPARISONS = {"eq", "ne", "lt", "le", "gt", "ge"}
-_LOGICAL = {"logical_and", "logical_or", "logical_not"}
-# Of two booleans torch makes a boolean: the sum is `or`, and so on.
-_OF_BOOLEANS = {"add": "|", "maximum": "|", "mul": "&", "minimum": "&"}
+"""Functions of the standard library, of which compilers vectorise few."""
 
 
 class Constant(str):
@@ -53,36 +51,10 @@ def constant(value: float) -> Constant:
 class CppOps(Ops):
     """Texts over ``float`` and ``bool`` values of one lane.
 
-    Attributes:
-        prelude: Helpers of `fxquant.codegen.cpp.math` that the texts call.
-        booleans: The names that stand for ``bool``; every other is a ``float``.
+    `prelude` names helpers of `fxquant.codegen.cpp.math`.
     """
 
     target = "C++"
-
-    def __init__(self, booleans: Sequence[str] = ()) -> None:
-        super().__init__()
-        self.booleans = set(booleans)
-
-    def call(self, node: EpilogueNode, names: Mapping[str, str]) -> str:
-        """The text of one node."""
-        name = node.op.split(".")[1]
-        if self.is_boolean(node, names) and name in _OF_BOOLEANS:
-            first, second = (names[value] for value in node.args)
-            return f"({first} {_OF_BOOLEANS[name]} {second})"
-        if name not in {"where", "_to_copy", "convert_element_type", *_LOGICAL}:
-            names = {key: self._number(text) for key, text in names.items()}
-        return super().call(node, names)
-
-    def is_boolean(self, node: EpilogueNode, names: Mapping[str, str]) -> bool:
-        """Whether a node's result is a ``bool``."""
-        name = node.op.split(".")[1]
-        if name in _COMPARISONS | _LOGICAL or "bool" in node.values:
-            return True
-        values = node.args[1:] if name == "where" else node.args
-        return name in {"where", *_OF_BOOLEANS} and all(
-            isinstance(value, str) and names[value] in self.booleans for value in values
-        )
 
     def argument(self, value: Any, names: Mapping[str, str]) -> Any:
         """The text of an argument; None and dtype names stay as they are."""
@@ -97,7 +69,7 @@ class CppOps(Ops):
     def cast(self, x: str, dtype: str) -> str:
         """Rounds to a dtype and back."""
         if dtype == "bool":
-            return self._condition(x)
+            return self.condition(x)
         short = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
         return self._helper(f"from_{short}", self._helper(f"to_{short}", x))
 
@@ -108,7 +80,7 @@ class CppOps(Ops):
     def function(self, name: str, *args: str) -> str:
         """Functions of the standard library that vectorise, and those of the prelude."""
         if name in _STANDARD:
-            return f"{_STANDARD[name]}({args[0]})"
+            return f"{_STANDARD[name]}({', '.join(args)})"
         if name == "rsqrt":
             return f"(1.0f / std::sqrt({args[0]}))"
         if name == "pow":
@@ -119,17 +91,9 @@ class CppOps(Ops):
 
     # --- operators that differ ---
 
-    def logical_and(self, x: str, y: str) -> str:
-        """Both are not zero."""
-        return f"({self._condition(x)} & {self._condition(y)})"
-
-    def logical_or(self, x: str, y: str) -> str:
-        """Either is not zero."""
-        return f"({self._condition(x)} | {self._condition(y)})"
-
     def logical_not(self, x: str) -> str:
         """Zero."""
-        return f"(!{x})" if x in self.booleans else f"({x} == 0.0f)"
+        return f"(!{x})" if x in self.booleans else super().logical_not(x)
 
     def hardtanh(self, x: str, min_val: str | None = None, max_val: str | None = None) -> str:
         """Limits to an interval."""
@@ -154,20 +118,13 @@ class CppOps(Ops):
         )
 
     def _to_copy(self, x: str, dtype: str | None = None) -> str:
-        return super()._to_copy(x if dtype in (None, "bool") else self._number(x), dtype)
+        return super()._to_copy(x if dtype in (None, "bool") else self.number(x), dtype)
 
     # --- parts ---
 
     def _helper(self, name: str, *args: str) -> str:
         self.prelude.add(name)
         return f"{name}({', '.join(args)})"
-
-    def _number(self, x: str) -> str:
-        """A choice, which compilers vectorise; they do not vectorise conversions of bool."""
-        return f"({x} ? 1.0f : 0.0f)" if x in self.booleans else x
-
-    def _condition(self, x: str) -> str:
-        return x if x in self.booleans else f"({x} != 0.0f)"
 
     def _extreme(self, name: str, x: str, y: str) -> str:
         """One comparison is enough against a constant."""
@@ -228,10 +185,9 @@ def epilogue_lines(
     lines = []
     for number, node in enumerate(epilogue.nodes):
         result = f"v{number}"
-        kind = "bool" if ops.is_boolean(node, names) else "float"
-        lines.append(f"const {kind} {result} = {ops.call(node, names)};")
-        if kind == "bool":
-            ops.booleans.add(result)
+        text = ops.call(node, names, result)
+        kind = "bool" if result in ops.booleans else "float"
+        lines.append(f"const {kind} {result} = {text};")
         names[f"%{number}"] = result
     results = [epilogue.result, *(result.value for result in epilogue.more)]
     return lines, [names[result] for result in results], ops.prelude

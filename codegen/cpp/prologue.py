@@ -192,10 +192,8 @@ class _Printer:
 
     def _statement(self, number: int, node: EpilogueNode) -> str:
         name = self.names[f"%{number}"]
-        kind = "bool" if self.ops.is_boolean(node, self.names) else "float"
-        text = self.ops.call(node, self.names)
-        if kind == "bool":
-            self.ops.booleans.add(name)
+        text = self.ops.call(node, self.names, name)
+        kind = "bool" if name in self.ops.booleans else "float"
         return f"const {kind} {name} = {bare(text)};"
 
     def _loop(self, loop: int) -> list[str]:

@@ -56,7 +56,8 @@ def print_finish(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     n = spec.weight.n
     whole_n = plan.whole_n and (n % REDUCE_BLOCK == 0 or not plan.splits)
     tests = {"m": "(m < rows)", "n": "" if whole_n else f"(n < {n})"}
-    ops = TritonOps()
+    operands = enumerate(spec.epilogue.operands)
+    ops = TritonOps(f"value{number}" for number, operand in operands if operand.dtype == "bool")
     names = {f"%acc{mark}": f"acc{mark}" for mark in marks(spec)}
     body = Lines()
     for number, operand in enumerate(spec.epilogue.operands):
@@ -69,7 +70,7 @@ def print_finish(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         body.add(f"value{number} = tl.load(in{number}{where}{mask}){kind}")
     for number, node in enumerate(spec.epilogue.nodes):
         names[f"%{number}"] = f"v{number}"
-        text = ops.call(node, names)
+        text = ops.call(node, names, f"v{number}")
         body.add(f"v{number} = {text[1:-1] if _is_wrapped(text) else text}")
     for helper in sorted(ops.prelude):
         out.add("", *PRELUDE[helper].splitlines())

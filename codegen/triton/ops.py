@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 
 from fxquant.codegen.pointwise import Ops
+from fxquant.codegen.triton.functions import PRELUDE, needed
+
+__all__ = ["PRELUDE", "TritonOps"]
 
 _BUILTIN = {
     "abs": "tl.abs",
@@ -20,31 +23,23 @@ _BUILTIN = {
     "floor": "tl.floor",
     "ceil": "tl.ceil",
 }
-
-PRELUDE = {
-    "tanh": '''
-@triton.jit
-def tanh(x):
-    """Hyperbolic tangent; a series where the quotient would cancel."""
-    decay = tl.exp(-2.0 * tl.abs(x))
-    quotient = (1.0 - decay) / (1.0 + decay)
-    square = x * x
-    series = x * (1.0 + square * (-1.0 / 3.0 + square * (2.0 / 15.0)))
-    return tl.where(tl.abs(x) < 0.05, series, tl.where(x < 0.0, -quotient, quotient))
-''',
-    "power": '''
-@triton.jit
-def power(x, y):
-    """``x ** y`` as C defines it: signs for whole exponents, NaN for roots of negatives."""
-    x, y = tl.broadcast(x, y)
-    zero = tl.where(y > 0.0, 0.0, float("inf"))
-    size = tl.where(x == 0.0, zero, tl.exp2(y * tl.log2(tl.where(x == 0.0, 1.0, tl.abs(x)))))
-    odd = tl.floor(y * 0.5) * 2.0 != y
-    signed = tl.where(tl.floor(y) == y, tl.where(odd, -size, size), float("nan"))
-    return tl.where((y == 0.0) | (x == 1.0), 1.0, tl.where(x < 0.0, signed, size))
-''',
+_PRINTED = {
+    **{name: name for name in PRELUDE},
+    "pow": "power",
+    "expm1": "exp_minus_one",
+    "log1p": "log_one_plus",
+    "signbit": "is_negative",
+    "round": "round_to_even",
+    "atan2": "angle",
+    "atan": "arctangent",
+    "asin": "arcsine",
+    "acos": "arccosine",
+    "tan": "tangent",
+    "asinh": "arsinh",
+    "acosh": "arcosh",
+    "atanh": "artanh",
 }
-"""Helper functions that the texts below call, by name."""
+"""What functions that Triton has not are called where they are printed."""
 
 
 class TritonOps(Ops):
@@ -55,7 +50,7 @@ class TritonOps(Ops):
     def cast(self, x: str, dtype: str) -> str:
         """Rounds to a dtype and back."""
         if dtype == "bool":
-            return f"({x} != 0.0)"
+            return self.condition(x)
         return f"{x}.to(tl.{dtype}).to(tl.float32)"
 
     def where(self, condition: str, x: str, y: str) -> str:
@@ -68,16 +63,15 @@ class TritonOps(Ops):
             return f"{_BUILTIN[name]}({args[0]})"
         if name in ("maximum", "minimum"):
             return f"tl.{name}({args[0]}, {args[1]}, propagate_nan=tl.PropagateNan.ALL)"
+        if name == "log10":
+            return self.mul(self.function("log", *args), self.constant(1 / math.log(10)))
+        if name == "fmod":
+            return f"({args[0]} % {args[1]})"
         if name == "pow":
             return self._power(*args)
-        self.prelude.add(name)
-        return f"{name}({', '.join(args)})"
+        return self._helper(name, *args)
 
     def _power(self, x: str, y: str) -> str:
-        try:
-            exponent = float(y)
-        except ValueError:
-            exponent = math.nan
         plain = {
             1.0: x,
             2.0: f"({x} * {x})",
@@ -86,13 +80,17 @@ class TritonOps(Ops):
             -1.0: f"(1.0 / {x})",
             -0.5: f"tl.rsqrt({x})",
         }
-        if exponent in plain:
-            return plain[exponent]
-        self.prelude.add("power")
-        wrapped = [
-            a if math.isnan(_number(a)) else f"tl.full((1, 1), {a}, tl.float32)" for a in (x, y)
+        exponent = _number(y)
+        return plain[exponent] if exponent in plain else self._helper("pow", x, y)
+
+    def _helper(self, name: str, *args: str) -> str:
+        """A call of a function of `PRELUDE`, whose arguments are tensors."""
+        name = _PRINTED[name]
+        self.prelude |= needed(name)
+        tensors = [
+            a if math.isnan(_number(a)) else f"tl.full((1, 1), {a}, tl.float32)" for a in args
         ]
-        return f"power({', '.join(wrapped)})"
+        return f"{name}({', '.join(tensors)})"
 
 
 def _number(text: str) -> float:

@@ -64,7 +64,8 @@ class _Printer:
     def __init__(self, spec: QuantizeSpec, prologue: Prologue) -> None:
         self.spec, self.prologue = spec, prologue
         self.names, self.dims = prologue.names, prologue.dims
-        self.ops = TritonOps()
+        operands = enumerate(prologue.operands)
+        self.ops = TritonOps(f"value{i}" for i, operand in operands if operand.dtype == "bool")
         self.block_m, self.block_k = tile(spec.k)
         tests = {
             "m": "m < rows" if self.block_m > 1 else "",
@@ -138,7 +139,7 @@ class _Printer:
 
     def add_node(self, out: Lines, name: str, node: EpilogueNode, names: dict[str, str]) -> None:
         if not is_reduction(node):
-            out.add(f"{names[name]} = {bare(self.ops.call(node, names))}")
+            out.add(f"{names[name]} = {bare(self.ops.call(node, names, names[name]))}")
             return
         (value,) = references(node)
         kind, text = REDUCTIONS[node.op], names[value]

@@ -171,11 +171,9 @@ class _Growth:
             return "a write to a tensor comes between"
         if any(user in feeding for user in node.users):
             return f"what {op} gives is also computed with outside, and comes back"
-        known = reduces(node) or is_view(node)
-        if not known and not (pointwise.is_pointwise(node) and pointwise.is_written(node)):
-            if node.target is operator.getitem:
-                return _NATURAL
-            return f"{op} is neither pointwise nor a sum, a mean or a maximum of rows"
+        obstacle = _obstacle(node)
+        if obstacle:
+            return obstacle
         wanted = self._sizes_of_inputs(node)
         if wanted is None and is_view(node):
             return f"{op} cuts rows in another way"
@@ -294,6 +292,19 @@ class _Growth:
         order = self.order()
         more = sorted(self.more, key=self.at.__getitem__)
         return Ancestry(self.x, order, self.sizes, self.kept, more, self.ends, self.place())
+
+
+def _obstacle(node: fx.Node) -> str:
+    """Why an op is none of prologues, in a clause, or ``""``."""
+    if reduces(node) or is_view(node):
+        return ""
+    obstacle = pointwise.obstacle(node)
+    if not obstacle or pointwise.is_pointwise_in_torch(node):
+        return obstacle
+    if node.target is operator.getitem:
+        return _NATURAL
+    op = str(node.target).removesuffix(".default")
+    return f"{op} is neither pointwise nor a reduction of rows"
 
 
 _NATURAL = "-"

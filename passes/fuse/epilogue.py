@@ -26,6 +26,7 @@ from fxquant.passes import values
 from fxquant.passes.fuse import pointwise
 from fxquant.passes.fuse.decisions import SITES, Decision
 from fxquant.passes.fuse.region import MAX_RESULTS, Order, Region, grow
+from fxquant.passes.fuse.words import words
 
 _fxquant = torch.ops.fxquant
 
@@ -47,9 +48,36 @@ def join(graph: fx.Graph) -> list[Decision]:
         if len(left) < 2:
             continue
         region = grow(left[:MAX_RESULTS], _axes(left[0]), order)
-        if region is not None and len(region.results()) <= MAX_RESULTS:
+        if region is None:
+            reason = "one of them needs another's result, or a tensor is written to between them"
+            sites = tuple(site for node in left for site in node.meta[SITES])
+            made.append(Decision("join", sites, done=False, reason=reason))
+        elif len(region.results()) <= MAX_RESULTS:
             made.append(_rewrite(graph, region, order, "join"))
             order = Order(graph)
+    return [*made, *_apart(graph)]
+
+
+def _apart(graph: fx.Graph) -> list[Decision]:
+    """Why products that still have an activation in common were not joined."""
+    sharing: dict[fx.Node, list[fx.Node]] = {}
+    for op in (_fxquant.launch.default, _fxquant.launch_several.default):
+        for node in graph.find_nodes(op="call_function", target=op):
+            sharing.setdefault(node.args[0], []).append(node)
+    made = []
+    for nodes in sharing.values():
+        specs = [_spec(node) for node in nodes]
+        if len(nodes) < 2:
+            continue
+        if any(spec.outliers is not None for spec in specs):
+            reason = "each finds its outlier columns itself"
+        elif len({spec.weight for spec in specs}) > 1:
+            sizes = ", ".join(dict.fromkeys(f"{s.weight.n}x{s.weight.k}" for s in specs))
+            reason = f"a kernel takes weights of one form, and these are {sizes}"
+        else:
+            continue
+        sites = tuple(site for node in nodes for site in node.meta[SITES])
+        made.append(Decision("join", sites, done=False, reason=reason))
     return made
 
 
@@ -159,14 +187,14 @@ def _rewrite(graph: fx.Graph, region: Region, order: Order, kind: str) -> Decisi
     results = writer.results()
     dtypes = [pointwise.name_of(node.meta["val"].dtype) for node in results]
     more = [EpilogueResult(writer.names[n], d) for n, d in zip(results, dtypes, strict=True)][1:]
-    first, words = _spec(region.seeds[0]), pointwise.words(region.nodes)
+    first, said = _spec(region.seeds[0]), _words(region)
     joined = ["join"] if len(region.seeds) > 1 else []
     spec = dataclasses.replace(
         first,
         epilogue=Epilogue(tuple(writer.operands), tuple(writer.nodes), tuple(more)),
         out_dtype=dtypes[0],
         weights=len(region.seeds),
-        name="_".join([first.name, *joined, *words])[:80],
+        name="_".join([first.name, *joined, *said])[:80],
     )
     x, _, extra = region.seeds[0].args[:3]
     weight = [part for seed in region.seeds for part in seed.args[1]]  # type: ignore[union-attr]
@@ -181,16 +209,26 @@ def _rewrite(graph: fx.Graph, region: Region, order: Order, kind: str) -> Decisi
     if more:
         with graph.inserting_after(fused):
             new = values.pieces(fused, len(results))
-    for old, given in zip(results, new, strict=True):
-        old.replace_all_uses_with(_shaped(region, given, old))
-    _settle(start, fused)
+    shaped = [_shaped(region, each, old) for each, old in zip(new, results, strict=True)]
+    for old, each in zip(results, shaped, strict=True):
+        old.replace_all_uses_with(each)
+    _settle(start, fused, {*new, *shaped})
     inside = (*region.seeds, *region.nodes, *region.views)
     for node in sorted(inside, key=order.at.__getitem__, reverse=True):
         if not node.users:
             graph.erase_node(node)
-    said = ", ".join(words) or f"{len(region.seeds)} products in one kernel"
+    plain = f"{len(region.seeds)} products in one kernel" if joined else "arithmetic with numbers"
     end = f"; then {region.ends[0]}" if region.ends else ""
-    return Decision(kind, fused.meta[SITES], done=True, reason=f"{said}{end}")
+    reason = f"{', '.join(said) or plain}{end}"
+    return Decision(kind, fused.meta[SITES], done=True, reason=reason)
+
+
+def _words(region: Region) -> list[str]:
+    ops = []
+    for node in region.nodes:
+        tensors = [each for each in node.all_input_nodes if pointwise.constant(each) is None]
+        ops.append((str(node.target).split(".")[1], len(tensors)))
+    return words(ops)
 
 
 def _shaped(region: Region, given: fx.Node, old: fx.Node) -> fx.Node:
@@ -204,13 +242,17 @@ def _shaped(region: Region, given: fx.Node, old: fx.Node) -> fx.Node:
         return values.emit(given.graph, old, torch.ops.aten.reshape.default, given, sizes)
 
 
-def _settle(start: fx.Node, fused: fx.Node) -> None:
-    """Moves what reads a new node, and stands between a node and the new one, behind it."""
-    late, last = {fused}, fused
-    node = fused.next
-    while node.op != "output" and node.all_input_nodes and set(node.all_input_nodes) & late:
-        late.add(node)
-        last, node = node, node.next
+def _settle(start: fx.Node, fused: fx.Node, parts: set[fx.Node]) -> None:
+    """Moves what reads a new node, and stands between a node and the new one, behind it.
+
+    Args:
+        start: From where on nodes stand that may read it.
+        fused: The new node.
+        parts: Its results, which follow it.
+    """
+    late, last = {fused, *parts}, fused
+    while last.next in parts:
+        last = last.next
     node = start
     while node is not fused:
         following = node.next

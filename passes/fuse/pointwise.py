@@ -73,20 +73,40 @@ def written(node: fx.Node, name: Callable[[fx.Node], str]) -> EpilogueNode:
 
 def constant(node: fx.Node) -> float | None:
     """The number that a tensor of one element is made of, or None."""
-    if node.target is _aten.full.default and node.meta["val"].dtype in _REAL:
-        shape, number = node.args[:2]
-        if isinstance(number, (int, float)) and math.prod(shape) == 1:  # type: ignore[arg-type]
-            return float(number)
-    return None
+    if node.target not in (_aten.full.default, _aten.scalar_tensor.default):
+        return None
+    value, number = node.meta["val"], node.args[-1]
+    is_one = math.prod(value.shape) == 1 and value.dtype in _REAL
+    return float(number) if is_one and isinstance(number, (int, float)) else None
 
 
 _REAL = tuple(getattr(torch, name) for name in FLOAT_DTYPES)
 
 
+def obstacle(node: fx.Node) -> str:
+    """Why an op is none that kernels compute, in a clause, or ``""``."""
+    op, value = str(node.target).removesuffix(".default"), tensor_of(node)
+    if node.op == "call_function" and value is not None and is_pointwise_in_torch(node):
+        if name_of(value.dtype) not in OPERAND_DTYPES:
+            return f"{op} gives {name_of(value.dtype)}"
+        if not is_pointwise(node):
+            return f"{op} has no entry in the table of pointwise ops"
+        if not is_written(node):
+            return f"{op} has no entry for these arguments"
+    return "" if is_pointwise(node) else f"{op} is no pointwise op"
+
+
+def is_pointwise_in_torch(node: fx.Node) -> bool:
+    """Whether torch calls an op pointwise, of the shared table or not."""
+    return is_cast(node) or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
 def is_written(node: fx.Node) -> bool:
-    """Whether all arguments of a pointwise node can be written down: numbers, dtypes and nodes."""
+    """Whether a pointwise node can be written down: numbers, dtypes and nodes are its arguments."""
     plain = (fx.Node, int, float, str, torch.dtype, type(None))
-    return all(isinstance(value, plain) for value in (*node.args, *node.kwargs.values()))
+    if not all(isinstance(value, plain) for value in (*node.args, *node.kwargs.values())):
+        return False
+    return pointwise.is_spelled(written(node, lambda _: "%in0"))
 
 
 def operand_axes(node: fx.Node, value: Tensor, axes: str) -> str | None:
@@ -137,24 +157,3 @@ def equal(a: Any, b: Any) -> bool:
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are known to be equal."""
     return len(a) == len(b) and all(map(equal, a, b))
-
-
-def words(nodes: Sequence[fx.Node]) -> list[str]:
-    """What pointwise ops do, for people: Inductor's ops spell activations out."""
-    found: list[str] = []
-    for node in nodes:
-        name = str(node.target).split(".")[1]
-        tensors = [n for n in node.all_input_nodes if constant(n) is None]
-        if is_cast(node) or (name in _ARITHMETIC and len(tensors) < 2):
-            continue
-        if name == "div" and "exp" in found:
-            found.remove("exp")
-            name = "silu"
-        elif name == "mul" and found[-1:] == ["erf"]:
-            found.pop()
-            name = "gelu"
-        found.append(name)
-    return list(dict.fromkeys(found))
-
-
-_ARITHMETIC = ("add", "sub", "mul", "div", "neg", "pow", "rsub")

@@ -67,7 +67,7 @@ def prologues(graph: fx.Graph) -> list[Decision]:
         ancestry = grow(graph, seed.x, seed.readers)
         written = write(ancestry, seed.spec)
         if written is None:
-            reason = _ends(ancestry) or "nothing makes it but a product"
+            reason = _ends(ancestry) or "a product makes it, or the caller"
             made.append(Decision(_KIND, seed.sites, done=False, reason=reason))
             continue
         _rewrite(graph, seed, ancestry, written)

@@ -142,8 +142,9 @@ def _take(region: Region, node: fx.Node, held: set[fx.Node], cone: set[fx.Node])
         if isinstance(source, fx.Node) and pointwise.equal(value.shape[-1], outputs):
             region.views[node] = region.base(source)
             return ""
-    if value is None or not pointwise.is_pointwise(node) or not pointwise.is_written(node):
-        return f"{op} is no pointwise op"
+    reason = _obstacle(node)
+    if reason or value is None:
+        return reason
     inside = [argument for argument in node.all_input_nodes if argument in held]
     if not any(pointwise.same_shape(a.meta["val"].shape, value.shape) for a in inside):
         return f"{op} broadcasts the product"
@@ -162,13 +163,22 @@ def _take(region: Region, node: fx.Node, held: set[fx.Node], cone: set[fx.Node])
     return ""
 
 
+def _obstacle(node: fx.Node) -> str:
+    """Why no epilogue has an op, in a clause, or ``""``."""
+    if str(node.target).startswith("fxquant."):
+        return "the next product"
+    if node.target in pointwise.VIEWS:
+        return f"{str(node.target).removesuffix('.default')} into another shape"
+    return pointwise.obstacle(node)
+
+
 def _trim(region: Region) -> None:
     """Gives back what does not pay, or cannot be a result."""
     while True:
         results = region.results()
         poor = [node for node in results if node in region.nodes and _is_poor(region, node)]
         if not poor and len(results) > MAX_RESULTS and region.nodes:
-            region.ends.append(f"{len(results)} values would be results")
+            region.ends.insert(0, f"{len(results)} values would be results")
             poor = region.nodes[-1:]
         if not poor:
             return

@@ -11,10 +11,11 @@ from torch import fx
 
 from fxquant import errors
 from fxquant.codegen.epilogue import EpilogueNode, EpilogueResult
-from fxquant.codegen.prologue import Prologue, PrologueOperand, cast
+from fxquant.codegen.prologue import Prologue, PrologueOperand, cast, references
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.passes.fuse import pointwise
 from fxquant.passes.fuse.ancestry import REDUCTIONS, Ancestry, inputs_of, is_alias, moments, reduces
+from fxquant.passes.fuse.words import words
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -61,10 +62,10 @@ def write(ancestry: Ancestry, spec: QuantizeSpec) -> Written | None:
     if not _has_shape(ancestry, writer.tensors):
         ancestry.ends.insert(0, "its rows are counted in another way than those it is made of")
         return None
-    words = _words(prologue)
-    name = f"{'_'.join(words)}_{spec.name}"[:80]
+    said = _words(prologue)
+    name = f"{'_'.join(said)}_{spec.name}"[:80]
     spec = dataclasses.replace(spec, prologue=prologue, name=name)
-    return Written(spec, writer.tensors, ancestry.more, " ".join(words).replace("_", " "))
+    return Written(spec, writer.tensors, ancestry.more, " ".join(said).replace("_", " "))
 
 
 def _has_shape(ancestry: Ancestry, operands: list[fx.Node]) -> bool:
@@ -100,7 +101,7 @@ class _Writer:
         if reduces(node):
             made = self._reduction(node)
         else:
-            made = self._add(_spelled(pointwise.written(node, self.name)))
+            made = self._add(pointwise.written(node, self.name))
         if dtype in _HALVES and not pointwise.is_cast(node):
             made = self._add(cast(made, pointwise.name_of(dtype)))
         self.names[node] = made
@@ -138,27 +139,12 @@ class _Writer:
         return self._call("aten.mean.dim", self._call("aten.mul.Tensor", centred, centred))
 
 
-def _spelled(node: EpilogueNode) -> EpilogueNode:
-    """A node whose op takes numbers where it has numbers."""
-    if node.op != "aten.where.self":
-        return node
-    kinds = tuple(isinstance(value, str) for value in node.args[1:])
-    overload = {
-        (True, True): "self",
-        (False, True): "ScalarSelf",
-        (True, False): "ScalarOther",
-        (False, False): "Scalar",
-    }[kinds]  # type: ignore[index]
-    return EpilogueNode(f"aten.where.{overload}", node.args)
-
-
 def _words(prologue: Prologue) -> list[str]:
     """What a prologue does: norms by their names, else the ops."""
-    ops = [node.op.split(".")[1] for node in prologue.nodes if node.op != "aten._to_copy.default"]
-    words = []
-    if ops[:1] == ["add"]:
-        words.append("add")
-    if "rsqrt" in ops and "mean" in ops:
-        return [*words, "layer_norm" if ops.count("mean") > 1 else "rms_norm"]
-    found = list(dict.fromkeys(ops)) or ["cast"]
+    ops = [(node.op.split(".")[1], len(set(references(node)))) for node in prologue.nodes]
+    names = [name for name, _ in ops]
+    if "rsqrt" in names and "mean" in names:
+        norm = "layer_norm" if names.count("mean") > 1 else "rms_norm"
+        return ["add", norm] if names[:1] == ["add"] else [norm]
+    found = words(ops) or ["scaled" if set(names) - {"_to_copy"} else "cast"]
     return found if len(found) < 5 else [*found[:4], "and_more"]

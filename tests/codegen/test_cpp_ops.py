@@ -95,6 +95,8 @@ FUNCTIONS = {
     "lane_tanh": (torch.tanh, 6.0),
     "lane_sigmoid": (torch.sigmoid, 3.0),
     "lane_silu": (torch.nn.functional.silu, 3.0),
+    "lane_expm1": (torch.expm1, 4.0),
+    "lane_log1p": (torch.log1p, 4.0),
 }
 CONSTANTS = (0.0, -0.0, 0.1, -1.5, 1 / 3, 1e-45, 3.4028235e38, 1e39, 16777217.0, 1e-4, INF, -INF)
 UNCHANGED = ("logical", "eq", "power 1")
@@ -145,9 +147,9 @@ def source():
         lines, (result,), used = epilogue_lines(written(nodes), ["in0", "in1"])
         assert used <= helpers.PRELUDE.keys()
         head = "float acc = x[i], in0 = y[i]; bool in1 = flags[i] != 0; (void)in0, (void)in1;"
-        parts.append(
-            loop(f"case_{number}", floats, "\n        ".join([head, *lines, f"out[i] = {result};"]))
-        )
+        unused = [f"(void)v{node};" for node in range(len(lines))]
+        body = [head, *lines, *unused, f"out[i] = {result};"]
+        parts.append(loop(f"case_{number}", floats, "\n        ".join(body)))
     parts += [
         loop(f"run_{name}", "const float* x", f"out[i] = {name}(x[i]);")
         for name in (*FUNCTIONS, "lane_gelu")

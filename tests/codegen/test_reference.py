@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxquant.codegen import RENDERERS, Header, pointwise, reference
+from fxquant.codegen import RENDERERS, Header, graphs, reference
 from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import Encoding, decode
@@ -123,7 +123,7 @@ def test_several_weights_are_several_products_and_one_epilogue(spec):
     operands = len(spec.epilogue.operands)
     alone = dataclasses.replace(spec, weights=1, epilogue=Epilogue(), out_dtype="float32")
     sums = [reference.run(alone, x, one, extra[operands:]) for one in stored]
-    graph = fx.GraphModule(torch.nn.Module(), pointwise.to_fx(spec.epilogue))
+    graph = fx.GraphModule(torch.nn.Module(), graphs.to_fx(spec.epilogue))
     want = results(graph(*sums[: spec.epilogue.sums], *(t.float() for t in extra[:operands])))
     dtypes = [spec.out_dtype, *(result.dtype for result in spec.epilogue.more)]
     assert [t.dtype for t in got] == [getattr(torch, dtype) for dtype in dtypes]

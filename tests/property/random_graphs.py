@@ -41,6 +41,24 @@ UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "mish": F.mish,
     "elu": F.elu,
     "dropout": lambda x: F.dropout(x, 0.5, training=False),
+    "logsigmoid": F.logsigmoid,
+    "softshrink": lambda x: F.softshrink(x, 0.3),
+    "selu": F.selu,
+    "sinh": lambda x: torch.sinh(torch.tanh(x)),
+    "cosh": lambda x: torch.cosh(torch.tanh(x)),
+    "tan": lambda x: torch.tan(torch.tanh(x)),
+    "atan": torch.atan,
+    "asin": lambda x: torch.asin(torch.tanh(x) * 0.9),
+    "acos": lambda x: torch.acos(torch.tanh(x) * 0.9),
+    "asinh": torch.asinh,
+    "acosh": lambda x: torch.acosh(x.abs() + 1.1),
+    "atanh": lambda x: torch.atanh(torch.tanh(x) * 0.9),
+    "erfc": torch.erfc,
+    "expm1": lambda x: torch.expm1(-x.abs()),
+    "log10": lambda x: torch.log10(x.abs() + 1),
+    "masked": lambda x: x.masked_fill((x > 0) & ~(x > 1) | (x < -1), -0.25),
+    "finite": lambda x: torch.where(torch.isfinite(x), x, 0.0),
+    "mean of flags": lambda x: x * ((x > 0).float() + (x > 0.5)),
 }
 BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add": torch.add,
@@ -52,6 +70,12 @@ BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "where": lambda x, y: torch.where(x > y, x, y * 0.5),
     "alpha": lambda x, y: torch.add(x, y, alpha=0.3),
     "lerp": lambda x, y: torch.lerp(x, y, 0.25),
+    "addcmul": lambda x, y: torch.addcmul(x, torch.tanh(y), torch.sigmoid(x), value=0.3),
+    "addcdiv": lambda x, y: torch.addcdiv(x, y, 1 + y.abs(), value=-0.5),
+    "hypot": torch.hypot,
+    "atan2": lambda x, y: torch.atan2(x, y.abs() + 0.5),
+    "logaddexp": torch.logaddexp,
+    "xor": lambda x, y: torch.where((x > 0) ^ (y > 0), x, y),
 }
 NORMS = ("layer", "rms", "written", "softmax")
 IN_PLACE = ("add", "mul", "relu", "index", "copy")
