@@ -24,13 +24,14 @@ from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context
 from fxquant.passes.fuse import STEPS, Fuse, settle
 from fxquant.passes.sources import DerivedPart, PackedPart, Tools, evaluate
-from fxquant.runtime import cache, dump, ops, targets
+from fxquant.runtime import cache, direct, dump, ops, targets
 from fxquant.runtime.graph import CompiledGraph, Derived, Slot, Source
 from fxquant.runtime.store import STORE
 
 LOG = logging.getLogger("fxquant.backend")
 
 assert ops  # imported for its registrations
+direct.register()
 
 
 def fxquant(
