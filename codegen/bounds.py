@@ -55,6 +55,8 @@ class _Call:
     x: Tensor
     extra: Sequence[Tensor]
     chosen: Tensor
+    number: int = 0
+    """Of the weight."""
 
     def rows(self, value: Tensor) -> Tensor:
         """Those to look at, of what has as many rows as x."""
@@ -86,6 +88,7 @@ def enclosures(
     values: dict[str, Interval] = {}
     for number in range(spec.weights):
         own = weight[number * count : (number + 1) * count]
+        asked = dataclasses.replace(asked, number=number)
         sums = _grouped_sums(asked, own) if spec.grouped else _sums(asked, own)
         values[f"%acc{number or ''}"] = intervals.around(sums.exact, sums.error)
     for number, operand in enumerate(spec.epilogue.operands):
@@ -164,7 +167,8 @@ def _grouped_sums(call: _Call, weight: Sequence[Tensor]) -> Sums:
     if call.spec.is_quantized:
         extra[count] = extra[count].expand(batch, -1)
     spec = dataclasses.replace(call.spec, grouped=False)
-    every = _Call(spec, call.x.expand(batch, *call.x.shape), extra, call.chosen)
+    x = call.x.expand(batch, *call.x.shape)
+    every = dataclasses.replace(call, spec=spec, x=x, extra=extra)
     found = _sums(every, weight)
     own = (call.chosen.unsqueeze(-1) >= call.extra[-1]).sum(-1)
     at = own.clamp(max=batch - 1), torch.arange(len(own), device=own.device)
@@ -248,7 +252,8 @@ def _outliers(call: _Call, dense: Tensor) -> tuple[Tensor, Sums]:
         found = (rows.abs() >= outliers.threshold).any(-2, keepdim=True)
         own = call.rows(torch.where(found, rows, 0.0)).to(dtype).double()
         return found, float_sums(own, torch.where(found, dense, 0.0), None, dtype)
-    columns, apart = call.extra[len(spec.epilogue.operands) :][:2]
+    first = len(spec.epilogue.operands)
+    columns, apart = call.extra[first], call.extra[first + 1 + call.number]
     found = torch.zeros(spec.weight.k, dtype=torch.bool, device=rows.device)
     found = found.index_fill(0, columns.long(), value=True)
     own = call.rows(rows.index_select(-1, columns)).to(dtype).double()

@@ -212,7 +212,7 @@ def _int8_lines(spec: KernelSpec) -> list[str]:
             lines.append(f"outlier = (rows.abs() >= {outliers.threshold}).any(-2, keepdim=True)")
         else:
             lines += [
-                f"columns, apart = extra[{operands}], extra[{operands + 1}]",
+                f"columns = extra[{operands}]",
                 f"outlier = torch.zeros({weight.k}, dtype=torch.bool, device=x.device)",
                 "outlier = outlier.index_fill(0, columns.long(), True)",
             ]
@@ -231,11 +231,15 @@ def _int8_lines(spec: KernelSpec) -> list[str]:
         lines += [
             "rows = torch.where(outlier, rows, 0.0)",
             *_decoded(spec, "decode", f", {dtype}"),
-            "apart = torch.where(outlier, w, 0.0)",
+            *(f"apart{mark} = torch.where(outlier, w{mark}, 0.0)" for mark in _marks(spec)),
         ]
     else:
         lines.append("rows = rows.index_select(-1, columns)")
-    lines.append(f"acc = acc + {_product(spec, f'rows.to({dtype}).float()', 'apart.float()')}")
+        first = operands + 1
+        lines += [f"apart{mark} = extra[{first + i}]" for i, mark in enumerate(_marks(spec))]
+    for mark in _marks(spec):
+        product = _product(spec, f"rows.to({dtype}).float()", f"apart{mark}.float()")
+        lines.append(f"acc{mark} = acc{mark} + {product}")
     return lines
 
 

@@ -115,7 +115,8 @@ class Outliers:
         columns: How many columns are set apart beforehand. The last two of the tensors beside x
             and weight, after the epilogue's operands, are their numbers (int32 ``[columns]``,
             distinct, for all e) and their weight in `dtype`, ``[n, columns]`` or
-            ``[e, n, columns]``. What the codes say in these columns is not used.
+            ``[e, n, columns]``; of several weights, one after the other. What the codes say in
+            these columns is not used.
     """
 
     dtype: str
@@ -181,7 +182,7 @@ class KernelSpec:
         outliers: The columns that an int8 product leaves to floats.
         weights: How many weights of this one form x is multiplied with, each with sums of its
             own: ``"%acc"``, ``"%acc1"`` .. in the epilogue. Their stored tensors follow one
-            another. Several have no outliers.
+            another. Outlier columns are those of x, the same for all.
         grouped: The weight is a batch and x is one matrix ``[m, k]`` all the same, like the result
             ``[m, n]``: every row is multiplied with one matrix of the batch. The last of the
             tensors beside x and weight, `ends`, is int32 ``[batch]`` and does not decrease: rows
@@ -225,8 +226,6 @@ class KernelSpec:
         if (outliers.columns or 0) > self.weight.k:
             expected = f"no more than the {self.weight.k} inputs"
             raise errors.bad_spec("outliers.columns", outliers.columns, expected)
-        if self.weights != 1:
-            raise errors.bad_spec("weights", self.weights, "1 where outliers are set apart")
 
     @property
     def batch(self) -> int | None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.aot_autograd import aot_module_simplified
+from torch._guards import CompileContext
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
@@ -24,13 +25,14 @@ from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context
 from fxquant.passes.fuse import STEPS, Fuse, settle
 from fxquant.passes.sources import DerivedPart, PackedPart, Tools, evaluate
-from fxquant.runtime import cache, dump, ops, targets
+from fxquant.runtime import cache, direct, dump, ops, targets
 from fxquant.runtime.graph import CompiledGraph, Derived, Slot, Source
 from fxquant.runtime.store import STORE
 
 LOG = logging.getLogger("fxquant.backend")
 
 assert ops  # imported for its registrations
+direct.register()
 
 
 def fxquant(
@@ -58,10 +60,26 @@ def fxquant(
         FolderError: The dump folder or the kernel cache cannot be written.
     """
     config = Config.from_options(options)
+    _warn_of_limit()
     compile_ = functools.partial(_compile, mode=mode)
     if config.calibration_steps:
         return online(gm, example_inputs, config, compile_)
     return compile_(gm, example_inputs, config)
+
+
+def _warn_of_limit() -> None:
+    """Says so when this is the last graph that Dynamo makes of a function.
+
+    It then runs the function without any backend, and warns of that in words of its own only.
+    """
+    found, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
+    if found is not None and found.frame_compile_id == limit - 1:
+        LOG.warning(
+            "this function was compiled %d times, as often as Dynamo does: with other options, "
+            "models or shapes than these it may run unquantized from now on; raise "
+            "torch._dynamo.config.recompile_limit, or call torch._dynamo.reset() in between",
+            limit,
+        )
 
 
 def _compile(

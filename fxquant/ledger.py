@@ -58,7 +58,7 @@ class Ledger:
         # Columns that stay in 16 bits come from the original: decoded ones would be less exact.
         derived = [source for source in ctx.sources if isinstance(source, DerivedPart)]
         columns = [source.rule for source in derived if isinstance(source.rule, ColumnWeights)]
-        self.read_dense |= {rule.numbers.observed.index for rule in columns}
+        self.read_dense |= {rule.observed.index for rule in columns}
 
     def file(self) -> None:
         """Files the compile itself, and logs what was left alone."""

@@ -2,7 +2,9 @@
 
 A product with an activation of its own quantizes it inside its kernel (per token, where outliers
 may also be set apart). Several products of one activation share one `fxquant::quantize`; so does
-every activation whose scale is more than a row's largest magnitude.
+every activation whose scale is more than a row's largest magnitude. Products that set outliers
+apart are joined after autograd (`fxquant.passes.fuse.epilogue`), for what is set apart is left to
+them; columns that are known are made the same ones here.
 """
 
 from __future__ import annotations
@@ -37,12 +39,16 @@ class Activations:
     """
 
     def __init__(self, ctx: Context, derive: Callable[[str, Rule], fx.Node]) -> None:
-        self.readers = Counter(_key(site) for site in ctx.sites)
         # Two products of a value that is written to see two activations.
-        self.written = Written(ctx.regions)
+        written = Written(ctx.regions)
+        # Settled before any product is rewritten: an activation may be another one's result.
+        self.keys = {id(site): _key(site, written) for site in ctx.sites}
+        self.readers = Counter(self.keys.values())
+        self.sites = ctx.sites
         self.calibration = ctx.config.calibration
         self.derive = derive
         self.made: dict[Any, tuple[fx.Node, fx.Node, str, Rule | None]] = {}
+        self.known: dict[Any, tuple[int, ColumnNumbers, fx.Node | None]] = {}
 
     def quantized(self, site: LinearSite, x: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         """Codes and amax of a site's activation, or None if its kernel takes it as it is.
@@ -54,7 +60,7 @@ class Activations:
         activation = site.recipe.activation if site.recipe is not None else None
         if activation is None or not self._is_apart(site, activation):
             return None
-        key = _key(site) if self._can_share(site) else id(site)
+        key = self.keys[id(site)]
         if key not in self.made:
             spec = _spec(site.operand.k, x.meta["val"].dtype, activation)
             rule = Limit(self._observed(site), spec.clipped) if spec.has_limit else None
@@ -79,15 +85,27 @@ class Activations:
         rule = site.recipe.outliers if site.recipe is not None else None
         if rule is None or not rule.static:
             return None
-        observed, k = self._observed(site), site.operand.k
-        found = int((observed.amax(ctx.inputs, ctx.tools) >= rule.threshold).sum())
-        site.notes.append(f"{found} of {k} columns in {name_of(dtype)}")
-        if not found:
+        key = self.keys[id(site)]
+        if key not in self.known:
+            self.known[key] = self._known(ctx, site, rule.threshold)
+        found, numbers, node = self.known[key]
+        site.notes.append(f"{found} of {site.operand.k} columns in {name_of(dtype)}")
+        if node is None:
             return None
+        weights = ColumnWeights(self._observed(site), numbers, dtype, site.scaled)
+        return node, self._brought(site, "apart", weights)
+
+    def _known(
+        self, ctx: Context, site: LinearSite, threshold: float
+    ) -> tuple[int, ColumnNumbers, fx.Node | None]:
+        """The outlier columns of an activation: how many, which, and the input that says so."""
+        key, k = self.keys[id(site)], site.operand.k
+        readers = tuple(self._observed(one) for one in self.sites if self.keys[id(one)] == key)
+        amax = ColumnNumbers(readers, k).amax(ctx.inputs, ctx.tools)
+        found = int((amax >= threshold).sum())
         # Whole groups, so that products which differ little share a kernel.
-        numbers = ColumnNumbers(observed, min(-(-found // _COLUMNS) * _COLUMNS, k))
-        weights = ColumnWeights(numbers, dtype, site.scaled)
-        return self._brought(site, "columns", numbers), self._brought(site, "apart", weights)
+        numbers = ColumnNumbers(readers, min(-(-found // _COLUMNS) * _COLUMNS, k))
+        return found, numbers, self._brought(site, "columns", numbers) if found else None
 
     def _observed(self, site: LinearSite) -> Observed:
         assert self.calibration is not None, "the plan pass asked for it"
@@ -103,11 +121,8 @@ class Activations:
         if activation != Activation():
             return True
         # Rounding to integers has no gradient as an op; inside a kernel it is passed through.
-        shared = self._can_share(site) and self.readers[_key(site)] > 1
+        shared = self.readers[self.keys[id(site)]] > 1
         return shared and not site.node.meta.get(GRAD_ENABLED)
-
-    def _can_share(self, site: LinearSite) -> bool:
-        return site.to_x is None and values.current(site.x) not in self.written
 
 
 def _spec(k: int, dtype: torch.dtype, activation: Activation) -> QuantizeSpec:
@@ -116,6 +131,11 @@ def _spec(k: int, dtype: torch.dtype, activation: Activation) -> QuantizeSpec:
     return QuantizeSpec(k, name_of(dtype), activation.scope, activation.clipped, name)
 
 
-def _key(site: LinearSite) -> Any:
-    dtype = site.node.meta["val"].dtype
-    return (id(site.region), values.current(site.x), dtype, site.operand.k, site.recipe.activation)  # type: ignore[union-attr]
+def _key(site: LinearSite, written: Written) -> Any:
+    """What products of one activation, rounded in one way, have in common."""
+    x = values.current(site.x)
+    if site.to_x is not None or x in written:
+        return id(site)
+    dtype, recipe = site.node.meta["val"].dtype, site.recipe
+    assert recipe is not None, "the plan pass ran"
+    return (id(site.region), x, dtype, site.operand.k, recipe.activation, recipe.outliers)

@@ -136,17 +136,17 @@ class ColumnNumbers:
     came; of another one the same number is taken, the largest ones.
 
     Attributes:
-        observed: The product.
+        observed: The products of the activation.
         count: How many.
     """
 
-    observed: Observed
+    observed: tuple[Observed, ...]
     count: int
 
     @property
     def indices(self) -> tuple[int, ...]:
-        """The product's."""
-        return self.observed.indices
+        """The products'."""
+        return tuple(dict.fromkeys(index for one in self.observed for index in one.indices))
 
     def compute(self, inputs: Sequence[Any], tools: Tools) -> Tensor:
         """The channels.
@@ -154,12 +154,16 @@ class ColumnNumbers:
         Raises:
             CalibrationError: See `Observed.stats`.
         """
-        found = self.observed.amax(inputs, tools).topk(self.count).indices
+        found = self.amax(inputs, tools).topk(self.count).indices
         return found.sort().values.to(torch.int32)
+
+    def amax(self, inputs: Sequence[Any], tools: Tools) -> Tensor:
+        """The largest magnitude of each channel in any of the products, ``[k]`` float32."""
+        return torch.stack([one.amax(inputs, tools) for one in self.observed]).amax(0)
 
     def key(self, number: Mapping[int, int]) -> Hashable:
         """See `Rule.key`."""
-        return (self.observed.key(number), self.count)
+        return (tuple(one.key(number) for one in self.observed), self.count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,11 +171,13 @@ class ColumnWeights:
     """The weight of some channels in 16 bits, ``[n, count]``, or ``[e, n, count]`` with a batch.
 
     Attributes:
+        observed: The product.
         numbers: The channels.
         dtype: Of the result.
         scaled: What scales are in the weight, of its columns and of its rows; None without any.
     """
 
+    observed: Observed
     numbers: ColumnNumbers
     dtype: torch.dtype
     scaled: ScaledWeight | None = None
@@ -180,7 +186,7 @@ class ColumnWeights:
     def indices(self) -> tuple[int, ...]:
         """The product's, and what the scales are made of."""
         scales = () if self.scaled is None else self.scaled.indices
-        return tuple(dict.fromkeys((*self.numbers.indices, *scales)))
+        return tuple(dict.fromkeys((*self.observed.indices, *self.numbers.indices, *scales)))
 
     def compute(self, inputs: Sequence[Any], tools: Tools) -> Tensor:
         """The weight, with its scales.
@@ -188,7 +194,7 @@ class ColumnWeights:
         Raises:
             CalibrationError: See `Observed.stats`.
         """
-        observed = self.numbers.observed
+        observed = self.observed
         columns = evaluate(self.numbers, inputs, tools).long()
         value = inputs[observed.index]
         if self.scaled is not None:
@@ -203,4 +209,4 @@ class ColumnWeights:
     def key(self, number: Mapping[int, int]) -> Hashable:
         """See `Rule.key`."""
         scaled = None if self.scaled is None else key_of(self.scaled, number)
-        return (self.numbers.key(number), self.dtype, scaled)
+        return (self.observed.key(number), self.numbers.key(number), self.dtype, scaled)

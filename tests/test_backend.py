@@ -237,6 +237,15 @@ def test_triton_sources_are_dumped_without_a_gpu(
     assert row.kernel.startswith("cpp:nf4_linear_64x64_bias (Triton kernels need a GPU")
 
 
+def test_the_last_compile_of_a_function_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = frozen(nn.Linear(64, 64)), torch.randn(2, 64)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        for number, scheme in enumerate(("nf4", "int8", "fp4"), start=1):
+            compile_(model.forward, scheme=scheme)(x)
+            said = [r.getMessage() for r in caplog.records if "recompile_limit" in r.getMessage()]
+            assert len([text for text in said if "compiled 3 times" in text]) == (number == 3)
+
+
 def test_overrides_and_skip() -> None:
     model = frozen(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)))
     compile_(model, overrides={"1": "int8"}, skip=["2"])(torch.randn(2, 64))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import fxquant
 from fxquant import errors
-from fxquant.codegen import QuantizeSpec
+from fxquant.codegen import KernelSpec, QuantizeSpec
+from fxquant.codegen.spec import Outliers
 from fxquant.formats import Encoding
 from fxquant.report import QUANTIZED, Report, Row, gauge, remember
 from fxquant.runtime import launch
@@ -107,6 +108,58 @@ def test_columns_of_outliers_are_a_mean_of_the_calls() -> None:
     assert rows["down"].notes == ("outlier columns: 0.0 a call in 2 calls",)
     compiled(x)
     assert rows_of(model)["up"].notes == ("outlier columns: 1.3 a call in 3 calls",)
+
+
+class Three(nn.Module):
+    """Query, key and value of one activation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 48) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+@torch.no_grad()
+def test_outliers_of_three_products_are_looked_for_once_and_counted_for_each() -> None:
+    model, x = frozen(Three()), torch.full((3, 64), 0.25)
+    x[1, 5] = x[2, 5] = x[0, 33] = 7.0
+    compiled = compile_(model, scheme="llm_int8", target="cpp")
+    got, kernels = run_and_get_kernels(compiled, x)
+    (kernel,) = kernels
+    assert isinstance(kernel.spec, KernelSpec)
+    assert (kernel.spec.weights, kernel.spec.outliers is not None) == (3, True)
+    assert kernel.source.count("void find_outliers(const Call& call, int64_t e, int64_t x_col") == 1
+    for calls in (1, 2):
+        notes = [row.notes for row in fxquant.report(model).rows]
+        assert notes == [(f"outlier columns: 2.0 a call in {calls} calls",)] * 3
+        compiled(x)
+    torch._dynamo.reset()
+    apart, kernels = run_and_get_kernels(compile_(model, scheme="llm_int8", fuse=False), x)
+    assert [kernel.spec.weights for kernel in kernels] == [1]
+    for one, other in zip(got, apart, strict=True):
+        assert torch.equal(one, other)
+
+
+@torch.no_grad()
+def test_known_columns_of_three_products_are_the_same_ones() -> None:
+    model, x = frozen(Three()), torch.randn(9, 64)
+    x[:, [3, 40]] *= 40
+    calibration = fxquant.calibrate(model, [x], progress=False)
+    options = {"scheme": "llm_int8_static", "calibration": calibration, "target": "cpp"}
+    got, (kernel,) = run_and_get_kernels(compile_(model, **options), x)
+    assert isinstance(kernel.spec, KernelSpec)
+    assert kernel.spec.weights == 3
+    assert kernel.spec.outliers == Outliers("float16", columns=8)
+    torch._dynamo.reset()
+    apart = compile_(model, **options, fuse=False)(x)
+    for one, other, exact in zip(got, apart, model(x), strict=True):
+        assert torch.equal(one, other)
+        # Of the 62 columns left a step is amax / 127 < 4 / 127, of the weight 1 / 8 / 127.
+        assert (one - exact).abs().max() < 0.05
+    rows = fxquant.report(model).rows
+    assert [row.notes for row in rows] == [("2 of 64 columns in float16",)] * 3
 
 
 def test_weights_alone_say_nothing_of_activations() -> None:

@@ -19,6 +19,7 @@ def finish(plan: Plan) -> str:
     """The text of ``finish``."""
     has_outliers, several = plan.spec.outliers is not None, plan.sum_marks[1:]
     outliers = _outliers(plan) if has_outliers else ""
+    added = _ADD_OUTLIERS_TO_EACH if several else _ADD_OUTLIERS
     each = itertools.pairwise(plan.sum_marks)
     sums = f"const float{' *' if several else '* '}sums = totals + row * TILE"
     sums += "".join(f", *sums{mark} = sums{before} + apart" for before, mark in each)
@@ -29,7 +30,7 @@ def finish(plan: Plan) -> str:
         _FINISH.replace("@APART@", ", int64_t apart" if several else "")
         .replace("@LIE@", " The\n// totals of each further weight lie apart." if several else "")
         .replace("@SCALES@", _ROW_SCALES if plan.is_int8 else "")
-        .replace("@OUTLIERS@", _ADD_OUTLIERS if has_outliers else "")
+        .replace("@OUTLIERS@", added if has_outliers else "")
         .replace("@SUMS@", sums)
         .replace("@GIVEN@", ", ".join(given))
     )
@@ -97,6 +98,17 @@ def _address(operand: EpilogueOperand) -> tuple[str, str]:
 
 
 def _outliers(plan: Plan) -> str:
+    several = plan.spec.weights > 1
+    return (
+        _outlier_part(plan)
+        .replace("@WHICH@", ", int which" if several else "")
+        .replace("@GIVEN@", ", which" if several else "")
+        .replace("@WEIGHT@", "call.weights[which]" if several else "call.weight")
+        .replace("@APART@", "OPERANDS + 1 + which" if several else "OPERANDS + 1")
+    )
+
+
+def _outlier_part(plan: Plan) -> str:
     outliers = plan.spec.outliers
     assert outliers is not None
     if outliers.columns is not None:
@@ -139,11 +151,12 @@ _ENTER = """\
 
 _DECODED = """\
 // The weight in some outlier columns of a tile, decoded: out[column][64].
-void outlier_weights(const Call& call, int64_t tile, int64_t first, int64_t last, float* out) {
-  Scales scales(call.weight, tile);
+void outlier_weights(const Call& call@WHICH@, int64_t tile, int64_t first, int64_t last,
+                     float* out) {
+  Scales scales(@WEIGHT@, tile);
 @FIRST@  for (int64_t column = first; column < last; ++column, out += TILE) {
     const int64_t k = call.columns[@MATRIX@ * K + column];
-@ENTER@    const uint32_t* words = call.weight.codes() + (tile * GROUPS + k / PER_DWORD) * TILE;
+@ENTER@    const uint32_t* words = @WEIGHT@.codes() + (tile * GROUPS + k / PER_DWORD) * TILE;
     int place = 0;
     while (PLACES[place] != k % PER_DWORD) ++place;
 @GATHER@    const float* scale = @SCALE@;
@@ -158,11 +171,12 @@ void outlier_weights(const Call& call, int64_t tile, int64_t first, int64_t last
 
 _GIVEN = """\
 // The weight in some outlier columns of a tile, as given: out[column][64].
-void outlier_weights(const Call& call, int64_t tile, int64_t first, int64_t last, float* out) {
+void outlier_weights(const Call& call@WHICH@, int64_t tile, int64_t first, int64_t last,
+                     float* out) {
   const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
   for (int i = 0; i < TILE; ++i) {
     const int64_t n = std::min(n0 + i, N - 1);
-    const @TYPE@* weights = static_cast<const @TYPE@*>(call.extra[OPERANDS + 1]);
+    const @TYPE@* weights = static_cast<const @TYPE@*>(call.extra[@APART@]);
     weights += (e * N + n) * OUTLIERS;
     for (int64_t column = first; column < last; ++column)
       out[(column - first) * TILE + i] = @TAKEN@;
@@ -173,14 +187,15 @@ void outlier_weights(const Call& call, int64_t tile, int64_t first, int64_t last
 _APART = """\
 
 // Adds the products that are left to floats.
-void add_outliers(const Call& call, int64_t tile, const float* x, int64_t rows, float* totals) {
+void add_outliers(const Call& call@WHICH@, int64_t tile, const float* x, int64_t rows,
+                  float* totals) {
   constexpr int64_t SOME = 64;
   constexpr int ALL = TILE / LANES;
   alignas(64) float weights[SOME * TILE];
   const int64_t count = call.outliers[@MATRIX@];
   for (int64_t first = 0; first < count; first += SOME) {
     const int64_t last = std::min(first + SOME, count);
-    outlier_weights(call, tile, first, last, weights);
+    outlier_weights(call@GIVEN@, tile, first, last, weights);
     for (int64_t row = 0; row < rows; ++row) {
       vf sum[ALL];
 #pragma GCC unroll 8
@@ -216,6 +231,15 @@ _ADD_OUTLIERS = """\
   for (int64_t row = 0; row < rows; ++row)
     for (int i = 0; i < TILE; ++i) totals[row * TILE + i] *= row_scales[row];
   add_outliers(call, tile, call.apart + (e * all_rows + panel_row) * K, rows, totals);
+"""
+
+_ADD_OUTLIERS_TO_EACH = """\
+  for (int i = 0; i < WEIGHTS; ++i) {
+    float* own = totals + i * apart;
+    for (int64_t row = 0; row < rows; ++row)
+      for (int n = 0; n < TILE; ++n) own[row * TILE + n] *= row_scales[row];
+    add_outliers(call, i, tile, call.apart + (e * all_rows + panel_row) * K, rows, own);
+  }
 """
 
 _FINISH = """\

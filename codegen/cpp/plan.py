@@ -63,7 +63,8 @@ class Plan:
     def ends(self) -> int:
         """Which operand of a grouped kernel says where the rows of each matrix end: the last."""
         given = self.spec.outliers is not None and self.spec.outliers.columns is not None
-        return len(self.spec.epilogue.operands) + self.reads_codes + 2 * given
+        of_outliers = (1 + self.spec.weights) * given
+        return len(self.spec.epilogue.operands) + self.reads_codes + of_outliers
 
     def placed(self, text: str) -> str:
         """A text that walks over the tiles of a call's matrices, which it has from @FIRST@ on.

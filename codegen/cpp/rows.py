@@ -63,7 +63,8 @@ def rows(plan: Plan) -> str:
     if outliers is not None and outliers.columns is not None:
         parts.append(_LISTED)
     elif outliers is not None:
-        parts.append(_FLAG)
+        several = plan.spec.weights > 1
+        parts.append(_FLAG.replace("@COUNT@", _COUNT_EACH if several else _COUNT))
     if plan.quantizes_x:
         parts.append(row_text(flagged=outliers is not None))
     parts.append(_lines(plan))
@@ -196,9 +197,19 @@ void list_outliers(const Call& call, int64_t e) {
     if (call.flags[e * K + k]) call.columns[e * K + count++] = int32_t(k);
   call.outliers[e] = count;
   // How many calls there were, and outliers in all of them, are told to whoever asks.
+@COUNT@}
+"""
+
+_COUNT = """\
   if (e == 0) __atomic_fetch_add(call.weight.counts(), 1, __ATOMIC_RELAXED);
   __atomic_fetch_add(call.weight.counts() + 1, count, __ATOMIC_RELAXED);
-}
+"""
+
+_COUNT_EACH = """\
+  for (const Weight& weight : call.weights) {
+    if (e == 0) __atomic_fetch_add(weight.counts(), 1, __ATOMIC_RELAXED);
+    __atomic_fetch_add(weight.counts() + 1, count, __ATOMIC_RELAXED);
+  }
 """
 
 _LISTED = """\

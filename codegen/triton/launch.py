@@ -62,9 +62,10 @@ def _int8_types(spec: KernelSpec) -> dict[str, str]:
     if not spec.is_quantized:
         taken |= {*steps.rows_of(spec).pointers}
     types = {name: dtype for name, dtype in steps.TYPES.items() if name in taken}
+    types |= dict.fromkeys(outliers.counters(spec), steps.TYPES["counter"])
     types |= dict.fromkeys((table.name for table in outliers.tables(spec)), "float32")
-    if spec.outliers is not None and "apart" in taken:
-        types["apart"] = spec.outliers.dtype
+    if spec.outliers is not None:
+        types |= dict.fromkeys(outliers.aparts(spec), spec.outliers.dtype)
     return types
 
 
@@ -111,12 +112,15 @@ def print_run(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     tables = [*decode.tables(spec.weight.encoding), *(t.name for t in outliers.tables(spec))]
     if tables:
         _print_prepare(out, tables)
-    counter = ", counter=None" if outliers.kind(spec) == "found" else ""
+    counters = outliers.counters(spec)
+    counter = f", {'counter' if len(counters) == 1 else 'counters'}=None" if counters else ""
     given = "" if spec.epilogue.more else ", out=None"
     what = "products" if spec.weights > 1 else "product"
     out.add("", "")
     with out.block(f"def run(x, weight, extra{given}{counter}):"):
         out.add(f'"""The {what}: x [.., k] to [.., n] ([e, m, k] to [e, m, n] with a batch)."""')
+        if len(counters) > 1:
+            out.add(f"{', '.join(counters)} = counters or [None] * {len(counters)}")
         _print_views(out, spec)
         _print_arguments(out, spec, tables)
         _print_launch(out, spec, splits=plan.splits)
@@ -180,7 +184,7 @@ def _print_arguments(out: Lines, spec: KernelSpec, tables: list[str]) -> None:
     if spec.is_quantized:
         names.append("amax")
     elif outliers.kind(spec) == "given":
-        names += ["columns", "apart"]
+        names += ["columns", *outliers.aparts(spec)]
     names += ends(spec)
     for number, name in enumerate(names):
         out.add(f"{name} = extra[{number}].contiguous()")

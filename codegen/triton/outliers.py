@@ -12,7 +12,7 @@ import dataclasses
 from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.codegen.triton import decode
-from fxquant.codegen.triton.kernels import JIT
+from fxquant.codegen.triton.kernels import JIT, marks
 from fxquant.codegen.triton.printer import Lines, call
 from fxquant.codegen.triton.tiles import Plan
 
@@ -40,7 +40,17 @@ def tables(spec: KernelSpec) -> list[decode.Table]:
 def pointers(spec: KernelSpec) -> list[str]:
     """What the product takes for its outliers."""
     found = ["x", "columns", "count", *(table.name for table in tables(spec))]
-    return {"": [], "found": found, "given": ["x", "columns", "apart"]}[kind(spec)]
+    return {"": [], "found": found, "given": ["x", "columns", *aparts(spec)]}[kind(spec)]
+
+
+def aparts(spec: KernelSpec) -> list[str]:
+    """The weights of given columns."""
+    return [f"apart{mark}" for mark in marks(spec)] if kind(spec) == "given" else []
+
+
+def counters(spec: KernelSpec) -> list[str]:
+    """What counts the columns that are found, one for each weight."""
+    return [f"counter{mark}" for mark in marks(spec)] if kind(spec) == "found" else []
 
 
 def strides(spec: KernelSpec) -> list[str]:
@@ -86,7 +96,7 @@ def _print_find(out: Lines, spec: KernelSpec) -> None:
 def _print_list(out: Lines, spec: KernelSpec) -> None:
     k = spec.weight.k
     doc = "The marked columns in order, and their number; counts calls and columns."
-    with out.function("list_columns", ["outlier", "columns", "count", "counter"], doc):
+    with out.function("list_columns", ["outlier", "columns", "count", *counters(spec)], doc):
         out.add("found = 0")
         with out.block(f"for k0 in range(0, {k}, {_LIST_TILE}):"):
             out.add(
@@ -97,12 +107,13 @@ def _print_list(out: Lines, spec: KernelSpec) -> None:
                 "found += tl.reduce(mark, 0, add)",
             )
         out.add("tl.store(count, found)")
-        with out.block("if counter is not None:"):
-            once = ", mask=tl.program_id(1) == 0" if spec.batch else ""
-            out.add(
-                f'tl.atomic_add(counter, 1{once}, sem="relaxed")',
-                'tl.atomic_add(counter + 1, found.to(tl.int64), sem="relaxed")',
-            )
+        once = ", mask=tl.program_id(1) == 0" if spec.batch else ""
+        for counter in counters(spec):
+            with out.block(f"if {counter} is not None:"):
+                out.add(
+                    f'tl.atomic_add({counter}, 1{once}, sem="relaxed")',
+                    f'tl.atomic_add({counter} + 1, found.to(tl.int64), sem="relaxed")',
+                )
 
 
 def _print_mark(out: Lines, spec: KernelSpec) -> None:
@@ -145,9 +156,9 @@ class ColumnsDecode(decode.Decode):
         self.out.add("level = tl.load(float_levels + code.to(tl.int32))")
 
 
-def _decode_pointers(weight: WeightOperand) -> list[str]:
+def _decode_pointers(weight: WeightOperand, mark: str = "") -> list[str]:
     encoding = weight.encoding
-    parts = [name for name in decode.parameters(encoding) if name != "levels"]
+    parts = [name for name in decode.parameters(encoding, [mark]) if name != "levels"]
     table = [] if encoding.is_uniform else ["float_levels"]
     return [*parts, *table, *decode.batch_index(weight)]
 
@@ -162,7 +173,7 @@ def print_decode(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -
 
 
 def print_products(out: Lines, spec: KernelSpec, plan: Plan) -> None:
-    """Adds the products of the columns to ``acc``, [outputs, rows]."""
+    """Adds the products of the columns to the sums, ``acc`` .., [outputs, rows]."""
     assert spec.outliers is not None, "a spec without outliers has no such products"
     weight, dtype = spec.weight, spec.outliers.dtype
     given = spec.outliers.columns
@@ -181,22 +192,29 @@ def print_products(out: Lines, spec: KernelSpec, plan: Plan) -> None:
             f"c = c0 + tl.arange(0, {AT_ONCE})",
             f"k = tl.load({listed} + c, mask=c < {most}, other=0)",
         )
-        if given is None:
-            pointers = _decode_pointers(weight)
-            arguments = [*pointers, "n", "k[None, :]", "BLOCK_N", str(AT_ONCE)]
-            out.add(
-                f"w = {call('decode_columns', arguments)}",
-                f"w = tl.where(c[None, :] < {most}, w, 0.0)",
-            )
-        else:
-            inside = "" if plan.whole_n else f" & (n < {weight.n})"
-            row = f"(e * {weight.n} + n)" if weight.batch else "n"
-            where = f"apart + ({row} * {given} + c[None, :])"
-            out.add(f"w = tl.load({where}, mask=(c[None, :] < {most}){inside}, other=0.0)")
         out.add(
             f"mask = (m < rows) & (c[:, None] < {most})",
             f"x_tile = tl.load({matrix} + (m * x_stride_m + k[:, None]), mask=mask, other=0.0)",
         )
         exact = ', input_precision="ieee"' if dtype == "float32" else ""
         cast = "" if spec.x_dtype == dtype else f".to(tl.{dtype})"
-        out.add(f"acc = tl.dot(w, x_tile{cast}, acc{exact})")
+        for mark in marks(spec):
+            _print_columns(out, spec, plan, most, mark)
+            out.add(f"acc{mark} = tl.dot(w, x_tile{cast}, acc{mark}{exact})")
+
+
+def _print_columns(out: Lines, spec: KernelSpec, plan: Plan, most: str, mark: str) -> None:
+    """Prints ``w``: a weight at columns c."""
+    weight = spec.weight
+    if kind(spec) == "found":
+        pointers = _decode_pointers(weight, mark)
+        arguments = [*pointers, "n", "k[None, :]", "BLOCK_N", str(AT_ONCE)]
+        out.add(
+            f"w = {call('decode_columns', arguments)}",
+            f"w = tl.where(c[None, :] < {most}, w, 0.0)",
+        )
+        return
+    inside = "" if plan.whole_n else f" & (n < {weight.n})"
+    row = f"(e * {weight.n} + n)" if weight.batch else "n"
+    where = f"apart{mark} + ({row} * {most} + c[None, :])"
+    out.add(f"w = tl.load({where}, mask=(c[None, :] < {most}){inside}, other=0.0)")

@@ -54,6 +54,7 @@ class Rows:
         scope: What shares a scale: ``"token"`` (a row) or ``"tensor"``; ``"static"``: a given one.
         clipped: No scale is above a given limit.
         outliers: Columns that are left out: ``""``, ``"found"`` at run time, or ``"given"``.
+        counters: What is counted up, where columns are found.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Rows:
     scope: str = "token"
     clipped: bool = False
     outliers: str = ""
+    counters: tuple[str, ...] = ()
 
     @property
     def limited(self) -> bool:
@@ -96,7 +98,7 @@ class Rows:
         limit = ["limit"] if self.limited else []
         peaks = ["peaks"] if self.scope == "tensor" else []
         listed = ["columns", "count"] if self.outliers == "found" else []
-        counter = ["counter"] if self.limited or listed else []
+        counter = ["counter"] if self.limited else [*self.counters]
         return ["x", *left_out, *limit, *peaks, "q", "amax", *listed, *counter]
 
 
@@ -176,7 +178,7 @@ def _print_quantize(out: Lines, rows: Rows) -> None:
         with out.block("if tl.program_id(0) == tl.num_programs(0) - 1:"):
             if rows.batch is not None:
                 out.add(f"columns += e * {rows.k}", "count += e")
-            out.add(call("list_columns", ["outlier", "columns", "count", "counter"]))
+            out.add(call("list_columns", ["outlier", "columns", "count", *rows.counters]))
         with out.block("else:"):
             _print_rows(out, rows)
 

@@ -27,7 +27,8 @@ _MARK_TILE = {"BLOCK_K": 128}
 def rows_of(spec: KernelSpec) -> Rows:
     """The rows that a product quantizes itself."""
     weight = spec.weight
-    return Rows(spec.name, weight.k, spec.batch, outliers=outliers.kind(spec))
+    found, counters = outliers.kind(spec), tuple(outliers.counters(spec))
+    return Rows(spec.name, weight.k, spec.batch, outliers=found, counters=counters)
 
 
 def print_steps(out: Lines, rows: Rows) -> None:
@@ -68,7 +69,7 @@ def call_quantize(rows: Rows) -> str:
 def _taken(rows: Rows) -> list[str]:
     """What ``quantize`` takes from ``run``."""
     limit = ["limit"] if rows.limited else []
-    columns = {"": [], "found": ["counter"], "given": ["columns"]}[rows.outliers]
+    columns = {"": [], "found": [*rows.counters], "given": ["columns"]}[rows.outliers]
     return [*limit, *columns, *(["counter"] if rows.limited else [])]
 
 

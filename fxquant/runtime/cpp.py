@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,30 @@ from fxquant import errors
 from fxquant.codegen.spec import KernelSpec
 from fxquant.formats.check import misfit
 from fxquant.runtime import repacked
+from fxquant.runtime.entry import Entry, contiguous_strides, empty
 from fxquant.runtime.memory import Block, Scratch
 from fxquant.runtime.repacked import Repacked, Several
 
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SCRATCH = Scratch()
 _FEW, _MANY = 0, 1
-_MOST_SIZES = 256
+_MOST_SHAPES = 256
+
+
+class _Shape(NamedTuple):
+    """What the shape of an activation says about a call.
+
+    Attributes:
+        rows: Of each matrix.
+        out: The results' shape.
+        strides: Theirs.
+        scratch: Bytes of scratch memory by the number of threads.
+    """
+
+    rows: int
+    out: tuple[int, ...]
+    strides: tuple[int, ...]
+    scratch: dict[int, int]
 
 
 class _Process:
@@ -82,9 +99,6 @@ class CppKernel:
         self._size_of_prepared = exported(found, "prepared_bytes", [], _INT64)
         self._prepare = exported(found, "prepare", [_POINTER, _POINTER, _INT])
         self._size_of_scratch = exported(found, "scratch_bytes", [_INT64, _INT], _INT64)
-        strides, result = [_INT64] * 3, [_INT64, _POINTER]
-        rest = [_POINTER, _POINTER, _INT, _INT]
-        self._run = exported(found, "run", [_POINTER, _POINTER, *strides, *result, *rest])
 
         weight = spec.weight
         self.spec = spec
@@ -93,10 +107,10 @@ class CppKernel:
         self._x_dtype = getattr(torch, spec.x_dtype)
         self._out_dtype = getattr(torch, spec.out_dtype)
         self._more = [getattr(torch, result.dtype) for result in spec.epilogue.more]
-        self._results = _POINTER * (1 + len(self._more))
         self._extra = _operands(spec)
-        self._pointers = _POINTER * len(self._extra)
-        self._scratch_sizes: dict[tuple[int, int], int] = {}
+        self._listed = 1 + len(self._more) if self._more else 0
+        self._entry = Entry(found, "run", 11 + self._listed + len(self._extra))
+        self._shapes: dict[torch.Size, _Shape] = {}
         self._store = repacked.store(form)
         self._joined = repacked.Store() if spec.weights > 1 else self._store
         self._prepared = self._joined.found
@@ -121,54 +135,55 @@ class CppKernel:
         prepared = self._prepared.get(id(weight[0]))
         if prepared is None or not prepared.is_current(weight):
             prepared = self._prepare_once(weight)
-        *leading, k = x.shape
-        if k != self._k or x.dtype is not self._x_dtype or not x.is_cpu:
+        shape = self._shapes.get(x.shape)
+        if shape is None:
+            shape = self._shape_of(x)
+        if x.dtype is not self._x_dtype or not x.is_cpu:
             raise self._misfit("x", f"{self.spec.x_dtype} [.., {self._k}]", x)
-        x_e, x_col = 0, 1
+        x_e, x_row, x_col = 0, self._k, 1
         if self._batch is not None:
-            if len(leading) != 2 or leading[0] != self._batch:
-                raise self._misfit("x", f"[{self._batch}, m, {self._k}]", x)
-            rows = leading[1]
             x_e, x_row, x_col = x.stride()
-        else:
-            rows = x.numel() // k
-            if x.is_contiguous():
-                x_row = k
-            else:
-                x, x_row, x_col = as_rows(x)
-        leading.append(self._n)
-        main = x.new_empty(leading, dtype=self._out_dtype)
+        elif not x.is_contiguous():
+            x, x_row, x_col = as_rows(x)
+        main = empty(shape.out, shape.strides, self._out_dtype)
         out: Tensor | list[Tensor] = main
-        place: Any = main.data_ptr()
+        listed: list[int] = []
         if self._more:
-            out = [main, *[x.new_empty(leading, dtype=dtype) for dtype in self._more]]
-            place = self._results(*[result.data_ptr() for result in out])
+            out = [main, *[empty(shape.out, shape.strides, dtype) for dtype in self._more]]
+            listed = [result.data_ptr() for result in out]
+        rows = shape.rows
         if rows == 0:
             return out
-        extra = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in extra]
-        pointers = self._checked(extra, rows) if self._extra or extra else None
+        kept, pointers = self._checked(extra, rows)
         threads = 1 if self._is_single or _Process.forked else torch.get_num_threads()
-        size = self._scratch_sizes.get((rows, threads))
+        size = shape.scratch.get(threads)
         if size is None:
-            size = self._scratch_size(rows, threads)
-        self._run(
-            prepared.address,
-            x.data_ptr(),
-            x_e,
-            x_row,
-            x_col,
-            rows,
-            place,
-            pointers,
-            _SCRATCH.at_least(size),
-            threads,
-            # A grouped kernel chooses for the rows of each matrix.
-            min(self.few_rows, rows)
-            if self._is_grouped
-            else _FEW
-            if rows <= self.few_rows
-            else _MANY,
+            size = shape.scratch[threads] = self._size_of_scratch(rows, threads)
+        if self._is_grouped:
+            # It chooses for the rows of each matrix.
+            variant = min(self.few_rows, rows)
+        else:
+            variant = _FEW if rows <= self.few_rows else _MANY
+        entry = self._entry
+        entry.call(
+            entry.pack(
+                entry.address,
+                prepared.address,
+                x.data_ptr(),
+                x_e,
+                x_row,
+                x_col,
+                rows,
+                main.data_ptr(),
+                _SCRATCH.at_least(size),
+                threads,
+                variant,
+                self._listed,
+                *listed,
+                *pointers,
+            )
         )
+        del kept  # until here what the pointers lead to had to be there
         return out
 
     def operands(self, rows: int) -> list[Tensor]:
@@ -183,7 +198,7 @@ class CppKernel:
 
         Of specs that have a threshold; each element e of a batch has outliers of its own.
         """
-        prepared = self._prepared.get(id(codes))
+        prepared = self._store.found.get(id(codes))
         if prepared is None:
             return 0, 0
         calls, columns = (_INT64 * 2).from_address(prepared.address)
@@ -217,28 +232,37 @@ class CppKernel:
         self._prepare(pointers, block.address, usable_threads(openmp=not self._is_single))
         return block
 
-    def _scratch_size(self, rows: int, threads: int) -> int:
-        if len(self._scratch_sizes) >= _MOST_SIZES:
-            self._scratch_sizes.clear()
-        size: int = self._size_of_scratch(rows, threads)
-        self._scratch_sizes[rows, threads] = size
-        return size
+    def _shape_of(self, x: Tensor) -> _Shape:
+        *leading, k = x.shape or (0,)
+        if k != self._k:
+            raise self._misfit("x", f"{self.spec.x_dtype} [.., {self._k}]", x)
+        rows = x.numel() // k
+        if self._batch is not None:
+            if len(leading) != 2 or leading[0] != self._batch:
+                raise self._misfit("x", f"[{self._batch}, m, {self._k}]", x)
+            rows = leading[1]
+        if len(self._shapes) >= _MOST_SHAPES:
+            self._shapes.clear()
+        out = (*leading, self._n)
+        shape = self._shapes[x.shape] = _Shape(rows, out, contiguous_strides(out), {})
+        return shape
 
-    def _checked(self, extra: Sequence[Tensor], rows: int) -> Any:
-        """Pointers to the further operands, each as large as the kernel will read."""
+    def _checked(self, extra: Sequence[Tensor], rows: int) -> tuple[list[Tensor], list[int]]:
+        """The further operands and where they lie, each as large as the kernel will read."""
         if len(extra) != len(self._extra):
             raise errors.kernel_operand(
                 self.spec.name, "the number of operands", len(self._extra), len(extra)
             )
-        pointers = self._pointers()
-        for number, (dtype, size, per_row) in enumerate(self._extra):
-            tensor = extra[number]
+        kept, pointers = [], []
+        for tensor, (dtype, size, per_row) in zip(extra, self._extra, strict=True):
             wanted = size * rows if per_row else size
             if tensor.numel() != wanted or tensor.dtype is not dtype or not tensor.is_cpu:
-                what, expected = f"operand {number}", f"{wanted} elements of {dtype}"
+                what, expected = f"operand {len(kept)}", f"{wanted} elements of {dtype}"
                 raise self._misfit(what, expected, tensor)
-            pointers[number] = tensor.data_ptr()
-        return pointers
+            laid_out = tensor if tensor.is_contiguous() else tensor.contiguous()
+            kept.append(laid_out)
+            pointers.append(laid_out.data_ptr())
+        return kept, pointers
 
     def _misfit(self, what: str, expected: str, tensor: Tensor) -> errors.KernelError:
         got = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
@@ -279,7 +303,7 @@ def _operands(spec: KernelSpec) -> list[tuple[torch.dtype, int, bool]]:
     if outliers is not None and outliers.columns is not None:
         dense = (weight.batch or 1) * weight.n * outliers.columns
         found.append((torch.int32, outliers.columns, False))
-        found.append((getattr(torch, outliers.dtype), dense, False))
+        found += [(getattr(torch, outliers.dtype), dense, False)] * spec.weights
     if spec.grouped:  # where the rows of each matrix end
         found.append((torch.int32, weight.batch or 1, False))
     return found

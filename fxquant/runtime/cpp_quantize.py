@@ -17,9 +17,9 @@ from torch import Tensor
 from fxquant import errors
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.runtime import counters
-from fxquant.runtime.cpp import as_rows, exported, loaded, usable_threads
+from fxquant.runtime.cpp import as_rows, loaded, usable_threads
+from fxquant.runtime.entry import Entry, contiguous_strides, empty
 
-_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _COUNTING = threading.Lock()
 
 
@@ -38,12 +38,7 @@ class CppQuantizer:
     def __init__(self, library: Path, spec: QuantizeSpec, *, openmp: bool) -> None:
         self.library, self.spec, self._openmp = library, spec, openmp
         self._x_dtype = getattr(torch, spec.x_dtype)
-        self._run = exported(
-            loaded(library, spec.name),
-            "quantize",
-            [_POINTER, *[_INT64] * 3, *[_POINTER] * 3, _INT],
-            _INT64,
-        )
+        self._entry = Entry(loaded(library, spec.name), "quantize", 8)
 
     def run(self, x: Tensor, extra: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Rounds an activation on the CPU; elements beyond a limit are counted for the limit.
@@ -58,22 +53,27 @@ class CppQuantizer:
         Raises:
             KernelError: An operand has another dtype, size or device than the spec says.
         """
-        *leading, k = x.shape
-        if k != self.spec.k or x.dtype is not self._x_dtype or not x.is_cpu:
-            raise _misfit(self.spec, "x", f"{self.spec.x_dtype} [.., {self.spec.k}]", x)
+        shape, k = tuple(x.shape), self.spec.k
+        if shape[-1:] != (k,) or x.dtype is not self._x_dtype or not x.is_cpu:
+            raise _misfit(self.spec, "x", f"{self.spec.x_dtype} [.., {k}]", x)
         limit = checked_limit(self.spec, extra)
-        rows, (x, x_row, x_col) = x.numel() // k, as_rows(x)
-        codes = x.new_empty([*leading, k], dtype=torch.int8)
-        amax = x.new_empty(leading, dtype=torch.float32)
-        saturated = self._run(
-            x.data_ptr(),
-            x_row,
-            x_col,
-            rows,
-            limit.data_ptr() if limit is not None else None,
-            codes.data_ptr(),
-            amax.data_ptr(),
-            usable_threads(openmp=self._openmp),
+        rows, x_row, x_col = x.numel() // k, k, 1
+        if not x.is_contiguous():
+            x, x_row, x_col = as_rows(x)
+        codes = empty(shape, contiguous_strides(shape), torch.int8)
+        amax = empty(shape[:-1], contiguous_strides(shape[:-1]), torch.float32)
+        saturated = self._entry.call(
+            self._entry.pack(
+                self._entry.address,
+                x.data_ptr(),
+                x_row,
+                x_col,
+                rows,
+                limit.data_ptr() if limit is not None else 0,
+                codes.data_ptr(),
+                amax.data_ptr(),
+                usable_threads(openmp=self._openmp),
+            )
         )
         if limit is not None:
             count(limit, saturated)

@@ -6,7 +6,6 @@ on the path of a call.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +14,9 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant.codegen.quantize import QuantizeSpec
-from fxquant.runtime.cpp import as_rows, exported, loaded, usable_threads
+from fxquant.runtime.cpp import as_rows, loaded, usable_threads
 from fxquant.runtime.cpp_quantize import checked_limit, count
-
-_POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+from fxquant.runtime.entry import Entry, contiguous_strides, empty
 
 
 class CppRows:
@@ -44,16 +42,8 @@ class CppRows:
         ]
         self._first = [operand.dims for operand in operands].index("mk")
         self._more = [getattr(torch, result.dtype) for result in spec.prologue.more]
-        self._operands = _POINTER * len(operands)
-        self._steps = _INT64 * len(operands)
-        self._dense = self._steps(*[k] * len(operands))
-        self._results = _POINTER * max(1, len(self._more))
-        self._run = exported(
-            loaded(library, spec.name),
-            "rows",
-            [_POINTER, _POINTER, _INT64, *[_POINTER] * 4, _INT],
-            _INT64,
-        )
+        words = 6 + 2 * len(operands) + len(self._more)
+        self._entry = Entry(loaded(library, spec.name), "rows", words)
 
     def run(self, operands: Sequence[Tensor], extra: Sequence[Tensor]) -> list[Tensor]:
         """Makes and rounds rows on the CPU; elements beyond a limit are counted for the limit.
@@ -75,8 +65,8 @@ class CppRows:
             raise errors.kernel_operand(self.spec.name, what, len(self._expected), len(operands))
         limit = checked_limit(self.spec, extra) if self._has_limit or extra else None
         k, first = self._k, operands[self._first]
-        shape, elements = first.shape, first.numel()
-        rows, steps, kept = elements // k, self._dense, list(operands)
+        shape, elements = tuple(first.shape), first.numel()
+        rows, steps, kept = elements // k, [k] * len(operands), list(operands)
         for number, dims, size, dtype in self._expected:
             operand = operands[number]
             found = operand.numel()
@@ -89,21 +79,24 @@ class CppRows:
             if not fits or operand.dtype is not dtype or not operand.is_cpu:
                 raise self._misfit(number, operand)
             if not operand.is_contiguous():
-                if steps is self._dense:
-                    steps = self._steps(*steps)
                 kept[number], steps[number] = _laid_out(operand, k if dims == "mk" else 0)
-        codes = first.new_empty(shape, dtype=torch.int8)
-        amax = first.new_empty(shape[:-1], dtype=torch.float32)
-        more = [first.new_empty(shape, dtype=dtype) for dtype in self._more]
-        saturated = self._run(
-            self._operands(*[operand.data_ptr() for operand in kept]),
-            steps,
-            rows,
-            limit.data_ptr() if limit is not None else None,
-            codes.data_ptr(),
-            amax.data_ptr(),
-            self._results(*[result.data_ptr() for result in more]),
-            usable_threads(openmp=self._openmp),
+        strides = contiguous_strides(shape)
+        codes = empty(shape, strides, torch.int8)
+        amax = empty(shape[:-1], contiguous_strides(shape[:-1]), torch.float32)
+        more = [empty(shape, strides, dtype) for dtype in self._more]
+        saturated = self._entry.call(
+            self._entry.pack(
+                self._entry.address,
+                rows,
+                limit.data_ptr() if limit is not None else 0,
+                codes.data_ptr(),
+                amax.data_ptr(),
+                usable_threads(openmp=self._openmp),
+                len(kept),
+                *[operand.data_ptr() for operand in kept],
+                *steps,
+                *[result.data_ptr() for result in more],
+            )
         )
         if limit is not None:
             count(limit, saturated)

@@ -155,12 +155,12 @@ def run(
         DeviceError: The operands lie on different devices.
         KernelError: The target cannot compute the spec, or an operand does not fit it.
     """
-    device = x.device
-    if device != weight[0].device:
-        raise errors.device_mismatch(parse_spec(spec).name, device, weight[0].device)
-    runner = _runners.get((spec, target, x.is_cpu))
+    codes, on_cpu = weight[0], x.is_cpu
+    if not (on_cpu and codes.is_cpu) and x.device != codes.device:
+        raise errors.device_mismatch(parse_spec(spec).name, x.device, codes.device)
+    runner = _runners.get((spec, target, on_cpu))
     if runner is None:
-        is_usual = target == "auto"
+        is_usual, device = target == "auto", x.device
         runner = _usual_runner(spec, device) if is_usual else runner_of(spec, target, device)
     return runner(x, weight, extra)
 
@@ -305,7 +305,15 @@ def _triton_runner(spec: str) -> Runner:
         return quantizers.triton_runner(parsed, _triton_module(spec))
     if parsed.outliers is None or parsed.outliers.threshold is None:
         return run_
-    return lambda x, weight, extra: run_(x, weight, extra, counter=counters.of(weight[0], 2))
+    if parsed.weights == 1:
+        return lambda x, weight, extra: run_(x, weight, extra, counter=counters.of(weight[0], 2))
+    parts = len(parsed.weight.encoding.parts)
+
+    def counted(x: Tensor, weight: Sequence[Tensor], extra: Sequence[Tensor]) -> Any:
+        each = [counters.of(codes, 2) for codes in weight[::parts]]
+        return run_(x, weight, extra, counters=each)
+
+    return counted
 
 
 @functools.lru_cache(maxsize=4096)

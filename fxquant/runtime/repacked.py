@@ -87,15 +87,16 @@ class Several(Seen):
         parts: The weights.
 
     Attributes:
-        address: An array of their addresses.
+        address: Of an array of their addresses.
     """
 
-    __slots__ = ("address", "parts")
+    __slots__ = ("_array", "address", "parts")
 
     def __init__(self, tensors: Sequence[Tensor], parts: Sequence[Repacked]) -> None:
         super().__init__(tensors)
         self.parts = parts
-        self.address = (ctypes.c_void_p * len(parts))(*[part.address for part in parts])
+        self._array = (ctypes.c_void_p * len(parts))(*[part.address for part in parts])
+        self.address = ctypes.addressof(self._array)
 
 
 class Store:

@@ -109,16 +109,23 @@ def _axes(node: fx.Node) -> str:
     return "mn" if _spec(node).batch is None else "emn"
 
 
+def _beside(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """What a product takes beside the epilogue's operands: of the activation, and of its own."""
+    spec, extra = _spec(node), node.args[2]
+    first = len(spec.epilogue.operands)
+    found: list[fx.Node] = list(extra[first:])  # type: ignore[index,arg-type]
+    given = spec.outliers is not None and spec.outliers.columns is not None
+    # The numbers of the columns, and their weight.
+    return (found[:1] + found[2:], found[1:2]) if given else (found, [])
+
+
 def _groups(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """Products of one activation with weights of one form, in the order of the graph."""
     groups: dict[Any, list[fx.Node]] = {}
     for node in _products(graph):
-        spec = _spec(node)
-        if spec.outliers is None:
-            x, _, extra = node.args[:3]
-            beside = tuple(extra[len(spec.epilogue.operands) :])  # type: ignore[index,arg-type]
-            form = dataclasses.replace(spec, epilogue=Epilogue(), name="_")
-            groups.setdefault((x, beside, form), []).append(node)
+        beside, _ = _beside(node)
+        form = dataclasses.replace(_spec(node), epilogue=Epilogue(), name="_")
+        groups.setdefault((node.args[0], *beside, form), []).append(node)
     yield from (group for group in groups.values() if len(group) > 1)
 
 
@@ -196,13 +203,14 @@ def _rewrite(graph: fx.Graph, region: Region, order: Order, kind: str) -> Decisi
         weights=len(region.seeds),
         name="_".join([first.name, *joined, *said])[:80],
     )
-    x, _, extra = region.seeds[0].args[:3]
+    shared, _ = _beside(region.seeds[0])
+    apart = [tensor for seed in region.seeds for tensor in _beside(seed)[1]]
+    beside = [*shared[:1], *apart, *shared[1:]]
     weight = [part for seed in region.seeds for part in seed.args[1]]  # type: ignore[union-attr]
-    beside = list(extra)[len(first.epilogue.operands) :]  # type: ignore[arg-type]
     start = min(region.seeds, key=order.at.__getitem__)
     with graph.inserting_after(max((*region.seeds, *region.nodes), key=order.at.__getitem__)):
         op = _fxquant.launch_several.default if more else _fxquant.launch.default
-        args = (x, weight, [*writer.tensors, *beside], spec.to_json(), "auto")
+        args = (region.seeds[0].args[0], weight, [*writer.tensors, *beside], spec.to_json(), "auto")
         fused = values.emit(graph, start, op, *args)
     fused.meta[SITES] = tuple(number for seed in region.seeds for number in seed.meta[SITES])
     new = [fused]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fxquant.codegen import KernelSpec
 from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand, EpilogueResult
-from fxquant.codegen.spec import WeightOperand
+from fxquant.codegen.spec import Outliers, WeightOperand
 from fxquant.formats import Encoding
 from tests.codegen import harness
 from tests.codegen.cpp_specs import CHANNELS, EVERY, NF4
@@ -49,10 +49,11 @@ def joined(
     epilogue: Epilogue,
     *,
     weights: int = 1,
+    outliers: Outliers | None = None,
 ) -> KernelSpec:
     """A spec of whole parameters; `dtypes` are those of x, of the product and of the result."""
     weight = WeightOperand.whole(encoding, shape, transposed=False)
-    return KernelSpec(weight, *dtypes, epilogue, name, weights=weights)
+    return KernelSpec(weight, *dtypes, epilogue, name, outliers, weights)
 
 
 SPECS = {
@@ -85,10 +86,28 @@ SPECS = {
             GATE,
             weights=2,
         ),
+        joined(
+            *("qkv_found", CHANNELS, (70, 331), ("bfloat16", "int8", "bfloat16")),
+            biases("bfloat16"),
+            weights=3,
+            outliers=Outliers("bfloat16", threshold=2.5),
+        ),
+        joined(
+            *("qkv_given", CHANNELS, (77, 320), ("float32", "int8", "float32")),
+            biases("float32"),
+            weights=3,
+            outliers=Outliers("float16", columns=5),
+        ),
+        joined(
+            *("gate_found_batched", NF4, (2, 70, 192), ("float32", "int8", "float32")),
+            replace(GATE, more=(EpilogueResult("%acc1", "float32"),)),
+            weights=2,
+            outliers=Outliers("float16", threshold=3.0),
+        ),
         joined("two_of_one", CHANNELS, (1, 1), ("float32",) * 3, biases("float16"), weights=3),
     )
 }
-EVERYWHERE = ("gate_nf4_bf16", "qkv_codes", "qkv_int8_in_call")
+EVERYWHERE = ("gate_nf4_bf16", "qkv_codes", "qkv_int8_in_call", "qkv_found", "qkv_given")
 """Built for every instruction set; the others for the best one."""
 
 

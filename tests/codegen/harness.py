@@ -84,8 +84,10 @@ def operands(spec: KernelSpec, rows: int, seed: int = 2) -> list[Tensor]:
         weight, count = spec.weight, spec.outliers.columns
         columns = torch.randperm(weight.k, generator=generator)[:count].to(torch.int32)
         shape = (weight.n, count) if weight.batch is None else (weight.batch, weight.n, count)
-        apart = torch.randn(shape, generator=generator)
-        made += [columns, apart.to(getattr(torch, spec.outliers.dtype))]
+        made.append(columns)
+        for _ in range(spec.weights):
+            apart = torch.randn(shape, generator=generator)
+            made.append(apart.to(getattr(torch, spec.outliers.dtype)))
     if spec.is_quantized:
         shape = (rows,) if spec.batch is None else (spec.batch, rows)
         made.append(torch.rand(shape, generator=generator) * 4 + 0.1)  # amax

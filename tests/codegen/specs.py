@@ -112,11 +112,13 @@ def joined_specs(draw: st.DrawFn, dtypes: tuple[str, ...] = INTERPRETED_DTYPES) 
     """Several weights with one x: a gate and what it opens, or results of their own with a bias.
 
     Also one weight whose sums are a result beside what is made of them; float and int8 products,
-    x with and without codes.
+    x with and without codes, with and without outliers.
     """
     weight = draw(weights())
     dtype, out = draw(st.sampled_from(dtypes)), draw(st.sampled_from(dtypes))
     x, compute = draw(st.sampled_from(((dtype, dtype), (dtype, "int8"), ("int8", "int8"))))
+    rounds = compute == "int8" and x != "int8"
+    left_out = draw(outliers(weight.k, dtypes)) if rounds else None
     full = "emn" if weight.batch is not None else "mn"
     kind = draw(st.sampled_from(("gate", "several", "both")))
     if kind == "gate":
@@ -126,7 +128,7 @@ def joined_specs(draw: st.DrawFn, dtypes: tuple[str, ...] = INTERPRETED_DTYPES) 
         )
         more = (EpilogueResult("%acc1", draw(st.sampled_from(dtypes))),)
         epilogue = Epilogue((), nodes, more if draw(st.booleans()) else ())
-        return KernelSpec(weight, x, compute, out, epilogue, "drawn", weights=2)
+        return KernelSpec(weight, x, compute, out, epilogue, "drawn", left_out, weights=2)
     if kind == "both":
         operand = EpilogueOperand(full, draw(st.sampled_from(dtypes)))
         nodes = (
@@ -134,7 +136,8 @@ def joined_specs(draw: st.DrawFn, dtypes: tuple[str, ...] = INTERPRETED_DTYPES) 
             EpilogueNode("aten.relu.default", ("%0",)),
         )
         more = tuple(EpilogueResult(value, dtype) for value in ("%0", "%acc"))
-        return KernelSpec(weight, x, compute, out, Epilogue((operand,), nodes, more), "drawn")
+        epilogue = Epilogue((operand,), nodes, more)
+        return KernelSpec(weight, x, compute, out, epilogue, "drawn", left_out)
     biased = tuple(EpilogueOperand("n", dtype) for _ in range(3))
     sums = ("%acc1", "%acc2", "%acc")
     nodes = tuple(
@@ -144,4 +147,4 @@ def joined_specs(draw: st.DrawFn, dtypes: tuple[str, ...] = INTERPRETED_DTYPES) 
     epilogue = Epilogue(biased, nodes, more)
     if draw(st.booleans()):
         epilogue = Epilogue((), (), tuple(EpilogueResult(name, out) for name in sums[:2]))
-    return KernelSpec(weight, x, compute, out, epilogue, "drawn", weights=3)
+    return KernelSpec(weight, x, compute, out, epilogue, "drawn", left_out, weights=3)

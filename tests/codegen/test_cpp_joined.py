@@ -29,7 +29,7 @@ HAND_PICKED = [
 ]
 DRAWN = cpp_harness.drawn(joined_specs(FLOAT_DTYPES), 4)
 ROWS = (0, 1, 2, 5, 17, 40, 130)
-BIASED = ("qkv_codes", "qkv_int8_in_call")
+BIASED = ("qkv_codes", "qkv_int8_in_call", "qkv_found", "qkv_given")
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,8 @@ def test_each_result_is_that_of_a_kernel_of_its_own(name: str, builder: Builder)
     """The same instructions in the same order: bit for bit."""
     spec, isa, rows = SPECS[name], ISA_NAMES[0], 19
     one = Case(spec, rows)
-    kernel, (amax, biases) = builder.kernel(spec, isa), (one.extra[3:], one.extra[:3])
+    kernel, biases, beside = builder.kernel(spec, isa), one.extra[:3], one.extra[3:]
+    given = spec.outliers is not None and spec.outliers.columns is not None
     for variant in (FEW, MANY):
         got = kernel.run(kernel.prepare(one.tensors), one.x, one.extra, variant, 2)
         for number, weight in ((0, 1), (1, 2), (2, 0)):
@@ -114,7 +115,8 @@ def test_each_result_is_that_of_a_kernel_of_its_own(name: str, builder: Builder)
             dtype = str(result.dtype).removeprefix("torch.")
             single = alone(spec, Epilogue.bias(spec.epilogue.operands[0].dtype), dtype)
             own = builder.kernel(single, isa)
-            extra = [biases[number], *amax]
+            own_beside = [beside[0], beside[1 + weight]] if given else beside
+            extra = [biases[number], *own_beside]
             want = own.run(own.prepare(one.stored[weight]), one.x, extra, variant)
             assert torch.equal(result, want)
 

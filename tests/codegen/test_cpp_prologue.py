@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 from collections.abc import Callable
@@ -155,13 +154,10 @@ def test_nothing_is_written_behind_results() -> None:
     codes = torch.full((3 * k + GUARD,), 99, dtype=torch.int8)
     amax = torch.full((3 + GUARD,), 9.0)
     more = torch.full((3 * k + GUARD,), 5.0, dtype=torch.bfloat16)
-    pointers = (ctypes.c_void_p * 4)(*(value.data_ptr() for value in given))
-    steps = (ctypes.c_int64 * 4)(k, k, 0, 0)
-    limit = torch.tensor([2.0])
-    results = (ctypes.c_void_p * 1)(more.data_ptr())
-    kernel(spec)._run(
-        pointers, steps, 3, limit.data_ptr(), codes.data_ptr(), amax.data_ptr(), results, 2
-    )
+    pointers, steps = [value.data_ptr() for value in given], (k, k, 0, 0)
+    limit, entry = torch.tensor([2.0]), kernel(spec)._entry
+    words = (3, limit.data_ptr(), codes.data_ptr(), amax.data_ptr(), 2)
+    entry.call(entry.pack(entry.address, *words, 4, *pointers, *steps, more.data_ptr()))
     assert (codes[3 * k :] == 99).all()
     assert (amax[3:] == 9).all()
     assert (more[3 * k :] == 5).all()

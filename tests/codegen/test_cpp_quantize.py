@@ -139,8 +139,9 @@ def test_nothing_is_written_behind_codes_and_amax() -> None:
         torch.full((3 + GUARD,), 9.0),
     )
     codes = codes.to(torch.int8)
-    run = kernel(spec, isas()[0])._run
-    run(x.data_ptr(), 77, 1, 3, None, codes.data_ptr(), amax.data_ptr(), 2)
+    entry = kernel(spec, isas()[0])._entry
+    words = (x.data_ptr(), 77, 1, 3, 0, codes.data_ptr(), amax.data_ptr(), 2)
+    entry.call(entry.pack(entry.address, *words))
     assert (codes[3 * 77 :] == 99).all()
     assert (amax[3:] == 9).all()
     assert torch.equal(codes[: 3 * 77].view(3, 77), reference.run(spec, x, [])[0])

@@ -205,9 +205,6 @@ def test_sums_and_results_that_are_not_there_are_refused():
     assert KernelSpec(weight, "float32", "float32", "float32", gate, weights=2).weights == 2
     with pytest.raises(errors.KernelError, match="weights"):
         KernelSpec(weight, "float32", "float32", "float32", gate)
-    kept = Outliers("float16", threshold=6.0)
-    with pytest.raises(errors.KernelError, match="weights"):
-        KernelSpec(weight, "float32", "int8", "float32", gate, outliers=kept, weights=2)
     with pytest.raises(errors.KernelError, match="result"):
         Epilogue((EpilogueOperand("n", "float32"),), (), (EpilogueResult("%in0", "float32"),))
     with pytest.raises(errors.KernelError, match="argument"):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from fxquant.codegen import Header, reference
 from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand, EpilogueResult
-from fxquant.codegen.spec import KernelSpec
+from fxquant.codegen.spec import KernelSpec, Outliers
 from fxquant.codegen.triton import render
 from fxquant.formats import Encoding, decode_int8
 from tests.bounds import assert_close_within
-from tests.codegen import harness
+from tests.codegen import harness, plain_int8
 from tests.codegen.specs import joined_specs
 
 UNIT = 2.0**-24
@@ -39,6 +39,12 @@ def sums_of(spec, x, weights, extra):
     At most k additions round and nine more for an int8 sum's scales (`plain_int8.sums`), in either;
     decoded weights may be neighbours (`harness.bound`).
     """
+    if spec.outliers is not None:
+        first, found = len(spec.epilogue.operands), []
+        for number, one in enumerate(weights):
+            own = [*extra[first : first + 1], *extra[first + 1 + number :][:1]]
+            found.append(plain_int8.sums(spec, x, one, own, decoded_apart=True))
+        return [(one.magnitude, 2 * one.bound) for one in found]
     compute = getattr(torch, spec.compute_dtype)
     moved = 0.0
     if spec.compute_dtype != "int8":
@@ -144,6 +150,43 @@ def test_query_key_and_value_are_three_results(tmp_path):
     query, key, value = check(spec, harness.load(spec, tmp_path, interpreted=True), 20)
     assert (query.dtype, key.dtype, value.dtype) == (torch.float16, torch.float16, torch.float32)
     assert not torch.equal(query, key)
+
+
+@pytest.mark.parametrize(
+    "outliers", [Outliers("float16", threshold=2.0), Outliers("float16", columns=21)]
+)
+def test_outliers_of_several_weights(tmp_path, outliers):
+    more = (EpilogueResult("%acc1", "float32"),)
+    spec = KernelSpec(
+        harness.whole(INT8, 24, 96), "float32", "int8", "float32", Epilogue((), (), more), "two",
+        outliers, weights=2,
+    )  # fmt: skip
+    module = harness.load(spec, tmp_path, interpreted=True)
+    got = check(spec, module, 5)
+    alone = dataclasses.replace(spec, epilogue=Epilogue(), weights=1)
+    own = harness.load(alone, tmp_path, interpreted=True)
+    x, extra = harness.activation(spec, 5, 1), harness.operands(spec, 5, 2)
+    for number, result in enumerate(got):
+        stored = harness.stored(INT8, (24, 96), 10 * number)
+        assert torch.equal(own.run(x, stored, [*extra[:1], *extra[number + 1 :][:1]]), result)
+    assert not torch.equal(*got)
+
+
+def test_columns_are_counted_for_every_weight_once_a_call(tmp_path):
+    more = (EpilogueResult("%acc1", "float32"),)
+    spec = KernelSpec(
+        harness.whole(INT8, 24, 96), "float32", "int8", "float32", Epilogue((), (), more), "two",
+        Outliers("float16", threshold=2.0), weights=2,
+    )  # fmt: skip
+    module = harness.load(spec, tmp_path, interpreted=True)
+    weight = [*harness.stored(INT8, (24, 96)), *harness.stored(INT8, (24, 96), 1)]
+    x, counters = harness.activation(spec, 40), [torch.tensor([5, 50]), torch.tensor([0, 0])]
+    columns = int((x.abs() >= 2).any(0).sum())
+    for calls in (1, 2):
+        module.run(x, weight, [], counters=counters)
+        assert counters[0].tolist() == [5 + calls, 50 + calls * columns]
+        assert counters[1].tolist() == [calls, calls * columns]
+    assert 0 < columns < 96
 
 
 def test_every_result_keeps_its_leading_dimensions(tmp_path):

@@ -94,6 +94,29 @@ def test_gradients_go_through_products_that_round_for_themselves() -> None:
     assert set(dtypes_of(captured).values()) == {"float32"}
 
 
+def test_another_product_s_result_is_an_activation_like_others() -> None:
+    class Chained(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.o(x)
+            return self.q(y) + self.k(y)
+
+    captured = compiled(Activation("token"), torch.randn(5, K), model=Chained())
+    assert quantized(captured) == ["quantize_64_per_token"]
+    assert dtypes_of(captured) == {"o": "float32", "q": "int8", "k": "int8"}
+
+
+def test_another_product_s_result_that_was_written_to_is_two_activations() -> None:
+    class Written(Attention):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.o(x)
+            first = self.q(y)
+            y.add_(1)
+            return first + self.k(y)
+
+    captured = compiled(Activation("tensor"), torch.randn(5, K), model=Written())
+    assert quantized(captured) == ["quantize_64_per_tensor"] * 3
+
+
 def test_an_activation_that_was_written_to_between_is_another() -> None:
     class Written(Attention):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

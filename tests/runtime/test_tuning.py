@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from fxquant.codegen.cpp.cost import ALL_ROWS, threshold
 from fxquant.codegen.cpp.plan import Plan
-from fxquant.runtime import cache, cpp, rates, toolchain, tuning
+from fxquant.runtime import cache, cpp, entry, rates, toolchain, tuning
 from tests.runtime import printed
 
 
@@ -41,11 +42,11 @@ class Variants:
 
     def __init__(self, kernel: cpp.CppKernel) -> None:
         self.seen: list[int] = []
-        self.inner, kernel._run = kernel._run, self
+        self.inner, kernel._entry.call = kernel._entry.call, self
 
-    def __call__(self, *args: int) -> None:
-        self.seen.append(args[-1])
-        self.inner(*args)
+    def __call__(self, words: bytes) -> None:
+        self.seen.append(struct.unpack_from("q", words, 8 * entry.VARIANT)[0])
+        self.inner(words)
 
 
 def test_calls_ask_for_few_rows_up_to_the_threshold(kernel: cpp.CppKernel) -> None:
