@@ -1,10 +1,10 @@
 """The Triton target: for one spec a Python module with its kernels and a launcher.
 
-`tiles` chooses the variants, `decode` prints how codes become numbers, `kernels` the skeletons and
-the epilogue, `launch` the function ``run``, `ops` spells pointwise work. Of products in int8,
-`int8_decode` and `int8` print the same, `outliers` what is left to floats, `quantize` the kernels
-that take rows to int8, `steps` their launches, and `prologue` the one that makes the rows, too.
-Printing needs no Triton.
+`tiles` chooses the variants, `decode` prints how codes become numbers (`words` eight at a time, and
+the products that take them so), `kernels` the skeletons and the epilogue, `launch` the function
+``run``, `ops` spells pointwise work. Of products in int8, `int8_decode` and `int8` print the same,
+`outliers` what is left to floats, `quantize` the kernels that take rows to int8, `steps` their
+launches, and `prologue` the one that makes the rows, too. Printing needs no Triton.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fxquant.codegen.triton import (
     prologue,
     quantize,
     steps,
+    words,
 )
 from fxquant.codegen.triton.printer import Lines
 from fxquant.codegen.triton.tiles import Plan, plan
@@ -29,8 +30,11 @@ from fxquant.codegen.triton.tiles import Plan, plan
 _IMPORTS = ("import torch", "import triton", "import triton.language as tl")
 
 
-def render(spec: KernelSpec | QuantizeSpec, header: Header) -> str:
+def render(spec: KernelSpec | QuantizeSpec, header: Header, vendor: str = "") -> str:
     """The kernels of a spec, as an importable Python module.
+
+    `vendor` is whose GPUs they are for: ``"nvidia"`` allows its assembly, ``""`` runs anywhere,
+    also in Triton's interpreter.
 
     That of a product has ``run(x, weight, extra, out=None)``, to which outliers that are found at
     run time add ``counter=None`` (int64 ``[2]`` on the device: calls and columns, counted up), and
@@ -48,12 +52,14 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header) -> str:
         _print_quantize(out, spec)
         return out.text()
     index = WeightIndex.of(spec.weight)
-    variants = plan(spec, index)
-    if decode.tables(spec.weight.encoding) or outliers.tables(spec):
+    variants = plan(spec, index, vendor)
+    if launch.tables(spec, variants):
         out.add("import functools")
     out.add(*(["import math", ""] if spec.batch is None else [""]), *_IMPORTS)
     if spec.compute_dtype == "int8":
         _print_int8(out, spec, index, variants)
+    elif variants.words:
+        _print_words(out, spec, index, variants)
     else:
         decode.print_constants(out, decode.tables(spec.weight.encoding).values())
         decode.print_decode(out, spec.weight, index, variants, spec.compute_dtype)
@@ -62,7 +68,7 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header) -> str:
         kernels.print_gemm(out, spec, variants)
     if variants.splits:
         kernels.print_reduce(out, spec)
-    launch.print_types(out, spec)
+    launch.print_types(out, spec, variants)
     launch.print_variants(out, spec, variants)
     launch.print_reductions(out, spec, variants)
     if spec.compute_dtype == "int8" and not spec.is_quantized:
@@ -89,6 +95,13 @@ def _print_quantize(out: Lines, spec: QuantizeSpec) -> None:
     steps.print_steps(out, rows)
     steps.print_quantize(out, rows)
     steps.print_run(out, rows)
+
+
+def _print_words(out: Lines, spec: KernelSpec, index: WeightIndex, variants: Plan) -> None:
+    decode.print_constants(out, decode.tables(spec.weight.encoding).values())
+    words.print_constants(out, spec, variants)
+    kernels.print_finish(out, spec, variants)
+    words.print_gemm(out, spec, index, variants)
 
 
 def _print_int8(out: Lines, spec: KernelSpec, index: WeightIndex, variants: Plan) -> None:

@@ -139,9 +139,8 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
                 "" if plan.whole_k else f" & (k < {spec.weight.k})"
             )
             out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0)")
-            round_x = _round_x(spec)
-            if round_x:
-                out.add(f"x_tile = x_tile{round_x}")
+            if round_x(spec):
+                out.add(f"x_tile = x_tile{round_x(spec)}")
             lift = "" if spec.compute_dtype == "float32" else ".to(tl.float32)"
             for mark in marks(spec):
                 _print_decode_call(out, spec, mark)
@@ -162,7 +161,7 @@ def print_gemm(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         with out.block(loop(spec)):
             out.add("k = k0 + tl.arange(0, BLOCK_K)[:, None]")
             mask = "(m < rows)[None, :]" + ("" if plan.whole_k else f" & (k < {spec.weight.k})")
-            out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0){_round_x(spec)}")
+            out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0){round_x(spec)}")
             exact = ', input_precision="ieee"' if spec.compute_dtype == "float32" else ""
             for mark in marks(spec):
                 _print_decode_call(out, spec, mark)
@@ -257,7 +256,8 @@ def _print_decode_call(out: Lines, spec: KernelSpec, mark: str) -> None:
     out.add("# load and decode", f"w = {call('decode', args)}")
 
 
-def _round_x(spec: KernelSpec) -> str:
+def round_x(spec: KernelSpec) -> str:
+    """The cast of the activation to the dtype of the product, where it is another."""
     return "" if spec.x_dtype == spec.compute_dtype else f".to(tl.{spec.compute_dtype})"
 
 

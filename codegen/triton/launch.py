@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from fxquant.codegen.spec import KernelSpec
-from fxquant.codegen.triton import decode, int8, outliers, steps
+from fxquant.codegen.triton import decode, int8, outliers, steps, words
 from fxquant.codegen.triton.kernels import (
     REDUCE_BLOCK,
     ends,
@@ -29,7 +29,13 @@ _POINTERS = {
 }
 
 
-def print_types(out: Lines, spec: KernelSpec) -> None:
+def tables(spec: KernelSpec, plan: Plan) -> dict[str, str]:
+    """The tables that lie on the device, and their dtypes."""
+    found = [*decode.tables(spec.weight.encoding), *(t.name for t in outliers.tables(spec))]
+    return {**dict.fromkeys(found, "float32"), **dict.fromkeys(words.tables(plan), "int32")}
+
+
+def print_types(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """``TYPES``: what the arguments are, for compiling on a machine without the device."""
     encoding = spec.weight.encoding
     signed = encoding.is_uniform and encoding.bits == 8 and not encoding.zero_point
@@ -44,7 +50,7 @@ def print_types(out: Lines, spec: KernelSpec) -> None:
         "zeros": "uint8",
     }
     types |= {part + mark: parts[part] for mark in marks(spec) for part in encoding.parts}
-    types |= dict.fromkeys(decode.tables(encoding), "float32")
+    types |= tables(spec, plan)
     types |= dict(zip(operand_names(spec), (o.dtype for o in spec.epilogue.operands), strict=True))
     if spec.compute_dtype == "int8":
         types |= _int8_types(spec)
@@ -62,7 +68,6 @@ def _int8_types(spec: KernelSpec) -> dict[str, str]:
     if not spec.is_quantized:
         taken |= {*steps.rows_of(spec).pointers}
     types = {name: dtype for name, dtype in steps.TYPES.items() if name in taken}
-    types |= dict.fromkeys((table.name for table in outliers.tables(spec)), "float32")
     if spec.outliers is not None and "apart" in taken:
         types["apart"] = spec.outliers.dtype
     return types
@@ -108,9 +113,9 @@ def print_reductions(out: Lines, spec: KernelSpec, plan: Plan) -> None:
 
 def print_run(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """``prepare`` (tables of levels on a device) and ``run``."""
-    tables = [*decode.tables(spec.weight.encoding), *(t.name for t in outliers.tables(spec))]
-    if tables:
-        _print_prepare(out, tables)
+    found = tables(spec, plan)
+    if found:
+        _print_prepare(out, found)
     counter = ", counter=None" if outliers.kind(spec) == "found" else ""
     given = "" if spec.epilogue.more else ", out=None"
     what = "products" if spec.weights > 1 else "product"
@@ -118,8 +123,8 @@ def print_run(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     with out.block(f"def run(x, weight, extra{given}{counter}):"):
         out.add(f'"""The {what}: x [.., k] to [.., n] ([e, m, k] to [e, m, n] with a batch)."""')
         _print_views(out, spec)
-        _print_arguments(out, spec, tables)
-        _print_launch(out, spec, splits=plan.splits)
+        _print_arguments(out, spec, list(found))
+        _print_launch(out, spec, plan)
         out.add(f"return {_results(spec)}")
 
 
@@ -129,13 +134,18 @@ def _results(spec: KernelSpec) -> str:
     return f"[{names}]" if spec.epilogue.more else names
 
 
-def _print_prepare(out: Lines, tables: list[str]) -> None:
-    values = "".join(f"{name.upper()}, " for name in tables).rstrip(" ")
+def _print_prepare(out: Lines, tables: Mapping[str, str]) -> None:
+    made = [
+        f"torch.tensor({name.upper()}, dtype=torch.{dtype}, device=device)"
+        for name, dtype in tables.items()
+    ]
     out.add("", "", "@functools.cache")
     with out.block("def prepare(device):"):
         out.add(
             '"""The tables of levels on a device: make them before a CUDA graph is captured."""',
-            f"return [torch.tensor(t, dtype=torch.float32, device=device) for t in ({values})]",
+            "return [",
+            *(f"    {line}," for line in made),
+            "]",
         )
 
 
@@ -186,8 +196,14 @@ def _print_arguments(out: Lines, spec: KernelSpec, tables: list[str]) -> None:
         out.add(f"{name} = extra[{number}].contiguous()")
 
 
-def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
-    weight = spec.weight
+def _parameters(spec: KernelSpec, plan: Plan) -> list[str]:
+    if spec.compute_dtype == "int8":
+        return int8.parameters(spec)
+    return words.product_parameters(spec, plan) if plan.words else parameters(spec)
+
+
+def _print_launch(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+    weight, splits = spec.weight, plan.splits
     batch, operands = spec.batch or 1, operand_names(spec)
     # Those that a matrix has on average, if rows are grouped.
     each = f"-(-rows // {weight.batch})" if spec.grouped else "rows"
@@ -208,8 +224,7 @@ def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
     matrices = (weight.batch or 1) + 1 if spec.grouped else batch
     shares = f"{matrices} * split" if weight.batch else "split"
     out.add(f'grid = (-(-rows // tile["BLOCK_M"]), -(-{weight.n} // tile["BLOCK_N"]), {shares})')
-    taken = int8.parameters(spec) if spec.compute_dtype == "int8" else parameters(spec)
-    args = steps.arguments(taken, batched=spec.batch is not None)
+    args = steps.arguments(_parameters(spec, plan), batched=spec.batch is not None)
     with out.block("with torch.cuda.device_of(x):"):
         if spec.compute_dtype == "int8" and not spec.is_quantized:
             out.add(steps.call_quantize(steps.rows_of(spec)))

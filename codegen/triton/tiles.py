@@ -9,9 +9,13 @@ import sympy
 
 from fxquant.codegen.indexing import K, N, WeightIndex
 from fxquant.codegen.spec import KernelSpec
+from fxquant.formats import levels
 
 GEMV_ROWS = (1, 2, 4)
 GEMM_ROWS = (16, 32, 64, 128)
+CODES_PER_WORD = 8
+PAIRS = CODES_PER_WORD // 2
+_WORD_INPUTS, _LEAST_WORD_INPUTS = 128, 16 * PAIRS
 _INT8_INPUTS, _LEAST_INT8_INPUTS = 128, 32  # the least is one instruction's
 _ENOUGH_PROGRAMS = 512  # about four on every processor of a large GPU
 
@@ -50,8 +54,10 @@ class Plan:
         whole_k: Every tile divides the inputs: no mask.
         run: The shortest tile along `axis`.
         scaling: What a scale is multiplied with: ``"elements"`` of the weight, the sums of a
-            ``"tile"`` (int8: it lies inside of a block), or those of an ``"output"`` (int8: all its
-            inputs are one block).
+            ``"tile"`` (it lies inside of a block), or those of an ``"output"`` (all its inputs are
+            one block).
+        words: How codes are decoded a 32-bit word at a time (`fxquant.codegen.triton.words`):
+            ``"prmt"`` or ``"choice"``; ``""`` where they are not.
     """
 
     tiles: tuple[Tile, ...]
@@ -60,6 +66,7 @@ class Plan:
     whole_k: bool
     run: int
     scaling: str = "elements"
+    words: str = ""
 
     @property
     def splits(self) -> bool:
@@ -67,11 +74,16 @@ class Plan:
         return any(tile.split > 1 for tile in self.tiles)
 
 
-def plan(spec: KernelSpec, index: WeightIndex) -> Plan:
-    """The variants for a spec."""
+def plan(spec: KernelSpec, index: WeightIndex, vendor: str = "") -> Plan:
+    """The variants for a spec on the GPUs of a vendor (`fxquant.codegen.triton.render`)."""
     per_byte = spec.weight.encoding.codes_per_byte
     axis = next((axis for axis in (K, N) if index.packs_along(axis, per_byte)), None)
-    if spec.compute_dtype == "int8":
+    inputs, words = _word_inputs(spec, index), ""
+    if inputs:
+        words = "prmt" if vendor == "nvidia" else "choice"
+        scaling = "tile" if index.run_of_block(K, inputs) else "output"
+        tiles = tuple(_word_tile(spec, rows, inputs) for rows in GEMM_ROWS)
+    elif spec.compute_dtype == "int8":
         scaling, run = _scaling(spec, index)
         # Turning a tile of bytes takes registers.
         tiles = _int8_tiles(spec, scaling, min(run, 64) if axis == N else run)
@@ -88,7 +100,36 @@ def plan(spec: KernelSpec, index: WeightIndex) -> Plan:
         whole_k=all(k % tile.k == 0 for tile in tiles),
         run=min((tile.n if axis == N else tile.k) for tile in tiles),
         scaling=scaling,
+        words=words,
     )
+
+
+def _word_inputs(spec: KernelSpec, index: WeightIndex) -> int:
+    """How many inputs a tile has whose codes are decoded as words, 0 where they cannot be.
+
+    Scales are multiplied with sums, so a tile lies inside of a block. Every pair of a word's codes
+    is a dot, of 16 inputs at least. Levels are rounded by themselves: in float16 they have to be
+    normal numbers.
+    """
+    encoding = spec.weight.encoding
+    if spec.compute_dtype not in ("float16", "bfloat16") or encoding.bits != 4:
+        return 0
+    if encoding.zero_point or index.aligned(K, CODES_PER_WORD) is None:
+        return 0
+    sizes = [abs(level) for level in levels(encoding) or () if level]
+    if spec.compute_dtype == "float16" and not all(2.0**-14 <= s < 2.0**15 for s in sizes):
+        return 0
+    run = index.run_of_block(K, _WORD_INPUTS)
+    inputs = min(run or _WORD_INPUTS, spec.weight.k & -spec.weight.k)
+    return inputs if inputs >= _LEAST_WORD_INPUTS else 0
+
+
+def _word_tile(spec: KernelSpec, rows: int, inputs: int) -> Tile:
+    """The weight is the left operand: a word's codes are decoded where the product takes them."""
+    most = 128 if spec.weights == 1 else 64
+    n = _dividing(spec.weight.n, most, 16)
+    split = _split(spec, n, inputs) if rows == GEMM_ROWS[0] else 1
+    return Tile("gemm", rows, n, inputs, split, 8 if rows * n > 64 * 128 else 4, 3)
 
 
 def _scaling(spec: KernelSpec, index: WeightIndex) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant._version import __version__
-from fxquant.codegen import RENDERERS, Header, Spec, cpp, reference
+from fxquant.codegen import RENDERERS, Header, Spec, cpp, reference, triton
 from fxquant.codegen.cpp import layout
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.naming import name_for
@@ -96,6 +96,13 @@ def runs_triton(device: torch.device) -> bool:
     return able and has_triton()
 
 
+def gpu_vendor() -> str:
+    """Whose assembly Triton kernels may hold: that of the GPU they run on."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available():
+        return ""
+    return "amd" if torch.version.hip else "nvidia"
+
+
 def obstacle(target: str, device: torch.device) -> str:
     """Why a target cannot run on tensors of a device, in a clause, or ``""``."""
     if target == "triton" and not runs_triton(device):
@@ -126,6 +133,8 @@ def make_kernel(spec: Spec, target: str, header: Header, note: str = "") -> Kern
         chain = toolchain.toolchain()
         isa = chain.isa if chain is not None else toolchain.host_isa()
         source, comment = cpp.render(shown, header, isa), "//"
+    elif target == "triton":
+        source, comment = triton.render(shown, header, gpu_vendor()), "#"
     else:
         source, comment = RENDERERS[target](shown, header), "#"
     if note:

@@ -15,9 +15,10 @@ import triton
 import triton.language
 from torch import Tensor
 
-from fxquant.codegen import RENDERERS, Header, KernelSpec
+from fxquant.codegen import Header, KernelSpec
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import WeightOperand
+from fxquant.codegen.triton import render
 from fxquant.formats import Encoding, pack
 from tests.codegen import plain_int8
 
@@ -34,11 +35,13 @@ def _interpretation(*, wanted: bool) -> Iterator[None]:
         triton.knobs.runtime.interpret = before
 
 
-def load(spec: KernelSpec | QuantizeSpec, folder: Path, *, interpreted: bool) -> ModuleType:
+def load(
+    spec: KernelSpec | QuantizeSpec, folder: Path, *, interpreted: bool, vendor: str = ""
+) -> ModuleType:
     """Prints and imports a spec's module; Triton decides at import whether to interpret."""
     name = f"printed_{next(_COUNT)}"
     path = folder / f"{name}.py"
-    path.write_text(RENDERERS["triton"](spec, Header()), encoding="utf-8")
+    path.write_text(render(spec, Header(), vendor), encoding="utf-8")
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None
     assert found.loader is not None
