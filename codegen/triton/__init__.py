@@ -15,6 +15,7 @@ from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import (
     decode,
+    dequantize,
     int8,
     kernels,
     launch,
@@ -24,16 +25,17 @@ from fxquant.codegen.triton import (
     steps,
     words,
 )
+from fxquant.codegen.triton.gpu import ANY, Gpu
+from fxquant.codegen.triton.plan import Plan, plan
 from fxquant.codegen.triton.printer import Lines
-from fxquant.codegen.triton.tiles import Plan, plan
 
 _IMPORTS = ("import torch", "import triton", "import triton.language as tl")
 
 
-def render(spec: KernelSpec | QuantizeSpec, header: Header, vendor: str = "") -> str:
+def render(spec: KernelSpec | QuantizeSpec, header: Header, gpu: Gpu = ANY) -> str:
     """The kernels of a spec, as an importable Python module.
 
-    `vendor` is whose GPUs they are for: ``"nvidia"`` allows its assembly, ``""`` runs anywhere,
+    `gpu` is what they are for: its tiles and its vendor's assembly. Those for `ANY` run anywhere,
     also in Triton's interpreter.
 
     That of a product has ``run(x, weight, extra, out=None)``, to which outliers that are found at
@@ -52,13 +54,13 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header, vendor: str = "") ->
         _print_quantize(out, spec)
         return out.text()
     index = WeightIndex.of(spec.weight)
-    variants = plan(spec, index, vendor)
+    variants = plan(spec, index, gpu)
     if launch.tables(spec, variants):
         out.add("import functools")
     out.add(*(["import math", ""] if spec.batch is None else [""]), *_IMPORTS)
     if spec.compute_dtype == "int8":
         _print_int8(out, spec, index, variants)
-    elif variants.words:
+    elif variants.form.words:
         _print_words(out, spec, index, variants)
     else:
         decode.print_constants(out, decode.tables(spec.weight.encoding).values())
@@ -66,6 +68,8 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header, vendor: str = "") ->
         kernels.print_finish(out, spec, variants)
         kernels.print_gemv(out, spec, variants)
         kernels.print_gemm(out, spec, variants)
+    if variants.decodes:
+        dequantize.print_kernel(out, spec, index, variants)
     if variants.splits:
         kernels.print_reduce(out, spec)
     launch.print_types(out, spec, variants)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import decode
 from fxquant.codegen.triton.ops import PRELUDE, TritonOps
+from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines, call
-from fxquant.codegen.triton.tiles import Plan
 
 JIT = '(do_not_specialize=["rows"])'
 _CONSTEXPRS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT")
@@ -192,6 +192,16 @@ def print_reduce(out: Lines, spec: KernelSpec) -> None:
         out.add(call("finish", _finish_args(spec)))
 
 
+def print_reduce_call(out: Lines, spec: KernelSpec, partial: str, split: str) -> None:
+    """What launches ``reduce``."""
+    out.add(
+        f"add_shares, tile, options = REDUCTIONS[{split}]",
+        f'grid = (rows, -(-{spec.weight.n} // tile["BLOCK_N"]), {spec.batch or 1})',
+    )
+    args = [partial, *operand_names(spec), *result_names(spec), "rows", "**tile", "**options"]
+    out.add(call("add_shares[grid]", args))
+
+
 def parameters(spec: KernelSpec) -> list[str]:
     """The pointers, sizes and strides of a product of floats."""
     pointers = ["x", *decode.parameters(spec.weight.encoding, marks(spec)), *operand_names(spec)]
@@ -219,6 +229,11 @@ def print_start(out: Lines, spec: KernelSpec) -> None:
         out.add("share, e = tl.program_id(2) % SPLIT, (tl.program_id(2) // SPLIT).to(tl.int64)")
     else:
         out.add("share = tl.program_id(2)")
+    k = spec.weight.k
+    out.add(
+        f"SHARE: tl.constexpr = ({k} + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K",
+        "first_k = share * SHARE",
+    )
     if spec.grouped:
         _print_group(out, spec)
 
@@ -246,8 +261,8 @@ def _matrix(spec: KernelSpec) -> str:
 
 
 def loop(spec: KernelSpec) -> str:
-    """The head of the loop over a share's inputs."""
-    return f"for k0 in range(share * BLOCK_K, {spec.weight.k}, BLOCK_K * SPLIT):"
+    """The head of the loop over a share's inputs, which lie side by side."""
+    return f"for k0 in range(first_k, tl.minimum(first_k + SHARE, {spec.weight.k}), BLOCK_K):"
 
 
 def _print_decode_call(out: Lines, spec: KernelSpec, mark: str) -> None:

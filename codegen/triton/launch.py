@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from fxquant.codegen.spec import KernelSpec
-from fxquant.codegen.triton import decode, int8, outliers, steps, words
+from fxquant.codegen.triton import decode, dequantize, int8, outliers, steps, words
 from fxquant.codegen.triton.kernels import (
     REDUCE_BLOCK,
     ends,
     marks,
     operand_names,
     parameters,
+    print_reduce_call,
     result_names,
 )
+from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines, call, wrap_items
-from fxquant.codegen.triton.tiles import Plan
+from fxquant.codegen.triton.tiles import CHUNKED
 
 _POINTERS = {
     "float16": "*fp16",
@@ -56,7 +58,11 @@ def print_types(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         types |= _int8_types(spec)
     types |= dict.fromkeys(ends(spec), "int32")
     scalars = ["x_stride_e", "x_stride_m"] if spec.batch else ["x_stride_m"]
-    print_type_table(out, types, ["rows", *([] if spec.is_quantized else scalars)])
+    scalars = ["rows", *([] if spec.is_quantized else scalars)]
+    if plan.decodes:
+        types["dense"] = spec.compute_dtype
+        scalars.append("first")
+    print_type_table(out, types, scalars)
 
 
 def _result_dtypes(spec: KernelSpec) -> list[str]:
@@ -85,13 +91,15 @@ def print_variants(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """``VARIANTS``: the kernel and its constants, by the most rows that it is picked for."""
     out.add("", "# Most rows -> kernel, constants, launch options; the last serves all above too.")
     out.add("VARIANTS = {")
-    for tile in plan.tiles:
-        constants = f'"BLOCK_M": {tile.rows}, "BLOCK_N": {tile.n}, "BLOCK_K": {tile.k}'
-        options = f'"num_warps": {tile.warps}, "num_stages": {tile.stages}'
+    for most, tile in plan.best.items():
+        constants, options = (
+            ", ".join(f'"{name}": {size}' for name, size in found.items())
+            for found in (tile.constants(), tile.options())
+        )
         out.add(
-            f"    {tile.rows}: (",
+            f"    {most}: (",
             f"        {spec.name}_{tile.kernel},",
-            f'        {{{constants}, "SPLIT": {tile.split}}},',
+            f"        {{{constants}}},",
             f"        {{{options}}},",
             "    ),",
         )
@@ -100,15 +108,16 @@ def print_variants(out: Lines, spec: KernelSpec, plan: Plan) -> None:
 
 def print_reductions(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """``REDUCTIONS``: the constants of the kernels that add the shares of a split."""
-    splits = sorted({tile.split for tile in plan.tiles} - {1})
-    entries = [
-        f'{split}: ({spec.name}_reduce, {{"BLOCK_N": {REDUCE_BLOCK}, "SPLIT": {split}}}, '
-        '{"num_warps": 4})'
-        for split in splits
-    ]
-    if entries:
-        out.add("", "# Shares -> the kernel that adds them.", "REDUCTIONS = {")
-        out.add(*(f"    {entry}," for entry in entries), "}")
+    if plan.splits:
+        sizes = f'{{"BLOCK_N": {REDUCE_BLOCK}, "SPLIT": split}}, {{"num_warps": 4}}'
+        out.add(
+            "",
+            "# Shares -> the kernel that adds them.",
+            "REDUCTIONS = {",
+            f"    split: ({spec.name}_reduce, {sizes})",
+            f"    for split in {plan.splits}",
+            "}",
+        )
 
 
 def print_run(out: Lines, spec: KernelSpec, plan: Plan) -> None:
@@ -119,6 +128,8 @@ def print_run(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     counter = ", counter=None" if outliers.kind(spec) == "found" else ""
     given = "" if spec.epilogue.more else ", out=None"
     what = "products" if spec.weights > 1 else "product"
+    if plan.decodes:
+        dequantize.print_run(out, spec)
     out.add("", "")
     with out.block(f"def run(x, weight, extra{given}{counter}):"):
         out.add(f'"""The {what}: x [.., k] to [.., n] ([e, m, k] to [e, m, n] with a batch)."""')
@@ -199,12 +210,12 @@ def _print_arguments(out: Lines, spec: KernelSpec, tables: list[str]) -> None:
 def _parameters(spec: KernelSpec, plan: Plan) -> list[str]:
     if spec.compute_dtype == "int8":
         return int8.parameters(spec)
-    return words.product_parameters(spec, plan) if plan.words else parameters(spec)
+    return words.product_parameters(spec, plan) if plan.form.words else parameters(spec)
 
 
 def _print_launch(out: Lines, spec: KernelSpec, plan: Plan) -> None:
-    weight, splits = spec.weight, plan.splits
-    batch, operands = spec.batch or 1, operand_names(spec)
+    weight, splits = spec.weight, any(split > 1 for split in plan.splits)
+    batch = spec.batch or 1
     # Those that a matrix has on average, if rows are grouped.
     each = f"-(-rows // {weight.batch})" if spec.grouped else "rows"
     sizes = [f"{size}, " for size in (spec.weights, batch) if size > 1]
@@ -212,9 +223,13 @@ def _print_launch(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         "",
         f"most = next((most for most in VARIANTS if {each} <= most), max(VARIANTS))",
         "kernel, tile, options = VARIANTS[most]",
-        'split = tile["SPLIT"]',
-        "partial = out",
     )
+    if plan.decodes:
+        with out.block(f'if "{CHUNKED}" in tile:'):
+            with out.block("with torch.cuda.device_of(x):"):
+                out.add(call("run_decoded", dequantize.arguments(spec)))
+            out.add(f"return {_results(spec)}")
+    out.add('split = tile["SPLIT"]', "partial = out")
     if splits:
         with out.block("if split > 1:"):
             out.add(
@@ -229,10 +244,6 @@ def _print_launch(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         if spec.compute_dtype == "int8" and not spec.is_quantized:
             out.add(steps.call_quantize(steps.rows_of(spec)))
         out.add("kernel[grid](", *wrap_items([*args, "**tile", "**options"], 4, 88), ")")
-        if not splits:
-            return
-        with out.block("if split > 1:"):
-            out.add("add_shares, tile, options = REDUCTIONS[split]")
-            out.add(f'grid = (rows, -(-{weight.n} // tile["BLOCK_N"]), {batch})')
-            args = ["partial", *operands, *result_names(spec), "rows", "**tile", "**options"]
-            out.add(call("add_shares[grid]", args))
+        if splits:
+            with out.block("if split > 1:"):
+                print_reduce_call(out, spec, "partial", "split")

@@ -42,8 +42,7 @@ def assembly(book: Sequence[float], dtype: str) -> list[str]:
         ".reg .b32 s, t, low, high, l, u, r0, r1, r2, r3;",
         "and.b32 s, $8, 0x77777777;",
         "shr.u32 t, $8, 1;",
-        "and.b32 t, t, 0x44444444;",
-        "or.b32 t, t, 0x32103210;",
+        "lop3.b32 t, t, 0x44444444, 0x32103210, 0xea;",
     ]
     for half in range(2):
         if half:

@@ -28,8 +28,9 @@ from fxquant.codegen.triton.kernels import (
     round_x,
     with_constants,
 )
+from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines, call
-from fxquant.codegen.triton.tiles import CODES_PER_WORD, PAIRS, Plan
+from fxquant.codegen.triton.tiles import CODES_PER_WORD, PAIRS
 from fxquant.codegen.triton.word_bytes import BYTES, COPIES, assembly, constraints, level_words
 from fxquant.formats import Encoding, levels
 
@@ -54,7 +55,7 @@ class WordDecode(Int8Decode):
 
     def print(self) -> None:
         """``decode``, ``scale_of``, and what they call."""
-        picked = self.plan.words == "prmt"
+        picked = self.plan.form.words == "prmt"
         params = ["word", *(_PICKED if picked else [])]
         params += ["BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
         if not picked:
@@ -103,7 +104,7 @@ class WordDecode(Int8Decode):
 
 def tables(plan: Plan) -> list[str]:
     """The pointers of tables on the device beside those of scales."""
-    return [BYTES] if plan.words == "prmt" else []
+    return [BYTES] if plan.form.words == "prmt" else []
 
 
 def product_parameters(spec: KernelSpec, plan: Plan) -> list[str]:
@@ -130,18 +131,18 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
             f"x_pairs = {matrix} + m * x_stride_m + (i // 2 * {CODES_PER_WORD} + i % 2)",
             *(f"acc{mark} = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)" for mark in marks(spec)),
         )
-        if plan.words == "prmt":
+        if plan.form.words == "prmt":
             out.add(
                 "# One a word: uniform registers would be copied for every permutation.",
                 f"table = {BYTES} + tl.arange(0, BLOCK_K // {CODES_PER_WORD})[None, :]",
                 *(f"{name} = tl.load(table + {i * COPIES})" for i, name in enumerate(_PICKED)),
             )
-        if plan.scaling == "tile":
+        if plan.form.scaling == "tile":
             for mark in marks(spec):
-                out.add(f"scale{mark} = {tiles.call_scale(mark).replace('k0', 'share * BLOCK_K')}")
+                out.add(f"scale{mark} = {tiles.call_scale(mark).replace('k0', 'first_k')}")
         with out.block(loop(spec)):
             _print_steps(out, spec, index, plan, tiles)
-        if plan.scaling == "output":
+        if plan.form.scaling == "output":
             out.add("# scale")
             out.add(*(f"acc{mark} *= {tiles.call_scale(mark)}" for mark in marks(spec)))
         out.add("# epilogue")
@@ -163,14 +164,14 @@ def _print_steps(
             f"j = k0 // {CODES_PER_WORD} + tl.arange(0, BLOCK_K // {CODES_PER_WORD})[None, :]",
             f"word = tl.load({pointer} + ({_word_index(index)}){mask})",
         )
-        if plan.scaling == "tile":
+        if plan.form.scaling == "tile":
             ahead = tiles.call_scale(mark).replace("k0", "next_k0")
-            out.add(f"next_k0 = tl.minimum(k0 + BLOCK_K * SPLIT, {last})", f"ahead = {ahead}")
+            out.add(f"next_k0 = tl.minimum(k0 + BLOCK_K, {last})", f"ahead = {ahead}")
         names = ", ".join(f"w{pair}" for pair in range(PAIRS))
-        taken = _PICKED if plan.words == "prmt" else []
+        taken = _PICKED if plan.form.words == "prmt" else []
         out.add("# decode", f"{names} = {call('decode', ['word', *taken, 'BLOCK_N', 'BLOCK_K'])}")
         out.add("# dot")
-        if plan.scaling == "tile":
+        if plan.form.scaling == "tile":
             out.add("sums = tl.dot(w0, x0)")
             out.add(*(f"sums = tl.dot(w{p}, x{p}, sums)" for p in range(1, PAIRS)))
             out.add(f"acc{mark} += sums * scale{mark}", f"scale{mark} = ahead")
@@ -186,7 +187,7 @@ def _word_index(index: WeightIndex) -> str:
 
 def print_constants(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """The bytes of the levels, for a table on the device."""
-    if plan.words == "prmt":
+    if plan.form.words == "prmt":
         found = level_words(book_of(spec.weight.encoding), spec.compute_dtype)[::2]
         text = ", ".join(map(str, found))
         out.add("", "# Bytes of levels, four in a word: lower ones of 0 .. and 8 .., upper ones.")

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from fxquant import errors
+from fxquant.codegen.triton.gpu import FAMILIES
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -26,43 +27,6 @@ TARGETS = {
     "gfx942": ("hip", "gfx942", 64),
 }
 """Names of the devices, and Triton's backend, architecture and warp size for each."""
-
-
-@dataclass(frozen=True)
-class Processor:
-    """What one processor (NVIDIA's SM, AMD's CU) has for all its programs.
-
-    From CUDA's programming guide, "technical specifications per compute capability", and AMD's
-    CDNA 3 instruction set, chapter 3 (four SIMDs of 512 registers a lane and 8 waves).
-
-    Attributes:
-        warps: Most at once.
-        programs: Most at once.
-        registers: Of all lanes.
-        register_step: Registers of a lane are given out in steps of so many.
-        shared_bytes: Shared memory.
-        shared_reserved: Of it, what every program loses to the system.
-        program_bytes: Shared memory that one program can have.
-        lanes: Of a warp.
-    """
-
-    warps: int
-    programs: int
-    registers: int
-    register_step: int
-    shared_bytes: int
-    shared_reserved: int
-    program_bytes: int
-    lanes: int = 32
-
-
-PROCESSORS = {
-    "sm_80": Processor(64, 32, 65536, 8, 164 << 10, 1024, 163 << 10),
-    "sm_90": Processor(64, 32, 65536, 8, 228 << 10, 1024, 227 << 10),
-    "sm_100": Processor(64, 32, 65536, 8, 228 << 10, 1024, 227 << 10),
-    "gfx942": Processor(32, 32, 4 * 512 * 64, 8, 64 << 10, 0, 64 << 10, 64),
-}
-"""By the names of `TARGETS`."""
 
 
 @dataclass(frozen=True)
@@ -116,15 +80,8 @@ class Binary:
 
         From registers, shared memory and the number of programs alone.
         """
-        limits = PROCESSORS[self.target]
-        step = limits.register_step
-        registers = -(-self.registers // step) * step
-        programs = min(
-            limits.programs,
-            limits.warps // self.warps,
-            limits.registers // registers // (self.warps * limits.lanes) if registers else 10**6,
-            limits.shared_bytes // (self.shared_bytes + limits.shared_reserved),
-        )
+        limits = FAMILIES[self.target].processor
+        programs = limits.resident(self.registers, self.shared_bytes, self.warps)
         return programs * self.warps / limits.warps
 
 

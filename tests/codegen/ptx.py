@@ -46,9 +46,19 @@ def _prmt(low: np.ndarray, high: np.ndarray, selector: np.ndarray) -> np.ndarray
     return out
 
 
+def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Each bit of the table says what comes of one combination of bits of a, b and c."""
+    out = np.zeros(np.broadcast_shapes(a.shape, b.shape, c.shape), np.uint32)
+    for number in range(8):
+        chosen = [x if number >> place & 1 else ~x for place, x in ((2, a), (1, b), (0, c))]
+        if int(table) >> number & 1:
+            out |= chosen[0] & chosen[1] & chosen[2]
+    return out
+
+
 _OPS = {
     "and.b32": np.bitwise_and,
-    "or.b32": np.bitwise_or,
+    "lop3.b32": _lop3,
     "shr.u32": np.right_shift,
     "prmt.b32": _prmt,
 }

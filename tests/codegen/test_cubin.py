@@ -7,6 +7,7 @@ import pytest
 from fxquant import errors
 from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueResult
 from fxquant.codegen.spec import KernelSpec
+from fxquant.codegen.triton.gpu import FAMILIES
 from fxquant.formats import Encoding
 from fxquant.runtime import cubin
 from tests.codegen import harness
@@ -69,23 +70,20 @@ def modules(tmp_path_factory):
             f"{name}_{shape[-2]}x{shape[-1]}",
             weights=WEIGHTS.get(name, 1),
         )
-        for vendor in ("nvidia", "amd"):
-            made[name, vendor] = harness.load(spec, folder, interpreted=False, vendor=vendor)
+        for target, gpu in FAMILIES.items():
+            made[name, target] = harness.load(spec, folder, interpreted=False, gpu=gpu)
+        made[name, "any"] = harness.load(spec, folder, interpreted=False)
     return made
 
 
 def build_of(modules, name, target, rows):
     """The machine code for a number of rows, which has to fit, and what it was made of."""
-    module = modules[name, "amd" if target == "gfx942" else "nvidia"]
-    (build,) = (
-        b
-        for b in cubin.builds(module)
-        if b.name.endswith(f"m_{rows}") or b.name.endswith(f"v_{rows}")
-    )
-    binary = cubin.compile_for(target, module, build)
-    assert 0 < binary.registers <= (512 if target == "gfx942" else 255)
+    build = harness.build_for(modules[name, target], rows)
+    binary = cubin.compile_for(target, modules[name, target], build)
+    processor = FAMILIES[target].processor
+    assert 0 < binary.registers <= processor.most_registers
     assert binary.spills == 0
-    assert binary.shared_bytes <= cubin.PROCESSORS[target].program_bytes
+    assert binary.shared_bytes <= processor.program_bytes
     return binary, build
 
 
@@ -93,7 +91,7 @@ def build_of(modules, name, target, rows):
 def test_fits_and_uses_the_matrix_unit(modules, name, target, rows):
     binary, build = build_of(modules, name, target, rows)
     # Two warps at least on every part of a processor that issues instructions.
-    assert binary.occupancy * cubin.PROCESSORS[target].warps >= 8
+    assert binary.occupancy * FAMILIES[target].processor.warps >= 8
     matrix = binary.count(MATRIX[target])
     any_matrix = binary.count(ANY_MATRIX[target])
     if "gemv" in build.name:
@@ -122,8 +120,8 @@ def test_few_rows_stream_wide_words_that_stay_where_they_are(modules, target):
 
 
 def test_the_portable_way_compiles_for_nvidia_too(modules):
-    module = modules["nf4", "amd"]
-    build = next(b for b in cubin.builds(module) if b.name.endswith("gemm_16"))
+    module = modules["nf4", "any"]
+    build = harness.build_for(module, 16)
     binary = cubin.compile_for("sm_90", module, build)
     assert binary.spills == 0
     assert binary.count("HGMMA") > 0
@@ -141,7 +139,7 @@ def test_sum_over_a_split_is_built_too(tmp_path):
 
 
 def test_without_triton_it_is_one_clear_sentence(modules, monkeypatch):
-    module = modules["nf4", "nvidia"]
+    module = modules["nf4", "sm_90"]
     build = next(cubin.builds(module))
     monkeypatch.setitem(sys.modules, "triton", None)
     with pytest.raises(errors.KernelError, match="pip install"):

@@ -11,7 +11,8 @@ from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.codegen.triton import render, word_bytes, words
-from fxquant.codegen.triton.tiles import plan
+from fxquant.codegen.triton.gpu import ANY, FAMILIES
+from fxquant.codegen.triton.plan import plan
 from fxquant.formats import Encoding
 from tests.codegen import harness, ptx
 from tests.codegen.test_triton_interpreted import check
@@ -23,16 +24,16 @@ INT4 = Encoding(4, block=(1, 128))
 CHANNELS = Encoding(4, block=(1, -1))
 
 
-def words_of(spec, vendor=""):
-    return plan(spec, WeightIndex.of(spec.weight), vendor).words
+def words_of(spec, gpu=ANY):
+    return plan(spec, WeightIndex.of(spec.weight), gpu).form.words
 
 
 def spec_of(weight, dtype="float16", epilogue=None, **more):
     return KernelSpec(weight, dtype, dtype, dtype, epilogue or Epilogue(), "words", **more)
 
 
-@pytest.fixture(params=["", "nvidia"])
-def vendor(request, monkeypatch):
+@pytest.fixture(params=[ANY, FAMILIES["sm_90"]], ids=lambda gpu: gpu.name)
+def gpu(request, monkeypatch):
     """Both variants; assembly runs in an interpreter of ours."""
     ptx.interpret_assembly(monkeypatch)
     return request.param
@@ -67,27 +68,27 @@ def test_assembly_gives_the_levels_bit_for_bit(encoding, dtype):
         (WeightOperand(NF4, (96, 128), None, 32, 64, (0, 128, 1), 64 * 128 + 64), "output"),
     ],
 )
-def test_products(tmp_path, vendor, weight, scaling):
+def test_products(tmp_path, gpu, weight, scaling):
     spec = spec_of(weight, epilogue=Epilogue.bias("float16", "en" if weight.batch else "n"))
-    found = plan(spec, WeightIndex.of(weight), vendor)
-    assert found.words == ("prmt" if vendor else "choice")
-    assert found.scaling == scaling
-    module = harness.load(spec, tmp_path, interpreted=True, vendor=vendor)
+    found = plan(spec, WeightIndex.of(weight), gpu)
+    assert found.form.words == ("prmt" if gpu.vendor else "choice")
+    assert found.form.scaling == scaling
+    module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
     for rows in (1, 3, 20):
         check(spec, module, rows)
 
 
-def test_many_rows_with_splits_and_another_x(tmp_path, vendor):
+def test_many_rows_with_splits_and_another_x(tmp_path, gpu):
     spec = dataclasses.replace(spec_of(harness.whole(NF4, 64, 1024)), x_dtype="float32")
-    module = harness.load(spec, tmp_path, interpreted=True, vendor=vendor)
-    assert any(tile["SPLIT"] > 1 for _, tile, _ in module.VARIANTS.values())
+    module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
+    assert any(tile.get("SPLIT", 1) > 1 for _, tile, _ in module.VARIANTS.values())
     for rows in (2, 140):
         check(spec, module, rows)
 
 
-def test_several_weights(tmp_path, vendor):
+def test_several_weights(tmp_path, gpu):
     spec = spec_of(harness.whole(NF4, 32, 192), epilogue=GATED, weights=2)
-    check_joined(spec, harness.load(spec, tmp_path, interpreted=True, vendor=vendor), 5)
+    check_joined(spec, harness.load(spec, tmp_path, interpreted=True, gpu=gpu), 5)
 
 
 def test_both_ways_give_the_same_numbers(tmp_path, monkeypatch):
@@ -95,8 +96,8 @@ def test_both_ways_give_the_same_numbers(tmp_path, monkeypatch):
     spec = spec_of(harness.whole(NF4, 64, 256))
     tensors, x = harness.stored(NF4, (64, 256)), harness.activation(spec, 7)
     one, other = (
-        harness.load(spec, tmp_path, interpreted=True, vendor=vendor).run(x, tensors, [])
-        for vendor in ("", "nvidia")
+        harness.load(spec, tmp_path, interpreted=True, gpu=gpu).run(x, tensors, [])
+        for gpu in (ANY, FAMILIES["sm_90"])
     )
     assert torch.equal(one, other)
 
@@ -117,7 +118,7 @@ def test_both_ways_give_the_same_numbers(tmp_path, monkeypatch):
 )
 def test_what_is_decoded_otherwise(spec):
     assert not words_of(spec)
-    assert not words_of(spec, "nvidia")
+    assert not words_of(spec, FAMILIES["sm_90"])
 
 
 def test_levels_that_float16_has_no_normal_numbers_for():
@@ -129,6 +130,6 @@ def test_levels_that_float16_has_no_normal_numbers_for():
 
 def test_assembly_is_for_one_vendor():
     spec = spec_of(harness.whole(NF4, 64, 128))
-    assert "inline_asm" in render(spec, Header(), "nvidia")
-    for vendor in ("", "amd"):
-        assert "inline_asm" not in render(spec, Header(), vendor)
+    assert "inline_asm" in render(spec, Header(), FAMILIES["sm_80"])
+    for gpu in (ANY, FAMILIES["gfx942"]):
+        assert "inline_asm" not in render(spec, Header(), gpu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from fxquant import errors
 from fxquant.codegen import Header
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import Encoding
-from fxquant.runtime import cache, launch
+from fxquant.runtime import cache, device, launch
 
 SPEC = KernelSpec(
     WeightOperand.whole(Encoding(4, "nf4"), (32, 64), transposed=False),
@@ -87,7 +88,11 @@ def test_assembly_is_that_of_the_gpu(
     monkeypatch.setenv("TRITON_INTERPRET", interpreted)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: found)
     monkeypatch.setattr(torch.version, "hip", hip)
-    assert launch.gpu_vendor() == vendor
+    properties = types.SimpleNamespace(name="a", major=9, minor=0, multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    device._described.cache_clear()
+    assert device.gpu().vendor == vendor
     weight = WeightOperand.whole(Encoding(4, "nf4"), (32, 64), transposed=False)
     text = launch.make_kernel(KernelSpec(weight, *["float16"] * 3), "triton", Header()).source
     assert ("inline_asm" in text) == (vendor == "nvidia")
