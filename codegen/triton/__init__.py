@@ -26,7 +26,7 @@ from fxquant.codegen.triton import (
     words,
 )
 from fxquant.codegen.triton.gpu import ANY, Gpu
-from fxquant.codegen.triton.plan import Plan, plan
+from fxquant.codegen.triton.plan import Plan, plan_for
 from fxquant.codegen.triton.printer import Lines
 
 _IMPORTS = ("import torch", "import triton", "import triton.language as tl")
@@ -54,7 +54,7 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header, gpu: Gpu = ANY) -> s
         _print_quantize(out, spec)
         return out.text()
     index = WeightIndex.of(spec.weight)
-    variants = plan(spec, index, gpu)
+    variants = plan_for(spec, index, gpu)
     if launch.tables(spec, variants):
         out.add("import functools")
     out.add(*(["import math", ""] if spec.batch is None else [""]), *_IMPORTS)

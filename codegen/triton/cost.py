@@ -3,8 +3,8 @@
 One sympy expression for all tiles, specs and GPUs. It ranks tiles: what all of them do alike (the
 epilogue, activations to int8) is left out. Within a program products wait for decoded weights, so
 the two overlap only between programs of one processor. Memory is asked for as far ahead as the
-pipeline is deep; by Little's law a bandwidth takes so many bytes in flight as it brings in the time
-of one load.
+pipeline is deep: a step takes at least the time of one load over the loads that are under way. That
+is Little's law: enough programs, steps and stages have a bandwidth's bytes in flight.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import sympy
 
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton.gpu import Gpu
-from fxquant.codegen.triton.tiles import Form, Tile
+from fxquant.codegen.triton.tiles import Form, Tile, is_stored
 from fxquant.codegen.work import stored_bytes
 from fxquant.formats import levels
 
 LAUNCH = 2e-6
 """Seconds from the end of a kernel to the start of the one behind it."""
 
-_SHARE = 0.75
+_SHARE = 0.8
 """Of the matrix unit's throughput, what the best products reach."""
 
 _LANES = 64
@@ -34,10 +34,14 @@ _LANES = 64
 CUDA's programming guide, "throughput of native arithmetic instructions"; four SIMDs of 16 on AMD.
 """
 
+_LEAST_WARPS = 8  # two on every part of a processor that issues instructions
 _MANY_SUMS = 128 * 128
 
 _HIDING = 12
 """Warps of a processor from which on vector instructions do not wait for one another."""
+
+_APART = 0.1
+"""Of what could go on at the same time as what takes longest, the share that does not."""
 
 _STEP = 70
 """Instructions of a warp around a step: addresses, barriers, the asynchronous copies (counted)."""
@@ -72,13 +76,14 @@ def time() -> sympy.Expr:
     turns = sympy.ceiling(busiest / RESIDENT)
     compute = _most(busiest * products, busiest * vectors, turns * (products + vectors)) / CLOCK
     weight, x = N * K * WEIGHTS * EXPERTS * BYTES, M * K * EXPERTS * X_BYTES
-    flight = _least(PROCESSORS, tiles * SPLIT) * _least(RESIDENT, busiest) * (STAGES - 1)
-    flight = flight * BN * BK * BYTES * WEIGHTS
-    memory = (weight + x) / _least(BANDWIDTH, flight / LATENCY)
+    waiting = turns * steps * LATENCY / (STAGES - 1)
+    memory = (weight + x) / BANDWIDTH
     again = weight * sympy.ceiling(M / ROWS) + x * sympy.ceiling(N / BN)
     shared = 4 * SPLIT * M * N * WEIGHTS * EXPERTS * _least(1, SPLIT - 1)
     added = _least(1, SPLIT - 1) * LAUNCH + 2 * shared / CACHE
-    return _most(compute, memory, again / CACHE) + (1 + turns) * LATENCY + added
+    bounds = (compute, memory, again / CACHE, waiting)
+    largest = _most(*bounds)
+    return largest + _APART * (sum(bounds) - largest) + (1 + turns) * LATENCY + added
 
 
 def decoded_time() -> sympy.Expr:
@@ -122,12 +127,11 @@ def seconds(spec: KernelSpec, form: Form, tile: Tile, gpu: Gpu, rows: int) -> fl
         form: How it is computed.
         tile: How it is cut up.
         gpu: What it runs on.
-        rows: Of the activation; of a batch each matrix has so many.
+        rows: Of the activation; of a batch or a group each matrix has so many.
     """
     weight, experts = spec.weight, spec.batch or spec.weight.batch or 1
-    each = -(-rows // experts) if spec.grouped else rows
     values = {
-        M: each, N: weight.n, K: weight.k, WEIGHTS: spec.weights, EXPERTS: experts,
+        M: rows, N: weight.n, K: weight.k, WEIGHTS: spec.weights, EXPERTS: experts,
         ROWS: tile.rows or 1, BN: tile.chunk or tile.n, BK: tile.k,
         SPLIT: tile.split, WARPS: tile.warps, STAGES: tile.stages,
         BYTES: stored_bytes(weight) / math.prod(weight.sizes),
@@ -142,19 +146,12 @@ def seconds(spec: KernelSpec, form: Form, tile: Tile, gpu: Gpu, rows: int) -> fl
         values[RESIDENT] = float(tile.chunk < weight.n and 2 * dense <= gpu.cache_bytes)
     else:
         registers, shared = needs(spec, form, tile)
-        resident = gpu.processor.resident(registers, shared, tile.warps)
-        if not fits(spec, form, tile, gpu) or not resident:
+        if not fits(spec, form, tile, gpu):
             return math.inf
-        values[RESIDENT], values[DECODE] = resident, _decoding(spec, form.words)
+        values[RESIDENT] = gpu.processor.resident(registers, shared, tile.warps)
+        values[DECODE] = _decoding(spec, form.words)
         values[SCALE] = 0.5 if form.scaling == "tile" else 0.0
     return float(_compiled(tile.kernel)(*(values[symbol] for symbol in _SYMBOLS)))
-
-
-def is_stored(spec: KernelSpec) -> bool:
-    """Whether codes are multiplied as they lie in memory: they never come to registers."""
-    encoding = spec.weight.encoding
-    uniform = encoding.bits == 8 and levels(encoding) is None and not encoding.zero_point
-    return uniform and spec.compute_dtype == "int8"
 
 
 def is_direct(spec: KernelSpec) -> bool:
@@ -167,16 +164,21 @@ def is_direct(spec: KernelSpec) -> bool:
 def fits(spec: KernelSpec, form: Form, tile: Tile, gpu: Gpu) -> bool:
     """Whether a tile can be built: registers without a spill, and shared memory.
 
-    More than 128 x 128 sums leave room for nothing but Hopper's products of shared memory. Of
-    128 x 128 sums of decoded words Triton 3.7 makes Blackwell an empty kernel.
+    Only Hopper's products take operands from shared memory: elsewhere they need registers beside
+    the sums, and so does a decoded weight beside more than 128 x 128 of them. Of 128 x 128 sums of
+    decoded words Triton 3.7 makes Blackwell an empty kernel.
     """
     registers, shared = needs(spec, form, tile)
     processor, sums = gpu.processor, tile.rows * tile.n
+    if gpu.family != "sm_90" and sums * spec.weights > 96 * processor.lanes * tile.warps:
+        return False
     if sums > _MANY_SUMS and not (gpu.family == "sm_90" and is_stored(spec)):
         return False
     if sums == _MANY_SUMS and form.words and gpu.family == "sm_100":
         return False
-    return registers <= 0.94 * processor.most_registers and shared <= processor.program_bytes
+    if registers > 0.94 * processor.most_registers or shared > processor.program_bytes:
+        return False
+    return processor.resident(registers, shared, tile.warps) * tile.warps >= _LEAST_WARPS
 
 
 def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
@@ -186,8 +188,8 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     asynchronous copies (of two inputs for words, of 16 bytes else), and what else there is.
     """
     lanes = 32 * tile.warps
-    sums = tile.rows * tile.n * spec.weights + tile.rows * tile.n * (form.scaling == "tile")
-    decoded = tile.n * tile.k // (2 if form.words else 1)
+    sums = tile.rows * tile.n * spec.weights * (2 if form.scaling == "tile" else 1)
+    decoded = tile.n * tile.k * spec.weights // (2 if form.words else 1)
     copied = tile.rows * tile.k // (2 if form.words else 8)
     if not form.words:
         copied += tile.n * tile.k // 8

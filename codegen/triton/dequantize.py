@@ -34,8 +34,8 @@ def print_kernel(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -
         mask = f", mask={' & '.join(masks)}" if masks else ""
         out.add(
             "start = tl.program_id(0) * BLOCK_N",
-            "k0 = tl.program_id(1) * BLOCK_K",
-            f"w = {call(name, [*pointers, 'first + start', 'k0', 'BLOCK_N', 'BLOCK_K'])}",
+            "n0, k0 = first + start, tl.program_id(1) * BLOCK_K",
+            f"w = {call(name, [*pointers, 'n0', 'k0', 'BLOCK_N', 'BLOCK_K'])}",
             "row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]",
             "k = k0 + tl.arange(0, BLOCK_K)[None, :]",
             f"tl.store(dense + (row * {weight.k} + k), w{mask})",
@@ -80,10 +80,9 @@ def print_run(out: Lines, spec: KernelSpec) -> None:
             args = wrap_items([*pointers, "dense", "first", "**tile", "**options"], 4, 92)
             with out.block(f"for first in range(0, {weight.n}, chunk):"):
                 out.add(f"{spec.name}_dequantize[grid](", *args, ")")
-                out.add(
-                    f"part = sums[{number}][:, first : first + chunk]",
-                    "torch.mm(x, dense.t(), out=part)" if direct else "multiply(x, dense, part)",
-                )
+                part = f"sums[{number}][:, first : first + chunk]"
+                product = "torch.mm(x, dense.t(), out={})" if direct else "multiply(x, dense, {})"
+                out.add(product.format(part))
         if not direct:
             print_reduce_call(out, spec, "sums", "1")
 

@@ -48,13 +48,13 @@ class Processor:
             shared_bytes: Of a program.
             warps: Of a program.
         """
-        step = self.register_step
+        step, shared = self.register_step, shared_bytes + self.shared_reserved
         taken = max(step, -(-registers // step) * step)
         return min(
             self.programs,
             self.warps // warps,
             self.registers // taken // (warps * self.lanes),
-            self.shared_bytes // (shared_bytes + self.shared_reserved),
+            self.shared_bytes // max(1, shared),
         )
 
 

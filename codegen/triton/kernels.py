@@ -6,7 +6,7 @@ from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import decode
 from fxquant.codegen.triton.ops import PRELUDE, TritonOps
 from fxquant.codegen.triton.plan import Plan
-from fxquant.codegen.triton.printer import Lines, call
+from fxquant.codegen.triton.printer import Lines, call, wrap_items
 
 JIT = '(do_not_specialize=["rows"])'
 _CONSTEXPRS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT")
@@ -199,7 +199,7 @@ def print_reduce_call(out: Lines, spec: KernelSpec, partial: str, split: str) ->
         f'grid = (rows, -(-{spec.weight.n} // tile["BLOCK_N"]), {spec.batch or 1})',
     )
     args = [partial, *operand_names(spec), *result_names(spec), "rows", "**tile", "**options"]
-    out.add(call("add_shares[grid]", args))
+    out.add("add_shares[grid](", *wrap_items(args, 4, 88), ")")
 
 
 def parameters(spec: KernelSpec) -> list[str]:

@@ -16,7 +16,7 @@ from fxquant.codegen.triton.kernels import (
     result_names,
 )
 from fxquant.codegen.triton.plan import Plan
-from fxquant.codegen.triton.printer import Lines, call, wrap_items
+from fxquant.codegen.triton.printer import Lines, wrap_items
 from fxquant.codegen.triton.tiles import CHUNKED
 
 _POINTERS = {
@@ -109,12 +109,15 @@ def print_variants(out: Lines, spec: KernelSpec, plan: Plan) -> None:
 def print_reductions(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """``REDUCTIONS``: the constants of the kernels that add the shares of a split."""
     if plan.splits:
-        sizes = f'{{"BLOCK_N": {REDUCE_BLOCK}, "SPLIT": split}}, {{"num_warps": 4}}'
         out.add(
             "",
             "# Shares -> the kernel that adds them.",
             "REDUCTIONS = {",
-            f"    split: ({spec.name}_reduce, {sizes})",
+            "    split: (",
+            f"        {spec.name}_reduce,",
+            f'        {{"BLOCK_N": {REDUCE_BLOCK}, "SPLIT": split}},',
+            '        {"num_warps": 4},',
+            "    )",
             f"    for split in {plan.splits}",
             "}",
         )
@@ -227,7 +230,7 @@ def _print_launch(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     if plan.decodes:
         with out.block(f'if "{CHUNKED}" in tile:'):
             with out.block("with torch.cuda.device_of(x):"):
-                out.add(call("run_decoded", dequantize.arguments(spec)))
+                out.add("run_decoded(", *wrap_items(dequantize.arguments(spec), 4, 88), ")")
             out.add(f"return {_results(spec)}")
     out.add('split = tile["SPLIT"]', "partial = out")
     if splits:

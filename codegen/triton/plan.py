@@ -16,7 +16,7 @@ from fxquant.codegen.triton.tiles import (
     CODES_PER_WORD,
     GEMV_ROWS,
     LEAST_INT8_INPUTS,
-    PAIRS,
+    LEAST_WORD_INPUTS,
     Form,
     Tile,
     decoding_tiles,
@@ -27,7 +27,7 @@ from fxquant.codegen.triton.tiles import (
 )
 from fxquant.formats import levels
 
-_INPUTS, _LEAST_WORD_INPUTS = 128, 16 * PAIRS
+_INPUTS = 128
 _BEST = 6
 """Tiles for a number of rows that are worth a try."""
 
@@ -78,7 +78,7 @@ class Plan:
         return any(tile.kernel == "dequantize" for tile in self.tiles)
 
 
-def plan(spec: KernelSpec, index: WeightIndex, gpu: Gpu = ANY) -> Plan:
+def plan_for(spec: KernelSpec, index: WeightIndex, gpu: Gpu = ANY) -> Plan:
     """The variants for a spec on a GPU."""
     form = form_of(spec, index, gpu.vendor)
     variants: dict[int, tuple[Tile, ...]] = {}
@@ -108,7 +108,7 @@ def _ranked(spec: KernelSpec, form: Form, gpu: Gpu, rows: int) -> tuple[Tile, ..
     # A library has float32 sums for an epilogue on NVIDIA's GPUs only; few rows are not its work.
     if rows >= BUCKETS[-2] and (cost.is_direct(spec) or gpu.vendor != "amd"):
         decoding = decoding_tiles(spec, form)
-        found |= {tile: cost.seconds(spec, form, tile, gpu, rows) for tile in decoding}
+        found |= {t: cost.seconds(spec, form, t, gpu, rows) * _price(spec, t) for t in decoding}
     ranked = [t for t in sorted(found, key=lambda tile: found[tile]) if found[t] < math.inf]
     if not ranked:
         return (smallest,)
@@ -116,6 +116,11 @@ def _ranked(spec: KernelSpec, form: Form, gpu: Gpu, rows: int) -> tuple[Tile, ..
     others = [tile for tile in ranked if tile in first.values()]
     deeper = [t for t in ranked if dataclasses.replace(t, stages=ranked[0].stages) == ranked[0]]
     return (*others[: _BEST - len(deeper) + 1], *deeper[1:])
+
+
+def _price(spec: KernelSpec, tile: Tile) -> float:
+    """What has to be gained for the memory of decoded weights: a tenth, and more for more of it."""
+    return 1.1 + 2 * tile.chunk * spec.weight.k / 2**32
 
 
 def form_of(spec: KernelSpec, index: WeightIndex, vendor: str) -> Form:
@@ -150,7 +155,7 @@ def _word_inputs(spec: KernelSpec, index: WeightIndex) -> int:
         return 0
     run = index.run_of_block(K, _INPUTS)
     inputs = min(run or _INPUTS, spec.weight.k & -spec.weight.k)
-    return inputs if inputs >= _LEAST_WORD_INPUTS else 0
+    return inputs if inputs >= LEAST_WORD_INPUTS else 0
 
 
 def _scaling(spec: KernelSpec, index: WeightIndex) -> tuple[str, int]:

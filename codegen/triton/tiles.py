@@ -10,6 +10,7 @@ import sympy
 
 from fxquant.codegen.indexing import N
 from fxquant.codegen.spec import KernelSpec
+from fxquant.formats import levels
 
 GEMV_ROWS = (1, 2, 4)
 BUCKETS = (16, 32, 64, 128, 256, 512, 2048)
@@ -18,11 +19,13 @@ BUCKETS = (16, 32, 64, 128, 256, 512, 2048)
 MOST_ROWS = 128
 CODES_PER_WORD = 8
 PAIRS = CODES_PER_WORD // 2
+LEAST_WORD_INPUTS = 16 * PAIRS
 LEAST_INT8_INPUTS = 32  # one instruction's
 CHUNKED = "CHUNK"
 """The compile-time parameter that only a kernel has which decodes to memory."""
 
 _CHUNKS, _MOST_SCRATCH = (1024, 2048, 4096), 256 << 20
+_LEAST_DECODED = 1 << 22
 _MOST_PARTIAL_ROWS = 512
 
 
@@ -87,10 +90,11 @@ def word_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
     """The weight is the left operand: a word's codes are decoded where the product takes them."""
     most = dividing(spec.weight.n, 128, 16)
     sizes = {most, max(most // 2, min(most, 64))}
-    for m, n, warps, stages in itertools.product(_heights(rows), sorted(sizes), (4, 8), (3, 4, 5)):
-        if warps == 4 or n == 128:
-            for split in _splits(spec, form.inputs, rows):
-                yield Tile("gemm", m, n, form.inputs, split, warps, stages)
+    inputs = {form.inputs, max(form.inputs // 2, LEAST_WORD_INPUTS)}
+    for m, n, k in itertools.product(_heights(rows), sorted(sizes), sorted(inputs)):
+        for warps, stages in itertools.product((4, 8) if n == 128 else (4,), (2, 3, 4, 5)):
+            for split in _splits(spec, k, rows):
+                yield Tile("gemm", m, n, k, split, warps, stages)
 
 
 def int8_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
@@ -103,7 +107,7 @@ def int8_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
     narrow = form.scaling == "elements" or floats
     least = 16 if form.scaling == "elements" else LEAST_INT8_INPUTS
     k = dividing(spec.weight.k, form.inputs, least)
-    yield from _tiles(spec, k, rows, 32 if narrow else 0, most=2 * MOST_ROWS)
+    yield from _tiles(spec, k, rows, 32 if narrow else 0, free=is_stored(spec))
 
 
 def float_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
@@ -115,21 +119,30 @@ def float_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
 
 
 def _tiles(
-    spec: KernelSpec, k: int, rows: int, narrow: int, most: int = MOST_ROWS
+    spec: KernelSpec, k: int, rows: int, narrow: int, *, free: bool = False
 ) -> Iterator[Tile]:
-    """Tiles of k inputs; of so many outputs and 64 rows at most, where they have to be narrow."""
+    """Tiles of k inputs; of `narrow` outputs and 64 rows at most, where there is such a limit.
+
+    A warp takes an instruction's 16 outputs: decoded weights stay where they are. Codes that are
+    multiplied as they are stored are `free` of that, and few enough for twice the rows.
+    """
     sizes = {dividing(spec.weight.n, size, 16) for size in ([narrow] if narrow else (64, 128))}
-    heights = _heights(rows, 64 if narrow else most)
+    heights = _heights(rows, 64 if narrow else MOST_ROWS * (2 if free else 1))
     for m, n, warps in itertools.product(heights, sorted(sizes), (4, 8)):
-        if m * n >= 64 * 128 or warps == 4:
-            for stages, split in itertools.product((3, 4), _splits(spec, k, rows)):
+        if warps == max(4, n // 16) or (free and m * n >= 64 * 128):
+            for stages, split in itertools.product((2, 3, 4), _splits(spec, k, rows)):
                 yield Tile("gemm", m, n, k, split, warps, stages)
 
 
 def decoding_tiles(spec: KernelSpec, form: Form) -> Iterator[Tile]:
-    """Decoding to memory, whole or in chunks that stay in the cache, for the vendor's product."""
+    """Decoding to memory, whole or in chunks that stay in the cache, for the vendor's product.
+
+    A small weight's product takes no longer than the launches around it.
+    """
     weight = spec.weight
     if spec.compute_dtype not in ("float16", "bfloat16") or weight.batch or spec.batch:
+        return
+    if weight.n * weight.k < _LEAST_DECODED:
         return
     n = dividing(weight.n, 64 if form.axis == N else 32, 16)
     k = dividing(weight.k, 64 if form.axis == N else 128, 16)
@@ -160,10 +173,17 @@ def gemv_tile(spec: KernelSpec, rows: int, axis: sympy.Symbol | None, programs: 
     return Tile("gemv", rows, n, k, splits[-1], 4, 2)
 
 
+def is_stored(spec: KernelSpec) -> bool:
+    """Whether codes are multiplied as they lie in memory: they never come to registers."""
+    encoding = spec.weight.encoding
+    uniform = encoding.bits == 8 and levels(encoding) is None and not encoding.zero_point
+    return uniform and spec.compute_dtype == "int8"
+
+
 def _heights(rows: int, most: int = MOST_ROWS) -> tuple[int, ...]:
-    """Rows of a tile, for so many in all: no more than one half of them for nothing."""
+    """Rows of a tile, for so many in all: as few as a quarter where more do not fit."""
     height = min(rows, most)
-    return (height, height // 2) if height > BUCKETS[0] else (height,)
+    return tuple(m for m in (height, height // 2, height // 4) if m >= BUCKETS[0])
 
 
 def _splits(spec: KernelSpec, k: int, rows: int) -> Iterator[int]:

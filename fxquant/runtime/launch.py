@@ -265,6 +265,18 @@ def tune(spec: str, target: str, device: torch.device) -> None:
         tuning.tune(chain, found)
 
 
+def remark(spec: str, target: str) -> str:
+    """What else there is to say of a kernel that runs, in a clause, or ``""``.
+
+    Args:
+        spec: As JSON.
+        target: Whose kernel was prepared.
+    """
+    if target != "triton" or not isinstance(parse(spec), KernelSpec):
+        return ""
+    return tiles.remark(_triton_module(spec))
+
+
 def _usual_runner(spec: str, device: torch.device) -> Runner:
     target = usual_target(device)
     if obstacle(target, device):

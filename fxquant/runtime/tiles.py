@@ -27,8 +27,8 @@ from fxquant.codegen import reference
 from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton.gpu import Gpu
-from fxquant.codegen.triton.plan import Plan, plan
-from fxquant.codegen.triton.tiles import Tile
+from fxquant.codegen.triton.plan import Plan, plan_for
+from fxquant.codegen.triton.tiles import CHUNKED, Tile
 from fxquant.progress import bar
 from fxquant.runtime import cache, tuning
 
@@ -52,7 +52,7 @@ Variants = dict[int, Tile]
 
 def use(module: ModuleType, spec: KernelSpec, gpu: Gpu) -> None:
     """Sets the tiles that were tuned for this product on this GPU, if any were."""
-    found = plan(spec, WeightIndex.of(spec.weight), gpu)
+    found = plan_for(spec, WeightIndex.of(spec.weight), gpu)
     stored = _stored(gpu).get(_key(spec))
     if stored is None:
         return
@@ -62,6 +62,16 @@ def use(module: ModuleType, spec: KernelSpec, gpu: Gpu) -> None:
         tiles[most] = next((t for t in candidates if _entry(t) == wanted), candidates[0])
     _set(module, tiles)
     LOG.info("kernel %s has tiles as tuned", spec.name)
+
+
+def remark(module: ModuleType) -> str:
+    """From how many rows on the weight is decoded for another product, or ``""``."""
+    fewer = 0
+    for most, (_, constants, _) in module.VARIANTS.items():
+        if CHUNKED in constants:
+            return f"dequantize + torch.mm from {fewer + 1} rows on"
+        fewer = most
+    return ""
 
 
 def is_tuned(spec: KernelSpec, gpu: Gpu) -> bool:
@@ -83,7 +93,7 @@ def tune(module: ModuleType, spec: KernelSpec, gpu: Gpu, device: torch.device) -
     """
     if is_tuned(spec, gpu):
         return
-    found = plan(spec, WeightIndex.of(spec.weight), gpu)
+    found = plan_for(spec, WeightIndex.of(spec.weight), gpu)
     weight = [part.to(device) for part in tuning.random_weight(spec)]
     trial = _Trial(module, spec, weight, device, torch.empty(2 * gpu.cache_bytes, dtype=torch.int8))
     tiles = trial.best(found)
@@ -128,7 +138,8 @@ class _Trial:
         return chosen
 
     def _best_of(self, most: int, tiles: tuple[Tile, ...], done: Callable[[], None]) -> Tile:
-        spec, rows = self.spec, most
+        spec = self.spec
+        rows = most * (spec.weight.batch or 1) if spec.grouped else most
         batch = [] if spec.batch is None else [spec.batch]
         shape = (*batch, rows, spec.weight.k)
         x = torch.randn(shape, device=self.device) * 20

@@ -114,9 +114,17 @@ def test_few_rows_stream_wide_words_that_stay_where_they_are(modules, target):
     assert binary.count(WIDE) > 0
     assert 2 * weights <= binary.count("PRMT") <= 2.5 * weights
     assert binary.count(r"SHFL|F2F|I2F") == 0
-    assert binary.count(r"LDS\.U8|STS\.U8") == 0
+    # Blackwell's programs hand a byte to one another, outside of the loop.
+    assert binary.count(r"LDS\.U8|STS\.U8") == (2 if target == "sm_100" else 0)
     # Twelve warps or more: what hides the way to memory.
     assert binary.occupancy >= 12 / 64
+    if target == "sm_100":
+        return  # Decoding, not memory, is what takes longest there.
+    # Little's law: bytes on their way on a processor, in the time of a load, at full bandwidth.
+    gpu, flight = FAMILIES[target], build.options["num_stages"] - 1
+    flight *= build.constants["BLOCK_N"] * build.constants["BLOCK_K"] // 2
+    programs = binary.occupancy * gpu.processor.warps // binary.warps
+    assert programs * flight >= gpu.latency * gpu.bandwidth / gpu.processors
 
 
 def test_the_portable_way_compiles_for_nvidia_too(modules):

@@ -10,7 +10,7 @@ from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import cost
 from fxquant.codegen.triton.gpu import ANY, FAMILIES
-from fxquant.codegen.triton.plan import form_of, plan
+from fxquant.codegen.triton.plan import form_of, plan_for
 from fxquant.codegen.triton.tiles import BUCKETS, Tile
 from fxquant.codegen.work import stored_bytes
 from fxquant.formats import Encoding
@@ -27,11 +27,13 @@ def spec_of(encoding, *shape, compute="bfloat16", epilogue=None):
 
 
 def plan_of(spec, gpu=H100):
-    return plan(spec, WeightIndex.of(spec.weight), gpu)
+    return plan_for(spec, WeightIndex.of(spec.weight), gpu)
 
 
 def seconds(spec, tile, rows, gpu=H100):
-    return cost.seconds(spec, form_of(spec, WeightIndex.of(spec.weight), gpu.vendor), tile, gpu, rows)
+    return cost.seconds(
+        spec, form_of(spec, WeightIndex.of(spec.weight), gpu.vendor), tile, gpu, rows
+    )
 
 
 @pytest.mark.parametrize(("encoding", "compute"), [(NF4, "bfloat16"), (INT8, "int8")])
@@ -49,8 +51,8 @@ def test_nothing_is_below_the_roofline(encoding, compute, family):
 def test_best_tiles_come_first_and_differ():
     spec = spec_of(NF4, 4096, 4096)
     for most, tiles in plan_of(spec).variants.items():
-        times = [seconds(spec, tile, most) for tile in tiles]
-        assert times[0] == min(times) < math.inf
+        times = [seconds(spec, tile, most) for tile in tiles if tile.kernel == tiles[0].kernel]
+        assert times[0] <= 1.02 * min(times) < math.inf
         assert len(set(tiles)) == len(tiles)
 
 
@@ -61,12 +63,12 @@ def test_few_outputs_are_split_and_many_are_not():
 
 
 def test_bytes_in_flight_bound_the_bandwidth():
-    """Little's law: of two stages one is in flight; half of the bytes take twice the time."""
+    """Little's law: of two stages one is in flight, so 128 steps take the time of 128 loads."""
     spec = spec_of(NF4, 8192, 8192)
     one = Tile("gemm", 16, 64, 64, 1, 4, 2)
-    flight = 128 * 64 * 64 * 4.127 / 8
-    assert seconds(spec, one, 1) > stored_bytes(spec.weight) / (flight / H100.latency)
-    assert seconds(spec, dataclasses.replace(one, stages=4), 1) < seconds(spec, one, 1) / 2
+    expected = (128 + 2) * H100.latency
+    assert expected < seconds(spec, one, 1) < 1.1 * expected
+    assert seconds(spec, dataclasses.replace(one, stages=4), 1) < 0.65 * expected
 
 
 def test_many_rows_are_left_to_the_vendor_and_few_are_not():
@@ -79,7 +81,10 @@ def test_many_rows_are_left_to_the_vendor_and_few_are_not():
 
 
 def test_sums_of_an_epilogue_cost_their_way_through_memory():
-    plain, gated = spec_of(NF4, 8192, 8192), spec_of(NF4, 8192, 8192, epilogue=Epilogue.bias("float32"))
+    plain, gated = (
+        spec_of(NF4, 8192, 8192),
+        spec_of(NF4, 8192, 8192, epilogue=Epilogue.bias("float32")),
+    )
     tile = Tile("dequantize", 0, 32, 128, 1, 4, 1, 8192)
     more = seconds(gated, tile, 2048) - seconds(plain, tile, 2048)
     assert more == pytest.approx(8 * 2048 * 8192 / H100.bandwidth + cost.LAUNCH)

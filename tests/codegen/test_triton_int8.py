@@ -16,7 +16,7 @@ from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
 from fxquant.codegen.triton import render
-from fxquant.codegen.triton.plan import plan
+from fxquant.codegen.triton.plan import plan_for
 from fxquant.formats import Encoding, decode_int8
 from tests.bounds import assert_close_within
 from tests.codegen import harness, plain_int8
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def scaling_of(spec):
-    return plan(spec, WeightIndex.of(spec.weight)).form.scaling
+    return plan_for(spec, WeightIndex.of(spec.weight)).form.scaling
 
 
 def bound(spec, x, tensors, extra):

@@ -12,7 +12,7 @@ from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.codegen.triton import render, word_bytes, words
 from fxquant.codegen.triton.gpu import ANY, FAMILIES
-from fxquant.codegen.triton.plan import plan
+from fxquant.codegen.triton.plan import plan_for
 from fxquant.formats import Encoding
 from tests.codegen import harness, ptx
 from tests.codegen.test_triton_interpreted import check
@@ -25,7 +25,7 @@ CHANNELS = Encoding(4, block=(1, -1))
 
 
 def words_of(spec, gpu=ANY):
-    return plan(spec, WeightIndex.of(spec.weight), gpu).form.words
+    return plan_for(spec, WeightIndex.of(spec.weight), gpu).form.words
 
 
 def spec_of(weight, dtype="float16", epilogue=None, **more):
@@ -70,7 +70,7 @@ def test_assembly_gives_the_levels_bit_for_bit(encoding, dtype):
 )
 def test_products(tmp_path, gpu, weight, scaling):
     spec = spec_of(weight, epilogue=Epilogue.bias("float16", "en" if weight.batch else "n"))
-    found = plan(spec, WeightIndex.of(weight), gpu)
+    found = plan_for(spec, WeightIndex.of(weight), gpu)
     assert found.form.words == ("prmt" if gpu.vendor else "choice")
     assert found.form.scaling == scaling
     module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)

@@ -70,8 +70,8 @@ def decode(word, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 @triton.jit
 def scale_of(scales, n, k0):
     """The scales of outputs n at inputs k0 .."""
-    run = k0 // 128
-    block = n * 4 + run
+    run = k0 // 64
+    block = n * 4 + run // 2
     scale = tl.load(scales + block)
     return scale
 
@@ -85,14 +85,16 @@ def int4_linear_512x512_group_gemm(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     share = tl.program_id(2)
+    SHARE: tl.constexpr = (512 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
     n = n0 + tl.arange(0, BLOCK_N)
     m, n = m[None, :], n[:, None]
     # Input 8 * j + i of a tile goes with the first pair of word j, i being 0 or 1.
     i = tl.arange(0, BLOCK_K // 4)[:, None]
     x_pairs = x + m * x_stride_m + (i // 2 * 8 + i % 2)
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    scale = scale_of(scales, n, share * BLOCK_K)
-    for k0 in range(share * BLOCK_K, 512, BLOCK_K * SPLIT):
+    scale = scale_of(scales, n, first_k)
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 512), BLOCK_K):
         # load
         x0 = tl.load(x_pairs + k0, mask=m < rows, other=0.0)
         x1 = tl.load(x_pairs + (k0 + 2), mask=m < rows, other=0.0)
@@ -100,7 +102,7 @@ def int4_linear_512x512_group_gemm(
         x3 = tl.load(x_pairs + (k0 + 6), mask=m < rows, other=0.0)
         j = k0 // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
         word = tl.load(codes.to(tl.pointer_type(tl.int32)) + (n * 64 + j))
-        next_k0 = tl.minimum(k0 + BLOCK_K * SPLIT, 384)
+        next_k0 = tl.minimum(k0 + BLOCK_K, 448)
         ahead = scale_of(scales, n, next_k0)
         # decode
         w0, w1, w2, w3 = decode(word, BLOCK_N, BLOCK_K)
@@ -141,31 +143,41 @@ TYPES = {
 
 # Most rows -> kernel, constants, launch options; the last serves all above too.
 VARIANTS = {
-    16: (
-        int4_linear_512x512_group_gemm,
-        {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 2},
-        {"num_warps": 4, "num_stages": 3},
-    ),
-    32: (
-        int4_linear_512x512_group_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
     64: (
         int4_linear_512x512_group_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4},
+        {"num_warps": 4, "num_stages": 5},
     ),
     128: (
         int4_linear_512x512_group_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    256: (
+        int4_linear_512x512_group_gemm,
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 2},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    512: (
+        int4_linear_512x512_group_gemm,
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    2048: (
+        int4_linear_512x512_group_gemm,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
     ),
 }
 
 # Shares -> the kernel that adds them.
 REDUCTIONS = {
-    2: (int4_linear_512x512_group_reduce, {"BLOCK_N": 128, "SPLIT": 2}, {"num_warps": 4}),
+    split: (
+        int4_linear_512x512_group_reduce,
+        {"BLOCK_N": 128, "SPLIT": split},
+        {"num_warps": 4},
+    )
+    for split in (2, 4)
 }
 
 
@@ -199,5 +211,7 @@ def run(x, weight, extra, out=None):
         if split > 1:
             add_shares, tile, options = REDUCTIONS[split]
             grid = (rows, -(-512 // tile["BLOCK_N"]), 1)
-            add_shares[grid](partial, out, rows, **tile, **options)
+            add_shares[grid](
+                partial, out, rows, **tile, **options,
+            )
     return out

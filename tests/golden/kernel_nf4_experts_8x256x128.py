@@ -94,14 +94,16 @@ def nf4_experts_8x256x128_gemm(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     share, e = tl.program_id(2) % SPLIT, (tl.program_id(2) // SPLIT).to(tl.int64)
+    SHARE: tl.constexpr = (128 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
     n = n0 + tl.arange(0, BLOCK_N)
     m, n = m[None, :], n[:, None]
     # Input 8 * j + i of a tile goes with the first pair of word j, i being 0 or 1.
     i = tl.arange(0, BLOCK_K // 4)[:, None]
     x_pairs = x + e * x_stride_e + m * x_stride_m + (i // 2 * 8 + i % 2)
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    scale = scale_of(scales, nested, offset, scale_levels, e, n, share * BLOCK_K)
-    for k0 in range(share * BLOCK_K, 128, BLOCK_K * SPLIT):
+    scale = scale_of(scales, nested, offset, scale_levels, e, n, first_k)
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 128), BLOCK_K):
         # load
         x0 = tl.load(x_pairs + k0, mask=m < rows, other=0.0)
         x1 = tl.load(x_pairs + (k0 + 2), mask=m < rows, other=0.0)
@@ -109,7 +111,7 @@ def nf4_experts_8x256x128_gemm(
         x3 = tl.load(x_pairs + (k0 + 6), mask=m < rows, other=0.0)
         j = k0 // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
         word = tl.load(codes.to(tl.pointer_type(tl.int32)) + (e * 4096 + n * 16 + j))
-        next_k0 = tl.minimum(k0 + BLOCK_K * SPLIT, 64)
+        next_k0 = tl.minimum(k0 + BLOCK_K, 64)
         ahead = scale_of(scales, nested, offset, scale_levels, e, n, next_k0)
         # decode
         w0, w1, w2, w3 = decode(word, BLOCK_N, BLOCK_K)
@@ -137,25 +139,25 @@ TYPES = {
 
 # Most rows -> kernel, constants, launch options; the last serves all above too.
 VARIANTS = {
-    16: (
-        nf4_experts_8x256x128_gemm,
-        {"BLOCK_M": 16, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
-    32: (
-        nf4_experts_8x256x128_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
     64: (
         nf4_experts_8x256x128_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
     ),
-    128: (
+    256: (
         nf4_experts_8x256x128_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    512: (
+        nf4_experts_8x256x128_gemm,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    2048: (
+        nf4_experts_8x256x128_gemm,
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
     ),
 }
 

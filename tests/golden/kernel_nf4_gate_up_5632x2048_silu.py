@@ -99,6 +99,8 @@ def nf4_gate_up_5632x2048_silu_gemm(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     share = tl.program_id(2)
+    SHARE: tl.constexpr = (2048 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
     n = n0 + tl.arange(0, BLOCK_N)
     m, n = m[None, :], n[:, None]
     # Input 8 * j + i of a tile goes with the first pair of word j, i being 0 or 1.
@@ -106,9 +108,9 @@ def nf4_gate_up_5632x2048_silu_gemm(
     x_pairs = x + m * x_stride_m + (i // 2 * 8 + i % 2)
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     acc1 = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    scale = scale_of(scales, nested, offset, scale_levels, n, share * BLOCK_K)
-    scale1 = scale_of(scales1, nested1, offset1, scale_levels, n, share * BLOCK_K)
-    for k0 in range(share * BLOCK_K, 2048, BLOCK_K * SPLIT):
+    scale = scale_of(scales, nested, offset, scale_levels, n, first_k)
+    scale1 = scale_of(scales1, nested1, offset1, scale_levels, n, first_k)
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 2048), BLOCK_K):
         # load
         x0 = tl.load(x_pairs + k0, mask=m < rows, other=0.0)
         x1 = tl.load(x_pairs + (k0 + 2), mask=m < rows, other=0.0)
@@ -116,7 +118,7 @@ def nf4_gate_up_5632x2048_silu_gemm(
         x3 = tl.load(x_pairs + (k0 + 6), mask=m < rows, other=0.0)
         j = k0 // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
         word = tl.load(codes.to(tl.pointer_type(tl.int32)) + (n * 256 + j))
-        next_k0 = tl.minimum(k0 + BLOCK_K * SPLIT, 1984)
+        next_k0 = tl.minimum(k0 + BLOCK_K, 1984)
         ahead = scale_of(scales, nested, offset, scale_levels, n, next_k0)
         # decode
         w0, w1, w2, w3 = decode(word, BLOCK_N, BLOCK_K)
@@ -129,7 +131,7 @@ def nf4_gate_up_5632x2048_silu_gemm(
         scale = ahead
         j = k0 // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
         word = tl.load(codes1.to(tl.pointer_type(tl.int32)) + (n * 256 + j))
-        next_k0 = tl.minimum(k0 + BLOCK_K * SPLIT, 1984)
+        next_k0 = tl.minimum(k0 + BLOCK_K, 1984)
         ahead = scale_of(scales1, nested1, offset1, scale_levels, n, next_k0)
         # decode
         w0, w1, w2, w3 = decode(word, BLOCK_N, BLOCK_K)
@@ -148,6 +150,69 @@ def nf4_gate_up_5632x2048_silu_gemm(
         tl.store(partial + where, acc, mask=(m < rows))
         where = ((share * 2 + 1) * rows + m) * 5632 + n
         tl.store(partial + where, acc1, mask=(m < rows))
+
+
+@triton.jit
+def codebook():
+    """The level of every code: the codebook 'nf4'."""
+    code = tl.arange(0, 16)
+    level = tl.full((16,), -1.0, tl.float32)
+    level = tl.where(code == 1, -0.6961928009986877, level)
+    level = tl.where(code == 2, -0.5250730514526367, level)
+    level = tl.where(code == 3, -0.39491748809814453, level)
+    level = tl.where(code == 4, -0.28444138169288635, level)
+    level = tl.where(code == 5, -0.18477343022823334, level)
+    level = tl.where(code == 6, -0.09105003625154495, level)
+    level = tl.where(code == 7, 0.0, level)
+    level = tl.where(code == 8, 0.07958029955625534, level)
+    level = tl.where(code == 9, 0.16093020141124725, level)
+    level = tl.where(code == 10, 0.24611230194568634, level)
+    level = tl.where(code == 11, 0.33791524171829224, level)
+    level = tl.where(code == 12, 0.44070982933044434, level)
+    level = tl.where(code == 13, 0.5626170039176941, level)
+    level = tl.where(code == 14, 0.7229568362236023, level)
+    level = tl.where(code == 15, 1.0, level)
+    return level
+
+
+@triton.jit
+def decode_tile(
+    codes, scales, nested, offset, scale_levels, n0, k0, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The weight at outputs n0 .. and inputs k0 .., [BLOCK_N, BLOCK_K] in bfloat16."""
+    # load
+    n = n0 + tl.arange(0, BLOCK_N)[:, None]
+    byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+    code = tl.load(codes + (n * 1024 + byte))
+    code = tl.join(code >> 4, code & 15).reshape(BLOCK_N, BLOCK_K)
+    # decode
+    flat = code.to(tl.int32).reshape(BLOCK_N * BLOCK_K)
+    level = tl.gather(codebook(), flat, 0).reshape(BLOCK_N, BLOCK_K)
+    run = k0 // 64 + tl.arange(0, BLOCK_K // 64)[None, :]
+    block = n * 32 + run
+    scale_code = tl.load(scales + block).to(tl.int32)
+    coarse = tl.load(nested + (n // 8))
+    scale = tl.load(scale_levels + scale_code) * coarse
+    scale += tl.load(offset)
+    if BLOCK_K > 64:
+        scale = tl.broadcast_to(scale[:, :, None], (BLOCK_N, BLOCK_K // 64, 64))
+        scale = scale.reshape(BLOCK_N, BLOCK_K)
+    return (level * scale).to(tl.bfloat16)
+
+
+@triton.jit
+def nf4_gate_up_5632x2048_silu_dequantize(
+    codes, scales, nested, offset, scale_levels, dense, first, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+):
+    """Outputs first .. first + CHUNK of the weight, decoded to memory."""
+    start = tl.program_id(0) * BLOCK_N
+    n0, k0 = first + start, tl.program_id(1) * BLOCK_K
+    w = decode_tile(codes, scales, nested, offset, scale_levels, n0, k0, BLOCK_N, BLOCK_K)
+    row = (start + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    k = k0 + tl.arange(0, BLOCK_K)[None, :]
+    tl.store(dense + (row * 2048 + k), w)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -171,36 +236,52 @@ def nf4_gate_up_5632x2048_silu_reduce(
 TYPES = {
     "x": "*bf16", "out": "*bf16", "partial": "*fp32", "codes": "*u8", "scales": "*u8",
     "nested": "*fp32", "offset": "*fp32", "codes1": "*u8", "scales1": "*u8", "nested1": "*fp32",
-    "offset1": "*fp32", "scale_levels": "*fp32", "rows": "i32", "x_stride_m": "i32",
+    "offset1": "*fp32", "scale_levels": "*fp32", "dense": "*bf16", "rows": "i32",
+    "x_stride_m": "i32", "first": "i32",
 }
 
 # Most rows -> kernel, constants, launch options; the last serves all above too.
 VARIANTS = {
     16: (
         nf4_gate_up_5632x2048_silu_gemm,
-        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 8},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4},
+        {"num_warps": 4, "num_stages": 5},
     ),
     32: (
         nf4_gate_up_5632x2048_silu_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4},
+        {"num_warps": 4, "num_stages": 5},
     ),
     64: (
         nf4_gate_up_5632x2048_silu_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4},
+        {"num_warps": 4, "num_stages": 5},
     ),
     128: (
         nf4_gate_up_5632x2048_silu_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 2},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    256: (
+        nf4_gate_up_5632x2048_silu_gemm,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    2048: (
+        nf4_gate_up_5632x2048_silu_dequantize,
+        {"BLOCK_N": 32, "BLOCK_K": 128, "CHUNK": 5632},
+        {"num_warps": 4, "num_stages": 1},
     ),
 }
 
 # Shares -> the kernel that adds them.
 REDUCTIONS = {
-    8: (nf4_gate_up_5632x2048_silu_reduce, {"BLOCK_N": 128, "SPLIT": 8}, {"num_warps": 4}),
+    split: (
+        nf4_gate_up_5632x2048_silu_reduce,
+        {"BLOCK_N": 128, "SPLIT": split},
+        {"num_warps": 4},
+    )
+    for split in (1, 2, 4, 8, 16)
 }
 
 
@@ -210,6 +291,41 @@ def prepare(device):
     return [
         torch.tensor(SCALE_LEVELS, dtype=torch.float32, device=device),
     ]
+
+
+def multiply(x, dense, sums):
+    """The product with float32 sums, for the epilogue."""
+    if x.is_cuda:
+        torch.mm(x, dense.t(), out_dtype=torch.float32, out=sums)
+    else:  # interpreted
+        torch.mm(x.float(), dense.float().t(), out=sums)
+
+
+def run_decoded(
+    x, codes, scales, nested, offset, codes1, scales1, nested1, offset1, scale_levels, out, tile,
+    options,
+):
+    """The weight decoded to memory, and torch's own product with it."""
+    chunk = tile["CHUNK"]
+    dense = torch.empty((chunk, 2048), dtype=torch.bfloat16, device=x.device)
+    grid = (-(-chunk // tile["BLOCK_N"]), -(-2048 // tile["BLOCK_K"]))
+    rows = x.shape[0]
+    sums = torch.empty((2, rows, 5632), dtype=torch.float32, device=x.device)
+    for first in range(0, 5632, chunk):
+        nf4_gate_up_5632x2048_silu_dequantize[grid](
+            codes, scales, nested, offset, scale_levels, dense, first, **tile, **options,
+        )
+        multiply(x, dense, sums[0][:, first : first + chunk])
+    for first in range(0, 5632, chunk):
+        nf4_gate_up_5632x2048_silu_dequantize[grid](
+            codes1, scales1, nested1, offset1, scale_levels, dense, first, **tile, **options,
+        )
+        multiply(x, dense, sums[1][:, first : first + chunk])
+    add_shares, tile, options = REDUCTIONS[1]
+    grid = (rows, -(-5632 // tile["BLOCK_N"]), 1)
+    add_shares[grid](
+        sums, out, rows, **tile, **options,
+    )
 
 
 def run(x, weight, extra, out=None):
@@ -230,6 +346,13 @@ def run(x, weight, extra, out=None):
 
     most = next((most for most in VARIANTS if rows <= most), max(VARIANTS))
     kernel, tile, options = VARIANTS[most]
+    if "CHUNK" in tile:
+        with torch.cuda.device_of(x):
+            run_decoded(
+                x, codes, scales, nested, offset, codes1, scales1, nested1, offset1, scale_levels,
+                out, tile, options,
+            )
+        return out
     split = tile["SPLIT"]
     partial = out
     if split > 1:
@@ -244,5 +367,7 @@ def run(x, weight, extra, out=None):
         if split > 1:
             add_shares, tile, options = REDUCTIONS[split]
             grid = (rows, -(-5632 // tile["BLOCK_N"]), 1)
-            add_shares[grid](partial, out, rows, **tile, **options)
+            add_shares[grid](
+                partial, out, rows, **tile, **options,
+            )
     return out

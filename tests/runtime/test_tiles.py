@@ -16,7 +16,7 @@ from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.codegen.triton.gpu import ANY
-from fxquant.codegen.triton.plan import plan
+from fxquant.codegen.triton.plan import plan_for
 from fxquant.codegen.triton.tiles import Tile
 from fxquant.formats import Encoding
 from fxquant.runtime import cache, launch, targets, tiles, tuning
@@ -41,11 +41,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def module(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A product with two tiles for 16 rows and one for more."""
-    found = plan(SPEC, WeightIndex.of(SPEC.weight), ANY)
+    found = plan_for(SPEC, WeightIndex.of(SPEC.weight), ANY)
     first = found.variants[16][0]
     two = (first, dataclasses.replace(first, n=16))
     few = dataclasses.replace(found, variants={16: two, 32: found.variants[32][:1]})
-    monkeypatch.setattr(tiles, "plan", lambda spec, index, gpu: few)
+    monkeypatch.setattr(tiles, "plan_for", lambda spec, index, gpu: few)
     return harness.load(SPEC, tmp_path, interpreted=True)
 
 
@@ -89,7 +89,9 @@ def test_a_tile_that_computes_something_else_is_never_taken(
 ) -> None:
     run = module.run
 
-    def wrong(x: torch.Tensor, weight: list[torch.Tensor], extra: list[torch.Tensor]) -> torch.Tensor:
+    def wrong(
+        x: torch.Tensor, weight: list[torch.Tensor], extra: list[torch.Tensor]
+    ) -> torch.Tensor:
         found = run(x, weight, extra)
         return found * 1.1 if tile_of(module, 16)["BLOCK_N"] == 16 else found
 
