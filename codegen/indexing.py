@@ -187,6 +187,18 @@ class WeightIndex:
         place = substitute(self.place, axis, codes_per_byte * group + inner, ranges)
         return place == inner and self.per_run(self.byte, axis, codes_per_byte) is not None
 
+    def aligned(self, axis: sympy.Symbol, count: int) -> sympy.Expr | None:
+        """The number of an element over `count`, in terms of ``axis // count`` (written `axis`).
+
+        None unless aligned groups of `count` consecutive indices are such elements, in order.
+        """
+        group, inner = _run_symbols()
+        ranges = self._run_ranges(axis, count)
+        place = remainder(self.element, count, self.ranges)
+        if substitute(place, axis, count * group + inner, ranges) != inner:
+            return None
+        return self.per_run(divide(self.element, count, self.ranges), axis, count)
+
     def per_run(self, expr: sympy.Expr, axis: sympy.Symbol, run: int) -> sympy.Expr | None:
         """An expression in terms of ``axis // run`` (written `axis`), None if it varies inside."""
         group, inner = _run_symbols()

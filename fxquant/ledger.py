@@ -162,7 +162,7 @@ def _row(site: LinearSite, number: int, kernels: Kernels) -> Row:
 def _kernel(text: str, kernels: Kernels, fallback: str) -> str:
     choice = kernels.choices.get(text, kernels.choice)
     said = [fallback] if choice.runs == "torch" else []
-    said += [choice.note] if choice.note else []
+    said += filter(None, (choice.note, launch.remark(text, choice.runs)))
     return f"{choice.runs}:{launch.parse(text).name}" + (f" ({': '.join(said)})" if said else "")
 
 

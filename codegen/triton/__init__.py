@@ -1,10 +1,10 @@
 """The Triton target: for one spec a Python module with its kernels and a launcher.
 
-`tiles` chooses the variants, `decode` prints how codes become numbers, `kernels` the skeletons and
-the epilogue, `launch` the function ``run``, `ops` spells pointwise work. Of products in int8,
-`int8_decode` and `int8` print the same, `outliers` what is left to floats, `quantize` the kernels
-that take rows to int8, `steps` their launches, and `prologue` the one that makes the rows, too.
-Printing needs no Triton.
+`tiles` chooses the variants, `decode` prints how codes become numbers (`words` eight at a time, and
+the products that take them so), `kernels` the skeletons and the epilogue, `launch` the function
+``run``, `ops` spells pointwise work. Of products in int8, `int8_decode` and `int8` print the same,
+`outliers` what is left to floats, `quantize` the kernels that take rows to int8, `steps` their
+launches, and `prologue` the one that makes the rows, too. Printing needs no Triton.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import (
     decode,
+    dequantize,
     int8,
     kernels,
     launch,
@@ -22,15 +23,20 @@ from fxquant.codegen.triton import (
     prologue,
     quantize,
     steps,
+    words,
 )
+from fxquant.codegen.triton.gpu import ANY, Gpu
+from fxquant.codegen.triton.plan import Plan, plan_for
 from fxquant.codegen.triton.printer import Lines
-from fxquant.codegen.triton.tiles import Plan, plan
 
 _IMPORTS = ("import torch", "import triton", "import triton.language as tl")
 
 
-def render(spec: KernelSpec | QuantizeSpec, header: Header) -> str:
+def render(spec: KernelSpec | QuantizeSpec, header: Header, gpu: Gpu = ANY) -> str:
     """The kernels of a spec, as an importable Python module.
+
+    `gpu` is what they are for: its tiles and its vendor's assembly. Those for `ANY` run anywhere,
+    also in Triton's interpreter.
 
     That of a product has ``run(x, weight, extra, out=None)``, to which outliers that are found at
     run time add ``counter=None`` (int64 ``[2]`` on the device: calls and columns, counted up; of
@@ -48,21 +54,25 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header) -> str:
         _print_quantize(out, spec)
         return out.text()
     index = WeightIndex.of(spec.weight)
-    variants = plan(spec, index)
-    if decode.tables(spec.weight.encoding) or outliers.tables(spec):
+    variants = plan_for(spec, index, gpu)
+    if launch.tables(spec, variants):
         out.add("import functools")
     out.add(*(["import math", ""] if spec.batch is None else [""]), *_IMPORTS)
     if spec.compute_dtype == "int8":
         _print_int8(out, spec, index, variants)
+    elif variants.form.words:
+        _print_words(out, spec, index, variants)
     else:
         decode.print_constants(out, decode.tables(spec.weight.encoding).values())
         decode.print_decode(out, spec.weight, index, variants, spec.compute_dtype)
         kernels.print_finish(out, spec, variants)
         kernels.print_gemv(out, spec, variants)
         kernels.print_gemm(out, spec, variants)
+    if variants.decodes:
+        dequantize.print_kernel(out, spec, index, variants)
     if variants.splits:
         kernels.print_reduce(out, spec)
-    launch.print_types(out, spec)
+    launch.print_types(out, spec, variants)
     launch.print_variants(out, spec, variants)
     launch.print_reductions(out, spec, variants)
     if spec.compute_dtype == "int8" and not spec.is_quantized:
@@ -89,6 +99,13 @@ def _print_quantize(out: Lines, spec: QuantizeSpec) -> None:
     steps.print_steps(out, rows)
     steps.print_quantize(out, rows)
     steps.print_run(out, rows)
+
+
+def _print_words(out: Lines, spec: KernelSpec, index: WeightIndex, variants: Plan) -> None:
+    decode.print_constants(out, decode.tables(spec.weight.encoding).values())
+    words.print_constants(out, spec, variants)
+    kernels.print_finish(out, spec, variants)
+    words.print_gemm(out, spec, index, variants)
 
 
 def _print_int8(out: Lines, spec: KernelSpec, index: WeightIndex, variants: Plan) -> None:

@@ -10,8 +10,8 @@ import sympy
 
 from fxquant.codegen.indexing import E, K, N, WeightIndex, index_text
 from fxquant.codegen.spec import WeightOperand
+from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines, wrap_items
-from fxquant.codegen.triton.tiles import Plan
 from fxquant.formats import Encoding, levels
 
 SMALL_TABLE = 16
@@ -127,7 +127,7 @@ class Decode:
         self.encoding = self.weight.encoding
         self.book: Sequence[float] | None = levels(self.encoding)
         self.unit = 1.0
-        self.inner = N if self.plan.axis == N else K
+        self.inner = N if self.plan.form.axis == N else K
         self.outer = K if self.inner == N else N
         self.sizes = {N: "BLOCK_N", K: "BLOCK_K"}
         self.size = self.sizes[self.inner]
@@ -174,7 +174,7 @@ class Decode:
             self.out.add("n0, k0 = n0.to(tl.int64), k0.to(tl.int64)")
         self.out.add("# load")
         for axis, start in ((N, "n0"), (K, "k0")):
-            if axis == self.outer or self.per_byte == 1 or self.plan.axis is None:
+            if axis == self.outer or self.per_byte == 1 or self.plan.form.axis is None:
                 self.out.add(
                     f"{axis} = {start} + tl.arange(0, {self.sizes[axis]}){self._spread(axis)}"
                 )
@@ -183,7 +183,7 @@ class Decode:
         return "[:, None]" if axis == self.outer else "[None, :]"
 
     def _print_codes(self) -> None:
-        if self.plan.axis is None:
+        if self.plan.form.axis is None:
             self._print_single_codes()
         else:
             self._print_packed_codes()
@@ -274,7 +274,7 @@ class Decode:
             name, extent = "run", -(-extent // run)
             start = f"{self.inner}0 // {run}"
             self.out.add(f"run = {start} + tl.arange(0, {self.size} // {run})[None, :]")
-        elif run == 1 and self.per_byte > 1 and self.plan.axis is not None:
+        elif run == 1 and self.per_byte > 1 and self.plan.form.axis is not None:
             self.out.add(f"{name} = {name}0 + tl.arange(0, {self.size})[None, :]")
         names[self.inner] = name
         mask = self._mask(block, name, extent)

@@ -18,8 +18,8 @@ from fxquant.codegen.triton.kernels import (
     result_names,
     with_constants,
 )
+from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines
-from fxquant.codegen.triton.tiles import Plan
 from fxquant.formats import int8_levels
 
 
@@ -43,7 +43,7 @@ def parameters(spec: KernelSpec) -> list[str]:
 
 def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> None:
     """The kernel ``gemm``, and before it the functions that it takes its weight from."""
-    if plan.scaling == "elements":
+    if plan.form.scaling == "elements":
         tiles = ScaledDecode(out, spec.weight, index, plan, "float32")
     else:
         tiles = Int8Decode(out, spec.weight, index, plan, "int8")
@@ -51,7 +51,7 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
     outliers.print_decode(out, spec, index, plan)
 
     doc = "Weight tile by activation tile on tensor cores, acc is [outputs, rows]."
-    if plan.scaling == "elements":
+    if plan.form.scaling == "elements":
         doc = "Weight tile by activation tile, acc is [outputs, rows]."
     with out.function(f"{spec.name}_gemm", with_constants(parameters(spec)), doc, JIT):
         print_start(out, spec)
@@ -61,7 +61,7 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
             "m, n = m[None, :], n[:, None]",
             f"q_rows = q + {row} * {spec.weight.k}",
         )
-        if isinstance(tiles, Int8Decode) and plan.scaling == "output":
+        if isinstance(tiles, Int8Decode) and plan.form.scaling == "output":
             _print_output_sums(out, spec, plan, tiles)
         elif isinstance(tiles, Int8Decode):
             _print_tile_sums(out, spec, plan, tiles)

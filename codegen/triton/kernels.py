@@ -5,8 +5,8 @@ from __future__ import annotations
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import decode
 from fxquant.codegen.triton.ops import PRELUDE, TritonOps
-from fxquant.codegen.triton.printer import Lines, call
-from fxquant.codegen.triton.tiles import Plan
+from fxquant.codegen.triton.plan import Plan
+from fxquant.codegen.triton.printer import Lines, call, wrap_items
 
 JIT = '(do_not_specialize=["rows"])'
 _CONSTEXPRS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT")
@@ -140,9 +140,8 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
                 "" if plan.whole_k else f" & (k < {spec.weight.k})"
             )
             out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0)")
-            round_x = _round_x(spec)
-            if round_x:
-                out.add(f"x_tile = x_tile{round_x}")
+            if round_x(spec):
+                out.add(f"x_tile = x_tile{round_x(spec)}")
             lift = "" if spec.compute_dtype == "float32" else ".to(tl.float32)"
             for mark in marks(spec):
                 _print_decode_call(out, spec, mark)
@@ -163,7 +162,7 @@ def print_gemm(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         with out.block(loop(spec)):
             out.add("k = k0 + tl.arange(0, BLOCK_K)[:, None]")
             mask = "(m < rows)[None, :]" + ("" if plan.whole_k else f" & (k < {spec.weight.k})")
-            out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0){_round_x(spec)}")
+            out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0){round_x(spec)}")
             exact = ', input_precision="ieee"' if spec.compute_dtype == "float32" else ""
             for mark in marks(spec):
                 _print_decode_call(out, spec, mark)
@@ -194,6 +193,16 @@ def print_reduce(out: Lines, spec: KernelSpec) -> None:
         out.add(call("finish", _finish_args(spec)))
 
 
+def print_reduce_call(out: Lines, spec: KernelSpec, partial: str, split: str) -> None:
+    """What launches ``reduce``."""
+    out.add(
+        f"add_shares, tile, options = REDUCTIONS[{split}]",
+        f'grid = (rows, -(-{spec.weight.n} // tile["BLOCK_N"]), {spec.batch or 1})',
+    )
+    args = [partial, *operand_names(spec), *result_names(spec), "rows", "**tile", "**options"]
+    out.add("add_shares[grid](", *wrap_items(args, 4, 88), ")")
+
+
 def parameters(spec: KernelSpec) -> list[str]:
     """The pointers, sizes and strides of a product of floats."""
     pointers = ["x", *decode.parameters(spec.weight.encoding, marks(spec)), *operand_names(spec)]
@@ -221,6 +230,11 @@ def print_start(out: Lines, spec: KernelSpec) -> None:
         out.add("share, e = tl.program_id(2) % SPLIT, (tl.program_id(2) // SPLIT).to(tl.int64)")
     else:
         out.add("share = tl.program_id(2)")
+    k = spec.weight.k
+    out.add(
+        f"SHARE: tl.constexpr = ({k} + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K",
+        "first_k = share * SHARE",
+    )
     if spec.grouped:
         _print_group(out, spec)
 
@@ -248,8 +262,8 @@ def _matrix(spec: KernelSpec) -> str:
 
 
 def loop(spec: KernelSpec) -> str:
-    """The head of the loop over a share's inputs."""
-    return f"for k0 in range(share * BLOCK_K, {spec.weight.k}, BLOCK_K * SPLIT):"
+    """The head of the loop over a share's inputs, which lie side by side."""
+    return f"for k0 in range(first_k, tl.minimum(first_k + SHARE, {spec.weight.k}), BLOCK_K):"
 
 
 def _print_decode_call(out: Lines, spec: KernelSpec, mark: str) -> None:
@@ -258,7 +272,8 @@ def _print_decode_call(out: Lines, spec: KernelSpec, mark: str) -> None:
     out.add("# load and decode", f"w = {call('decode', args)}")
 
 
-def _round_x(spec: KernelSpec) -> str:
+def round_x(spec: KernelSpec) -> str:
+    """The cast of the activation to the dtype of the product, where it is another."""
     return "" if spec.x_dtype == spec.compute_dtype else f".to(tl.{spec.compute_dtype})"
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from fxquant.codegen.spec import KernelSpec
-from fxquant.codegen.triton import decode, int8, outliers, steps
+from fxquant.codegen.triton import decode, dequantize, int8, outliers, steps, words
 from fxquant.codegen.triton.kernels import (
     REDUCE_BLOCK,
     ends,
     marks,
     operand_names,
     parameters,
+    print_reduce_call,
     result_names,
 )
-from fxquant.codegen.triton.printer import Lines, call, wrap_items
-from fxquant.codegen.triton.tiles import Plan
+from fxquant.codegen.triton.plan import Plan
+from fxquant.codegen.triton.printer import Lines, wrap_items
+from fxquant.codegen.triton.tiles import CHUNKED
 
 _POINTERS = {
     "float16": "*fp16",
@@ -29,7 +31,13 @@ _POINTERS = {
 }
 
 
-def print_types(out: Lines, spec: KernelSpec) -> None:
+def tables(spec: KernelSpec, plan: Plan) -> dict[str, str]:
+    """The tables that lie on the device, and their dtypes."""
+    found = [*decode.tables(spec.weight.encoding), *(t.name for t in outliers.tables(spec))]
+    return {**dict.fromkeys(found, "float32"), **dict.fromkeys(words.tables(plan), "int32")}
+
+
+def print_types(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """``TYPES``: what the arguments are, for compiling on a machine without the device."""
     encoding = spec.weight.encoding
     signed = encoding.is_uniform and encoding.bits == 8 and not encoding.zero_point
@@ -44,13 +52,17 @@ def print_types(out: Lines, spec: KernelSpec) -> None:
         "zeros": "uint8",
     }
     types |= {part + mark: parts[part] for mark in marks(spec) for part in encoding.parts}
-    types |= dict.fromkeys(decode.tables(encoding), "float32")
+    types |= tables(spec, plan)
     types |= dict(zip(operand_names(spec), (o.dtype for o in spec.epilogue.operands), strict=True))
     if spec.compute_dtype == "int8":
         types |= _int8_types(spec)
     types |= dict.fromkeys(ends(spec), "int32")
     scalars = ["x_stride_e", "x_stride_m"] if spec.batch else ["x_stride_m"]
-    print_type_table(out, types, ["rows", *([] if spec.is_quantized else scalars)])
+    scalars = ["rows", *([] if spec.is_quantized else scalars)]
+    if plan.decodes:
+        types["dense"] = spec.compute_dtype
+        scalars.append("first")
+    print_type_table(out, types, scalars)
 
 
 def _result_dtypes(spec: KernelSpec) -> list[str]:
@@ -63,7 +75,6 @@ def _int8_types(spec: KernelSpec) -> dict[str, str]:
         taken |= {*steps.rows_of(spec).pointers}
     types = {name: dtype for name, dtype in steps.TYPES.items() if name in taken}
     types |= dict.fromkeys(outliers.counters(spec), steps.TYPES["counter"])
-    types |= dict.fromkeys((table.name for table in outliers.tables(spec)), "float32")
     if spec.outliers is not None:
         types |= dict.fromkeys(outliers.aparts(spec), spec.outliers.dtype)
     return types
@@ -81,13 +92,15 @@ def print_variants(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """``VARIANTS``: the kernel and its constants, by the most rows that it is picked for."""
     out.add("", "# Most rows -> kernel, constants, launch options; the last serves all above too.")
     out.add("VARIANTS = {")
-    for tile in plan.tiles:
-        constants = f'"BLOCK_M": {tile.rows}, "BLOCK_N": {tile.n}, "BLOCK_K": {tile.k}'
-        options = f'"num_warps": {tile.warps}, "num_stages": {tile.stages}'
+    for most, tile in plan.best.items():
+        constants, options = (
+            ", ".join(f'"{name}": {size}' for name, size in found.items())
+            for found in (tile.constants(), tile.options())
+        )
         out.add(
-            f"    {tile.rows}: (",
+            f"    {most}: (",
             f"        {spec.name}_{tile.kernel},",
-            f'        {{{constants}, "SPLIT": {tile.split}}},',
+            f"        {{{constants}}},",
             f"        {{{options}}},",
             "    ),",
         )
@@ -96,34 +109,40 @@ def print_variants(out: Lines, spec: KernelSpec, plan: Plan) -> None:
 
 def print_reductions(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """``REDUCTIONS``: the constants of the kernels that add the shares of a split."""
-    splits = sorted({tile.split for tile in plan.tiles} - {1})
-    entries = [
-        f'{split}: ({spec.name}_reduce, {{"BLOCK_N": {REDUCE_BLOCK}, "SPLIT": {split}}}, '
-        '{"num_warps": 4})'
-        for split in splits
-    ]
-    if entries:
-        out.add("", "# Shares -> the kernel that adds them.", "REDUCTIONS = {")
-        out.add(*(f"    {entry}," for entry in entries), "}")
+    if plan.splits:
+        out.add(
+            "",
+            "# Shares -> the kernel that adds them.",
+            "REDUCTIONS = {",
+            "    split: (",
+            f"        {spec.name}_reduce,",
+            f'        {{"BLOCK_N": {REDUCE_BLOCK}, "SPLIT": split}},',
+            '        {"num_warps": 4},',
+            "    )",
+            f"    for split in {plan.splits}",
+            "}",
+        )
 
 
 def print_run(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """``prepare`` (tables of levels on a device) and ``run``."""
-    tables = [*decode.tables(spec.weight.encoding), *(t.name for t in outliers.tables(spec))]
-    if tables:
-        _print_prepare(out, tables)
+    found = tables(spec, plan)
+    if found:
+        _print_prepare(out, found)
     counters = outliers.counters(spec)
     counter = f", {'counter' if len(counters) == 1 else 'counters'}=None" if counters else ""
     given = "" if spec.epilogue.more else ", out=None"
     what = "products" if spec.weights > 1 else "product"
+    if plan.decodes:
+        dequantize.print_run(out, spec)
     out.add("", "")
     with out.block(f"def run(x, weight, extra{given}{counter}):"):
         out.add(f'"""The {what}: x [.., k] to [.., n] ([e, m, k] to [e, m, n] with a batch)."""')
         if len(counters) > 1:
             out.add(f"{', '.join(counters)} = counters or [None] * {len(counters)}")
         _print_views(out, spec)
-        _print_arguments(out, spec, tables)
-        _print_launch(out, spec, splits=plan.splits)
+        _print_arguments(out, spec, list(found))
+        _print_launch(out, spec, plan)
         out.add(f"return {_results(spec)}")
 
 
@@ -133,13 +152,18 @@ def _results(spec: KernelSpec) -> str:
     return f"[{names}]" if spec.epilogue.more else names
 
 
-def _print_prepare(out: Lines, tables: list[str]) -> None:
-    values = "".join(f"{name.upper()}, " for name in tables).rstrip(" ")
+def _print_prepare(out: Lines, tables: Mapping[str, str]) -> None:
+    made = [
+        f"torch.tensor({name.upper()}, dtype=torch.{dtype}, device=device)"
+        for name, dtype in tables.items()
+    ]
     out.add("", "", "@functools.cache")
     with out.block("def prepare(device):"):
         out.add(
             '"""The tables of levels on a device: make them before a CUDA graph is captured."""',
-            f"return [torch.tensor(t, dtype=torch.float32, device=device) for t in ({values})]",
+            "return [",
+            *(f"    {line}," for line in made),
+            "]",
         )
 
 
@@ -190,9 +214,15 @@ def _print_arguments(out: Lines, spec: KernelSpec, tables: list[str]) -> None:
         out.add(f"{name} = extra[{number}].contiguous()")
 
 
-def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
-    weight = spec.weight
-    batch, operands = spec.batch or 1, operand_names(spec)
+def _parameters(spec: KernelSpec, plan: Plan) -> list[str]:
+    if spec.compute_dtype == "int8":
+        return int8.parameters(spec)
+    return words.product_parameters(spec, plan) if plan.form.words else parameters(spec)
+
+
+def _print_launch(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+    weight, splits = spec.weight, any(split > 1 for split in plan.splits)
+    batch = spec.batch or 1
     # Those that a matrix has on average, if rows are grouped.
     each = f"-(-rows // {weight.batch})" if spec.grouped else "rows"
     sizes = [f"{size}, " for size in (spec.weights, batch) if size > 1]
@@ -200,9 +230,13 @@ def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
         "",
         f"most = next((most for most in VARIANTS if {each} <= most), max(VARIANTS))",
         "kernel, tile, options = VARIANTS[most]",
-        'split = tile["SPLIT"]',
-        "partial = out",
     )
+    if plan.decodes:
+        with out.block(f'if "{CHUNKED}" in tile:'):
+            with out.block("with torch.cuda.device_of(x):"):
+                out.add("run_decoded(", *wrap_items(dequantize.arguments(spec), 4, 88), ")")
+            out.add(f"return {_results(spec)}")
+    out.add('split = tile["SPLIT"]', "partial = out")
     if splits:
         with out.block("if split > 1:"):
             out.add(
@@ -212,16 +246,11 @@ def _print_launch(out: Lines, spec: KernelSpec, *, splits: bool) -> None:
     matrices = (weight.batch or 1) + 1 if spec.grouped else batch
     shares = f"{matrices} * split" if weight.batch else "split"
     out.add(f'grid = (-(-rows // tile["BLOCK_M"]), -(-{weight.n} // tile["BLOCK_N"]), {shares})')
-    taken = int8.parameters(spec) if spec.compute_dtype == "int8" else parameters(spec)
-    args = steps.arguments(taken, batched=spec.batch is not None)
+    args = steps.arguments(_parameters(spec, plan), batched=spec.batch is not None)
     with out.block("with torch.cuda.device_of(x):"):
         if spec.compute_dtype == "int8" and not spec.is_quantized:
             out.add(steps.call_quantize(steps.rows_of(spec)))
         out.add("kernel[grid](", *wrap_items([*args, "**tile", "**options"], 4, 88), ")")
-        if not splits:
-            return
-        with out.block("if split > 1:"):
-            out.add("add_shares, tile, options = REDUCTIONS[split]")
-            out.add(f'grid = (rows, -(-{weight.n} // tile["BLOCK_N"]), {batch})')
-            args = ["partial", *operands, *result_names(spec), "rows", "**tile", "**options"]
-            out.add(call("add_shares[grid]", args))
+        if splits:
+            with out.block("if split > 1:"):
+                print_reduce_call(out, spec, "partial", "split")

@@ -13,8 +13,8 @@ from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.codegen.triton import decode
 from fxquant.codegen.triton.kernels import JIT, marks
+from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines, call
-from fxquant.codegen.triton.tiles import Plan
 
 AT_ONCE = 16
 """Columns of one product: the least of a tensor core's."""
@@ -168,7 +168,8 @@ def print_decode(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -
     if kind(spec) != "found":
         return
     assert spec.outliers is not None, "columns are found by a threshold"
-    single = dataclasses.replace(plan, axis=None, whole_k=True, run=1)
+    form = dataclasses.replace(plan.form, axis=None)
+    single = dataclasses.replace(plan, form=form, whole_k=True, run=1)
     ColumnsDecode(out, spec.weight, index, single, spec.outliers.dtype).print()
 
 

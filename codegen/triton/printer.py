@@ -27,6 +27,13 @@ class Lines:
         self._depth -= 1
 
     @contextlib.contextmanager
+    def indented(self) -> Iterator[None]:
+        """What is inside of lines that are there already."""
+        self._depth += 1
+        yield
+        self._depth -= 1
+
+    @contextlib.contextmanager
     def function(self, name: str, params: Iterable[str], doc: str, jit: str = "") -> Iterator[None]:
         """A Triton function, its parameters wrapped to the line length."""
         params = list(params)

@@ -1,19 +1,32 @@
-"""Which tile of a product one program computes, by the number of rows."""
+"""Which tiles of a product one program may compute, for every number of rows."""
 
 from __future__ import annotations
 
-import math
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import sympy
 
-from fxquant.codegen.indexing import K, N, WeightIndex
+from fxquant.codegen.indexing import N
 from fxquant.codegen.spec import KernelSpec
+from fxquant.formats import levels
 
 GEMV_ROWS = (1, 2, 4)
-GEMM_ROWS = (16, 32, 64, 128)
-_INT8_INPUTS, _LEAST_INT8_INPUTS = 128, 32  # the least is one instruction's
-_ENOUGH_PROGRAMS = 512  # about four on every processor of a large GPU
+BUCKETS = (16, 32, 64, 128, 256, 512, 2048)
+"""Numbers of rows up to which a tile is chosen; the last one serves all above, too."""
+
+MOST_ROWS = 128
+CODES_PER_WORD = 8
+PAIRS = CODES_PER_WORD // 2
+LEAST_WORD_INPUTS = 16 * PAIRS
+LEAST_INT8_INPUTS = 32  # one instruction's
+CHUNKED = "CHUNK"
+"""The compile-time parameter that only a kernel has which decodes to memory."""
+
+_CHUNKS, _MOST_SCRATCH = (1024, 2048, 4096), 256 << 20
+_LEAST_DECODED = 1 << 22
+_MOST_PARTIAL_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -21,154 +34,175 @@ class Tile:
     """One variant of a kernel.
 
     Attributes:
-        kernel: ``"gemv"`` or ``"gemm"``.
-        rows: Rows of the activation that one program takes.
+        kernel: ``"gemv"``, ``"gemm"``, or ``"dequantize"``: the weight is decoded to memory and
+            multiplied by the vendor's library.
+        rows: Rows of the activation that one program takes; of ``"dequantize"`` 0.
         n: Outputs of one program.
         k: Inputs that it takes at a time.
         split: Programs that share the inputs of a tile and leave partial sums.
         warps: Warps of one program.
         stages: Depth of the software pipeline.
+        chunk: Outputs that ``"dequantize"`` decodes at a time.
     """
 
     kernel: str
     rows: int
     n: int
     k: int
-    split: int
-    warps: int
-    stages: int
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+    chunk: int = 0
+
+    def constants(self) -> dict[str, int]:
+        """Values of the kernel's compile-time parameters."""
+        if self.kernel == "dequantize":
+            return {"BLOCK_N": self.n, "BLOCK_K": self.k, CHUNKED: self.chunk}
+        sizes = {"BLOCK_M": self.rows, "BLOCK_N": self.n, "BLOCK_K": self.k}
+        return {**sizes, "SPLIT": self.split}
+
+    def options(self) -> dict[str, int]:
+        """How Triton is to build it."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All variants of a product, and what they have in common.
+class Form:
+    """How a product is computed, whatever its tiles are.
 
     Attributes:
-        tiles: In the order of rows.
         axis: The axis along which neighbouring codes lie (k or n), None when neither does.
-        whole_n: Every tile divides the outputs: no mask.
-        whole_k: Every tile divides the inputs: no mask.
-        run: The shortest tile along `axis`.
         scaling: What a scale is multiplied with: ``"elements"`` of the weight, the sums of a
-            ``"tile"`` (int8: it lies inside of a block), or those of an ``"output"`` (int8: all its
-            inputs are one block).
+            ``"tile"`` (it lies inside of a block), or those of an ``"output"`` (all its inputs are
+            one block).
+        words: How codes are decoded a 32-bit word at a time (`fxquant.codegen.triton.words`):
+            ``"prmt"`` or ``"choice"``; ``""`` where they are not.
+        inputs: The most inputs of a tile, a power of two.
     """
 
-    tiles: tuple[Tile, ...]
     axis: sympy.Symbol | None
-    whole_n: bool
-    whole_k: bool
-    run: int
-    scaling: str = "elements"
-
-    @property
-    def splits(self) -> bool:
-        """Whether any variant leaves partial sums."""
-        return any(tile.split > 1 for tile in self.tiles)
+    scaling: str
+    words: str
+    inputs: int
 
 
-def plan(spec: KernelSpec, index: WeightIndex) -> Plan:
-    """The variants for a spec."""
-    per_byte = spec.weight.encoding.codes_per_byte
-    axis = next((axis for axis in (K, N) if index.packs_along(axis, per_byte)), None)
-    if spec.compute_dtype == "int8":
-        scaling, run = _scaling(spec, index)
-        # Turning a tile of bytes takes registers.
-        tiles = _int8_tiles(spec, scaling, min(run, 64) if axis == N else run)
-    else:
-        scaling = "elements"
-        most = 64 if spec.compute_dtype == "float32" else 128
-        tiles = tuple(_gemv(spec, rows, axis) for rows in GEMV_ROWS)
-        tiles += tuple(_gemm(spec, rows) for rows in GEMM_ROWS if rows <= most)
-    n, k = spec.weight.n, spec.weight.k
-    return Plan(
-        tiles,
-        axis,
-        whole_n=all(n % tile.n == 0 for tile in tiles),
-        whole_k=all(k % tile.k == 0 for tile in tiles),
-        run=min((tile.n if axis == N else tile.k) for tile in tiles),
-        scaling=scaling,
-    )
+def word_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
+    """The weight is the left operand: a word's codes are decoded where the product takes them."""
+    most = dividing(spec.weight.n, 128, 16)
+    sizes = {most, max(most // 2, min(most, 64))}
+    inputs = {form.inputs, max(form.inputs // 2, LEAST_WORD_INPUTS)}
+    for m, n, k in itertools.product(_heights(rows), sorted(sizes), sorted(inputs)):
+        for warps, stages in itertools.product((4, 8) if n == 128 else (4,), (2, 3, 4, 5)):
+            for split in _splits(spec, k, rows):
+                yield Tile("gemm", m, n, k, split, warps, stages)
 
 
-def _scaling(spec: KernelSpec, index: WeightIndex) -> tuple[str, int]:
-    """What an int8 product's scales are multiplied with, and the longest tile that allows it."""
-    encoding = spec.weight.encoding
-    run = index.run_of_block(K, _INT8_INPUTS)
-    # A code less its zero point has nine bits.
-    largest = 255 if encoding.zero_point and encoding.bits == 8 else 128
-    if run == 0 and spec.weight.k * 127 * largest < 2**31:
-        return "output", _INT8_INPUTS
-    if run == 0 or run >= _LEAST_INT8_INPUTS:
-        return "tile", run or _INT8_INPUTS
-    return "elements", 32
-
-
-def _int8_tiles(spec: KernelSpec, scaling: str, run: int) -> tuple[Tile, ...]:
+def int8_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
     """Integer products are all made on tensor cores, where 16 rows take no longer than one.
 
     The weight is the left operand here too: its codes are decoded in registers. Products of
-    float32 numbers keep to 32 outputs, see `_gemm`.
+    float32 numbers keep to 32 outputs, see `float_tiles`.
     """
     floats = spec.outliers is not None and spec.outliers.dtype == "float32"
-    narrow = scaling == "elements" or floats
-    tiles = []
-    for rows in GEMM_ROWS[:-1] if narrow else GEMM_ROWS:
-        n = _dividing(spec.weight.n, 32 if narrow else _outputs(spec, rows), 16)
-        k = _dividing(spec.weight.k, run, 16 if scaling == "elements" else _LEAST_INT8_INPUTS)
-        split = _split(spec, n, k) if rows == GEMM_ROWS[0] else 1
-        tiles.append(Tile("gemm", rows, n, k, split, 8 if rows == 128 else 4, 3))
-    return tuple(tiles)
+    narrow = form.scaling == "elements" or floats
+    least = 16 if form.scaling == "elements" else LEAST_INT8_INPUTS
+    k = dividing(spec.weight.k, form.inputs, least)
+    yield from _tiles(spec, k, rows, 32 if narrow else 0, free=is_stored(spec))
 
 
-def _gemv(spec: KernelSpec, rows: int, axis: sympy.Symbol | None) -> Tile:
-    """Few rows: 2048 weights at a time, long along the axis that is contiguous in memory."""
+def float_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
+    """Tensor cores, with the decoded weight as the left operand."""
+    wide = spec.compute_dtype == "float32"
+    k = dividing(spec.weight.k, form.inputs, 16)
+    # Triton gives float32 tiles of 64 outputs to Blackwell's matrix unit, which rounds to tf32.
+    yield from _tiles(spec, k, rows, 32 if wide else 0)
+
+
+def _tiles(
+    spec: KernelSpec, k: int, rows: int, narrow: int, *, free: bool = False
+) -> Iterator[Tile]:
+    """Tiles of k inputs; of `narrow` outputs and 64 rows at most, where there is such a limit.
+
+    A warp takes an instruction's 16 outputs: decoded weights stay where they are. Codes that are
+    multiplied as they are stored are `free` of that, and few enough for twice the rows.
+    """
+    sizes = {dividing(spec.weight.n, size, 16) for size in ([narrow] if narrow else (64, 128))}
+    heights = _heights(rows, 64 if narrow else MOST_ROWS * (2 if free else 1))
+    for m, n, warps in itertools.product(heights, sorted(sizes), (4, 8)):
+        if warps == max(4, n // 16) or (free and m * n >= 64 * 128):
+            for stages, split in itertools.product((2, 3, 4), _splits(spec, k, rows)):
+                yield Tile("gemm", m, n, k, split, warps, stages)
+
+
+def decoding_tiles(spec: KernelSpec, form: Form) -> Iterator[Tile]:
+    """Decoding to memory, whole or in chunks that stay in the cache, for the vendor's product.
+
+    A small weight's product takes no longer than the launches around it.
+    """
     weight = spec.weight
-    most = 2048 // _fit(spec.weights, 1)
+    if spec.compute_dtype not in ("float16", "bfloat16") or weight.batch or spec.batch:
+        return
+    if weight.n * weight.k < _LEAST_DECODED:
+        return
+    n = dividing(weight.n, 64 if form.axis == N else 32, 16)
+    k = dividing(weight.k, 64 if form.axis == N else 128, 16)
+    for chunk in (*(c for c in _CHUNKS if c < weight.n and weight.n % c == 0), weight.n):
+        if 2 * chunk * weight.k <= _MOST_SCRATCH:
+            yield Tile("dequantize", 0, n, k, 1, 4, 1, chunk)
+
+
+def gemv_tile(spec: KernelSpec, rows: int, axis: sympy.Symbol | None, programs: int) -> Tile:
+    """Few rows: 2048 weights at a time, long along the axis that is contiguous in memory.
+
+    Args:
+        spec: The product.
+        rows: Rows that it takes.
+        axis: The contiguous one.
+        programs: Inputs are shared until there are so many.
+    """
+    weight = spec.weight
+    most = 2048 // fit(spec.weights, 1)
     if axis == N:
-        n = min(128, _fit(weight.n, 16))
+        n = min(128, fit(weight.n, 16))
         k = max(16, most // n // 4)
     else:
-        k = _dividing(weight.k, 512, 16)
-        n = min(most // k, _fit(weight.n, 1))
-    split = _split(spec, n, k)
-    return Tile("gemv", rows, n, k, split, 4, 2)
+        k = dividing(weight.k, 512, 16)
+        n = min(most // k, fit(weight.n, 1))
+    tiles = (spec.batch or 1) * -(-weight.n // n)
+    splits = [split for split in _splits(spec, k, 1) if split == 1 or tiles * split < 2 * programs]
+    return Tile("gemv", rows, n, k, splits[-1], 4, 2)
 
 
-def _gemm(spec: KernelSpec, rows: int) -> Tile:
-    """Many rows: tensor cores, with the decoded weight as the left operand."""
-    weight = spec.weight
-    wide = spec.compute_dtype == "float32"
-    # Triton gives float32 tiles of 64 outputs to Blackwell's matrix unit, which rounds to tf32.
-    most = 32 if wide else _outputs(spec, rows)
-    n = _dividing(weight.n, most, 16)
-    k = _dividing(weight.k, 32 if wide else 64, 16)
-    split = _split(spec, n, k) if rows == GEMM_ROWS[0] else 1
-    return Tile("gemm", rows, n, k, split, 8 if rows == 128 else 4, 3)
+def is_stored(spec: KernelSpec) -> bool:
+    """Whether codes are multiplied as they lie in memory: they never come to registers."""
+    encoding = spec.weight.encoding
+    uniform = encoding.bits == 8 and levels(encoding) is None and not encoding.zero_point
+    return uniform and spec.compute_dtype == "int8"
 
 
-def _outputs(spec: KernelSpec, rows: int) -> int:
-    """Outputs of one program: the sums of all weights have to fit into registers."""
-    return 128 if rows == 128 and spec.weights == 1 else 64
+def _heights(rows: int, most: int = MOST_ROWS) -> tuple[int, ...]:
+    """Rows of a tile, for so many in all: as few as a quarter where more do not fit."""
+    height = min(rows, most)
+    return tuple(m for m in (height, height // 2, height // 4) if m >= BUCKETS[0])
 
 
-def _split(spec: KernelSpec, n: int, k: int) -> int:
-    """Shares of the inputs: until there are enough programs, each with two steps at least."""
-    programs = (spec.batch or 1) * math.ceil(spec.weight.n / n)
-    steps = math.ceil(spec.weight.k / k)
+def _splits(spec: KernelSpec, k: int, rows: int) -> Iterator[int]:
+    """Numbers of shares of the inputs, each with two steps at least but for the last one."""
+    steps = -(-spec.weight.k // k)
     split = 1
-    while programs * split < _ENOUGH_PROGRAMS and split * 4 <= steps:
+    while split == 1 or (2 * split <= steps and split * rows <= _MOST_PARTIAL_ROWS):
+        if (split - 1) * -(-steps // split) < steps:
+            yield split
         split *= 2
-    return split
 
 
-def _fit(size: int, least: int) -> int:
+def fit(size: int, least: int) -> int:
     """The power of two at or above a size."""
     return max(least, 1 << (size - 1).bit_length())
 
 
-def _dividing(size: int, most: int, least: int) -> int:
+def dividing(size: int, most: int, least: int) -> int:
     """The power of two to cut a size with: one that divides it, unless that is far shorter."""
-    best = min(most, _fit(size, least))
+    best = min(most, fit(size, least))
     divisor = size & -size
     return divisor if max(least, best // 4) <= divisor < best else best

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from fxquant import errors
+from fxquant.codegen.triton.gpu import FAMILIES
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -53,18 +54,35 @@ class Binary:
         registers: Registers of one thread.
         spills: Bytes (NVIDIA) or registers (AMD) of one thread that went to memory.
         shared_bytes: Shared memory of one program, in bytes.
-        instructions: How often each instruction occurs, without its modifiers.
+        instructions: How often each instruction occurs, with its modifiers.
+        warps: Warps of one program.
+        target: What it was built for, a name in `TARGETS`.
     """
 
     registers: int
     spills: int
     shared_bytes: int
     instructions: Mapping[str, int]
+    warps: int
+    target: str
 
     def count(self, pattern: str) -> int:
-        """Occurrences of the instructions that match a regular expression in full."""
-        found = (n for name, n in self.instructions.items() if re.fullmatch(pattern, name))
-        return sum(found)
+        """Occurrences of instructions that match a regular expression in full, or up to a dot.
+
+        So ``"HGMMA"`` counts all shapes of it.
+        """
+        names = self.instructions.items()
+        return sum(n for name, n in names if re.fullmatch(rf"(?:{pattern})(?:\..*)?", name))
+
+    @property
+    def occupancy(self) -> float:
+        """Warps that a processor can hold at once, over the most that it can of any program.
+
+        From registers, shared memory and the number of programs alone.
+        """
+        limits = FAMILIES[self.target].processor
+        programs = limits.resident(self.registers, self.shared_bytes, self.warps)
+        return programs * self.warps / limits.warps
 
 
 def builds(module: ModuleType) -> Iterator[Build]:
@@ -102,8 +120,18 @@ def compile_for(target: str, module: ModuleType, build: Build) -> Binary:
     source = ASTSource(build.kernel, types, dict(build.constants), attributes)
     found = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=dict(build.options))
     if "cubin" in found.asm:
-        return _read_cubin(found.asm["cubin"], found.metadata.shared)
-    return _read_amdgcn(found.asm["amdgcn"], found.metadata.shared)
+        read = _read_cubin(found.asm["cubin"])
+    else:
+        read = _read_amdgcn(found.asm["amdgcn"])
+    registers, spills, instructions = read
+    return Binary(
+        registers,
+        spills,
+        found.metadata.shared,
+        instructions,
+        found.metadata.num_warps,
+        target,
+    )
 
 
 def _is_aligned(name: str, kind: str) -> bool:
@@ -111,7 +139,8 @@ def _is_aligned(name: str, kind: str) -> bool:
     return kind.startswith("*") or name.startswith("x_stride")
 
 
-def _read_cubin(cubin: bytes, shared: int) -> Binary:
+def _read_cubin(cubin: bytes) -> tuple[int, int, Mapping[str, int]]:
+    """Registers, spilled bytes and instructions."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -120,9 +149,9 @@ def _read_cubin(cubin: bytes, shared: int) -> Binary:
     registers = re.search(r"REG:(\d+)", usage)
     local = re.search(r"LOCAL:(\d+)", usage)
     stack = re.search(r"STACK:(\d+)", usage)
-    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", listing)
+    lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing)
     spills = sum(int(found[1]) for found in (local, stack) if found)
-    return Binary(int(registers[1]) if registers else 0, spills, shared, Counter(lines))
+    return int(registers[1]) if registers else 0, spills, Counter(lines)
 
 
 def _cuobjdump(option: str, path: Path) -> str:
@@ -134,10 +163,10 @@ def _cuobjdump(option: str, path: Path) -> str:
     ).stdout
 
 
-def _read_amdgcn(text: str, shared: int) -> Binary:
+def _read_amdgcn(text: str) -> tuple[int, int, Mapping[str, int]]:
     notes = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
     instructions = Counter(
         re.findall(r"^\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+)\b", text, re.MULTILINE)
     )
     spills = notes.get("vgpr_spill_count", 0) + notes.get("sgpr_spill_count", 0)
-    return Binary(notes.get("vgpr_count", 0), spills, shared, instructions)
+    return notes.get("vgpr_count", 0), spills, instructions

@@ -7,11 +7,8 @@ import functools
 import importlib.util
 import logging
 import os
-import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,19 +16,20 @@ import torch
 from torch import Tensor
 
 from fxquant import errors
-from fxquant._version import __version__
-from fxquant.codegen import RENDERERS, Header, Spec, cpp, reference
+from fxquant.codegen import RENDERERS, Header, Spec, cpp, reference, triton
 from fxquant.codegen.cpp import layout
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.naming import name_for
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.work import work_of
-from fxquant.runtime import cache, counters, quantizers, timing, toolchain, tuning, verify
+from fxquant.runtime import counters, quantizers, tiles, timing, toolchain, tuning, verify
 from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.cpp_quantize import CppQuantizer
 from fxquant.runtime.cpp_rows import CppRows
+from fxquant.runtime.device import gpu
 from fxquant.runtime.toolchain import Toolchain
+from fxquant.runtime.triton import load_module
 
 LOG = logging.getLogger("fxquant.launch")
 SUFFIXES = {"triton": ".py", "cpp": ".cpp", "torch": ".py"}
@@ -126,6 +124,8 @@ def make_kernel(spec: Spec, target: str, header: Header, note: str = "") -> Kern
         chain = toolchain.toolchain()
         isa = chain.isa if chain is not None else toolchain.host_isa()
         source, comment = cpp.render(shown, header, isa), "//"
+    elif target == "triton":
+        source, comment = triton.render(shown, header, gpu()), "#"
     else:
         source, comment = RENDERERS[target](shown, header), "#"
     if note:
@@ -246,12 +246,35 @@ def prepare(spec: str, target: str, header: Header, device: torch.device) -> Non
             tables(device)
 
 
-def tune(spec: str) -> None:
-    """Tunes a C++ kernel that was built, unless that was done."""
+def tune(spec: str, target: str, device: torch.device) -> None:
+    """Tunes a kernel that was built, unless that was done.
+
+    Args:
+        spec: As JSON.
+        target: ``"triton"`` or ``"cpp"``; kernels of others have no variants.
+        device: Where it runs.
+    """
+    parsed = parse(spec)
+    if target == "triton" and isinstance(parsed, KernelSpec):
+        tiles.tune(_triton_module(spec), parsed, gpu(), device)
+    if target != "cpp":
+        return
     chain = toolchain.toolchain()
     found = _build_once(spec, chain) if chain is not None else None
     if chain is not None and isinstance(found, CppKernel):
         tuning.tune(chain, found)
+
+
+def remark(spec: str, target: str) -> str:
+    """What else there is to say of a kernel that runs, in a clause, or ``""``.
+
+    Args:
+        spec: As JSON.
+        target: Whose kernel was prepared.
+    """
+    if target != "triton" or not isinstance(parse(spec), KernelSpec):
+        return ""
+    return tiles.remark(_triton_module(spec))
 
 
 def _usual_runner(spec: str, device: torch.device) -> Runner:
@@ -318,8 +341,12 @@ def _triton_runner(spec: str) -> Runner:
 
 @functools.lru_cache(maxsize=4096)
 def _triton_module(spec: str) -> ModuleType:
-    kernel = make_kernel(parse(spec), "triton", _headers.get(spec, Header()))
-    return load_module(kernel.name, kernel.source)
+    parsed = parse(spec)
+    kernel = make_kernel(parsed, "triton", _headers.get(spec, Header()))
+    module = load_module(kernel.name, kernel.source)
+    if isinstance(parsed, KernelSpec):
+        tiles.use(module, parsed, gpu())
+    return module
 
 
 def _cpp_kernel(spec: str) -> CppKernel | CppQuantizer | CppRows:
@@ -351,42 +378,6 @@ def _build_once(
         LOG.warning("target 'torch' runs instead of 'cpp': %s", error)
         return error
     return kernel
-
-
-_LOADING = threading.Lock()
-
-
-def load_module(name: str, source: str) -> ModuleType:
-    """Imports a printed Python module through the kernel cache.
-
-    Triton reads the source of its functions back from their file, so the text has to lie in one.
-
-    Raises:
-        FolderError: The kernel cache cannot be written.
-    """
-    key = cache.key_of(__version__, "python", cache.code_of(source))
-    folder = cache.get_or_build("triton", key, lambda path: _write_module(path, source))
-    qualified = f"fxquant_kernels.{name}_{key}"
-    with _LOADING:
-        if qualified in sys.modules:
-            return sys.modules[qualified]
-        spec = importlib.util.spec_from_file_location(qualified, folder / "kernel.py")
-        if spec is None or spec.loader is None:
-            raise errors.unwritable_folder(
-                "kernel cache", folder, cache.ENVIRONMENT, "not readable"
-            )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[qualified] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[qualified]
-            raise
-        return module
-
-
-def _write_module(folder: Path, source: str) -> None:
-    (folder / "kernel.py").write_text(source, encoding="utf-8")
 
 
 # --- what kernels counted -------------------------------------------------------------------

@@ -94,14 +94,15 @@ def build(choice: Choice, specs: Mapping[str, Header], device: torch.device) -> 
             return Choice("torch", "torch", str(error))
         return choice
 
-    if choice.runs != "cpp":
-        return {text: build_one(text) for text in specs}
-    _measure_machine()
-    with ThreadPoolExecutor(_cores()) as pool:
-        found = dict(zip(specs, pool.map(build_one, specs), strict=True))
+    if choice.runs == "cpp":
+        _measure_machine()
+        with ThreadPoolExecutor(_cores()) as pool:
+            found = dict(zip(specs, pool.map(build_one, specs), strict=True))
+    else:
+        found = {text: build_one(text) for text in specs}
     if tuning.is_on():
-        for text in specs:
-            launch.tune(text)
+        for text, chosen in found.items():
+            launch.tune(text, chosen.runs, device)
     return found
 
 

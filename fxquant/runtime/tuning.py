@@ -119,7 +119,7 @@ def _number_of_rows(found: Any) -> int:
 def _times(kernel: CppKernel) -> dict[int, tuple[float, float]]:
     """The best seconds of each skeleton, in turns, for every number of rows."""
     spec = kernel.spec
-    weight = _weight(spec)
+    weight = random_weight(spec)
     batch = [spec.batch] if spec.batch is not None else []
     best = {rows: [math.inf, math.inf] for rows in ROWS}
     calls: list[tuple[int, Tensor, Sequence[Tensor]]] = []
@@ -143,7 +143,7 @@ def _times(kernel: CppKernel) -> dict[int, tuple[float, float]]:
                 return {rows: (few, many) for rows, (few, many) in best.items()}
 
 
-def _weight(spec: KernelSpec) -> list[Tensor]:
+def random_weight(spec: KernelSpec) -> list[Tensor]:
     """Stored tensors with random codes: time does not depend on what they stand for."""
     weight, generator = spec.weight, torch.Generator().manual_seed(0)
     tensors = []
@@ -152,4 +152,4 @@ def _weight(spec: KernelSpec) -> list[Tensor]:
         if name == "codes":
             made = torch.randint(0, 127, size, dtype=dtype, generator=generator)
         tensors.append(made)
-    return tensors
+    return tensors * spec.weights

@@ -15,17 +15,20 @@ import triton
 import triton.language
 from torch import Tensor
 
-from fxquant.codegen import RENDERERS, Header, KernelSpec
+from fxquant.codegen import Header, KernelSpec
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import WeightOperand
+from fxquant.codegen.triton import render
+from fxquant.codegen.triton.gpu import ANY, Gpu
 from fxquant.formats import Encoding, pack
+from fxquant.runtime.cubin import Build
 from tests.codegen import plain_int8
 
 _COUNT = itertools.count()
 
 
 @contextlib.contextmanager
-def _interpretation(*, wanted: bool) -> Iterator[None]:
+def interpretation(*, wanted: bool) -> Iterator[None]:
     before = triton.knobs.runtime.interpret
     triton.knobs.runtime.interpret = wanted
     try:
@@ -34,17 +37,19 @@ def _interpretation(*, wanted: bool) -> Iterator[None]:
         triton.knobs.runtime.interpret = before
 
 
-def load(spec: KernelSpec | QuantizeSpec, folder: Path, *, interpreted: bool) -> ModuleType:
+def load(
+    spec: KernelSpec | QuantizeSpec, folder: Path, *, interpreted: bool, gpu: Gpu = ANY
+) -> ModuleType:
     """Prints and imports a spec's module; Triton decides at import whether to interpret."""
     name = f"printed_{next(_COUNT)}"
     path = folder / f"{name}.py"
-    path.write_text(RENDERERS["triton"](spec, Header()), encoding="utf-8")
+    path.write_text(render(spec, Header(), gpu), encoding="utf-8")
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
-    with _interpretation(wanted=interpreted):
+    with interpretation(wanted=interpreted):
         found.loader.exec_module(module)
     if interpreted:
         # The interpreter leaves the reductions that it knows to NumPy; others take it long.
@@ -52,6 +57,13 @@ def load(spec: KernelSpec | QuantizeSpec, folder: Path, *, interpreted: bool) ->
             if hasattr(module, ours):
                 setattr(module, ours, getattr(triton.language.standard, known))
     return module
+
+
+def build_for(module: ModuleType, rows: int) -> Build:
+    """The kernel of a product that runs for so many rows."""
+    most = next((most for most in module.VARIANTS if rows <= most), max(module.VARIANTS))
+    kernel, constants, options = module.VARIANTS[most]
+    return Build(f"{kernel.__name__}_{most}", kernel, constants, options)
 
 
 def stored(encoding: Encoding, shape: tuple[int, ...], seed: int = 0) -> list[Tensor]:

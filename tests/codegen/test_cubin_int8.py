@@ -5,10 +5,11 @@ import pytest
 from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec, Outliers
+from fxquant.codegen.triton.gpu import FAMILIES
 from fxquant.formats import Encoding
 from fxquant.runtime import cubin
 from tests.codegen import harness
-from tests.codegen.test_cubin import ANY_MATRIX, MATRIX, SHARED_LIMIT
+from tests.codegen.test_cubin import ANY_MATRIX, MATRIX, WIDE
 
 INT8 = Encoding(8, block=(1, -1))
 NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
@@ -50,26 +51,31 @@ def modules(tmp_path_factory):
         x = "int8" if name == "codes" else "bfloat16"
         bias = Epilogue.bias("bfloat16")
         spec = KernelSpec(weight, x, "int8", "bfloat16", bias, name, outliers)
-        made[name] = harness.load(spec, folder, interpreted=False)
+        for target, gpu in FAMILIES.items():
+            made[name, target] = harness.load(spec, folder, interpreted=False, gpu=gpu)
     for name, way in {"rows": ("token",), "whole": ("tensor", True), "fixed": ("static",)}.items():
         spec = QuantizeSpec(4096, "bfloat16", *way, name=name)
-        made[name] = harness.load(spec, folder, interpreted=False)
+        made |= dict.fromkeys(
+            ((name, target) for target in FAMILIES), harness.load(spec, folder, interpreted=False)
+        )
     return made
 
 
-def build(module, ending, target):
+def build(module, found, target):
     """The machine code of one kernel, which has to fit."""
-    (found,) = (b for b in cubin.builds(module) if b.name.endswith(ending))
     binary = cubin.compile_for(target, module, found)
-    assert 0 < binary.registers <= 255
+    processor = FAMILIES[target].processor
+    assert 0 < binary.registers <= processor.most_registers
     assert binary.spills == 0
-    assert binary.shared_bytes <= SHARED_LIMIT[target]
+    assert binary.shared_bytes <= processor.program_bytes
+    assert binary.occupancy * processor.warps >= 8
     return binary
 
 
 @pytest.mark.parametrize(("name", "target", "rows"), CASES)
 def test_products(modules, name, target, rows):
-    binary = build(modules[name], f"_gemm_{rows}", target)
+    module = modules[name, target]
+    binary = build(module, harness.build_for(module, rows), target)
     integers, floats = binary.count(INTEGERS[target]), binary.count(FLOATS[target])
     if name == "exact":
         # Tiles are too small for the matrix unit that wants 64 outputs.
@@ -78,6 +84,8 @@ def test_products(modules, name, target, rows):
         assert binary.count(ANY_MATRIX[target]) == 0, "matrix units would round float32 to tf32"
         return
     assert integers > 0
+    if name == "w8a8":
+        assert binary.count(WIDE) > 0
     assert (floats > 0) == (name in ("found", "given"))
     assert binary.count(ANY_MATRIX[target]) == integers + floats
     assert binary.count(DIVISION[target]) > 0
@@ -95,11 +103,15 @@ def test_products(modules, name, target, rows):
     ],
 )
 def test_steps_before_a_product(modules, name, step, target):
-    binary = build(modules[name], step, target)
+    module = modules[name, target]
+    (found,) = (b for b in cubin.builds(module) if b.name.endswith(step))
+    binary = build(module, found, target)
     assert binary.count(ANY_MATRIX[target]) == 0
     assert (binary.count(DIVISION[target]) > 0) == (step == "_quantize")
 
 
 def test_a_product_of_codes_has_no_steps(modules):
-    assert [b.name for b in cubin.builds(modules["codes"])][-1].startswith("codes_reduce")
-    assert [b.name for b in cubin.builds(modules["found"])][-2:] == ["found_find", "found_quantize"]
+    names = [b.name for b in cubin.builds(modules["codes", "sm_90"])]
+    assert all(name.startswith(("codes_gemm", "codes_reduce")) for name in names)
+    names = [b.name for b in cubin.builds(modules["found", "sm_90"])]
+    assert names[-2:] == ["found_find", "found_quantize"]

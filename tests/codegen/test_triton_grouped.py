@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand
 from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
+from fxquant.codegen.triton.gpu import FAMILIES
 from fxquant.formats import Encoding
 from fxquant.runtime import cubin
 from tests.codegen import grouped, harness
@@ -98,9 +99,8 @@ def test_drawn(tmp_path: Path, spec: KernelSpec, rows: int, kind: str) -> None:
 def test_fits_and_uses_the_matrix_unit(tmp_path: Path, compute: str, target: str) -> None:
     encoding = CHANNELS if compute == "int8" else NF4
     spec = made(encoding, (8, 1024, 1024), ("bfloat16", compute, "bfloat16"))
-    module = harness.load(spec, tmp_path, interpreted=False)
-    build = next(b for b in cubin.builds(module) if b.constants.get("BLOCK_M") == 64)
-    binary = cubin.compile_for(target, module, build)
+    module = harness.load(spec, tmp_path, interpreted=False, gpu=FAMILIES[target])
+    binary = cubin.compile_for(target, module, harness.build_for(module, 64))
     assert binary.spills == 0
     # Of NVIDIA's, integers: IMMA and IGMMA.
     units = "[A-Z]*I[A-Z]*MMA|v_mfma_i32_.*" if compute == "int8" else "[A-Z]*MMA|v_mfma_f32_.*"

@@ -83,9 +83,11 @@ def fp4_linear_33x77_odd_gemv(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     share = tl.program_id(2)
+    SHARE: tl.constexpr = (77 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
     x_rows = x + m[:, None, None] * x_stride_m
     sums = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)
-    for k0 in range(share * BLOCK_K, 77, BLOCK_K * SPLIT):
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 77), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)[None, None, :]
         x_tile = tl.load(x_rows + k, mask=(m < rows)[:, None, None] & (k < 77), other=0.0)
         # load and decode
@@ -111,9 +113,11 @@ def fp4_linear_33x77_odd_gemm(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     share = tl.program_id(2)
+    SHARE: tl.constexpr = (77 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
     x_rows = x + m[None, :] * x_stride_m
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    for k0 in range(share * BLOCK_K, 77, BLOCK_K * SPLIT):
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 77), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)[:, None]
         x_tile = tl.load(x_rows + k, mask=(m < rows)[None, :] & (k < 77), other=0.0)
         # load and decode
@@ -153,20 +157,10 @@ VARIANTS = {
         {"BLOCK_M": 4, "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT": 1},
         {"num_warps": 4, "num_stages": 2},
     ),
-    16: (
+    2048: (
         fp4_linear_33x77_odd_gemm,
         {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
-    32: (
-        fp4_linear_33x77_odd_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
-    64: (
-        fp4_linear_33x77_odd_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"num_warps": 4, "num_stages": 4},
     ),
 }
 

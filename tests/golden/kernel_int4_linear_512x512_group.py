@@ -21,25 +21,6 @@ import triton.language as tl
 
 
 @triton.jit
-def decode(codes, scales, n0, k0, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The weight at outputs n0 .. and inputs k0 .., [BLOCK_N, BLOCK_K] in float16."""
-    # load
-    n = n0 + tl.arange(0, BLOCK_N)[:, None]
-    byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-    code = tl.load(codes + (n * 256 + byte))
-    code = tl.join(code >> 4, code & 15).reshape(BLOCK_N, BLOCK_K)
-    # decode
-    level = ((code.to(tl.int8) ^ 8) - 8).to(tl.float32)
-    run = k0 // 64 + tl.arange(0, BLOCK_K // 64)[None, :]
-    block = n * 4 + run // 2
-    scale = tl.load(scales + block)
-    if BLOCK_K > 64:
-        scale = tl.broadcast_to(scale[:, :, None], (BLOCK_N, BLOCK_K // 64, 64))
-        scale = scale.reshape(BLOCK_N, BLOCK_K)
-    return (level * scale).to(tl.float16)
-
-
-@triton.jit
 def finish(acc, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
     where = m * 512 + n
@@ -47,37 +28,52 @@ def finish(acc, out, m, n, rows):
 
 
 @triton.jit
-def add(x, y):
-    """What sums are made of."""
-    return x + y
+def level_of(code):
+    """The level of a code, chosen by its bits from the last to the first."""
+    one, two, four = code & 1 != 0, code & 2 != 0, code & 4 != 0
+    v0 = tl.where(one, 1.0, 0.0)
+    v1 = tl.where(one, 3.0, 2.0)
+    v2 = tl.where(one, 5.0, 4.0)
+    v3 = tl.where(one, 7.0, 6.0)
+    v4 = tl.where(one, -7.0, -8.0)
+    v5 = tl.where(one, -5.0, -6.0)
+    v6 = tl.where(one, -3.0, -4.0)
+    v7 = tl.where(one, -1.0, -2.0)
+    v0 = tl.where(two, v1, v0)
+    v1 = tl.where(two, v3, v2)
+    v2 = tl.where(two, v5, v4)
+    v3 = tl.where(two, v7, v6)
+    v0 = tl.where(four, v1, v0)
+    v1 = tl.where(four, v3, v2)
+    return tl.where(code & 8 != 0, v1, v0).to(tl.float16)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def int4_linear_512x512_group_gemv(
-    x, codes, scales, out, partial, rows, x_stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-):
-    """Few rows: every program streams its share of BLOCK_N outputs' weights once."""
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n0 = tl.program_id(1) * BLOCK_N
-    share = tl.program_id(2)
-    x_rows = x + m[:, None, None] * x_stride_m
-    sums = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)
-    for k0 in range(share * BLOCK_K, 512, BLOCK_K * SPLIT):
-        k = k0 + tl.arange(0, BLOCK_K)[None, None, :]
-        x_tile = tl.load(x_rows + k, mask=(m < rows)[:, None, None], other=0.0)
-        # load and decode
-        w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
-        sums += x_tile.to(tl.float32) * w[None, :, :].to(tl.float32)
-    acc = tl.reduce(sums, 2, add)
-    # epilogue
-    n = n0 + tl.arange(0, BLOCK_N)
-    m, n = m[:, None], n[None, :]
-    if SPLIT == 1:
-        finish(acc, out, m, n, rows)
-    else:
-        where = (share * rows + m) * 512 + n
-        tl.store(partial + where, acc, mask=(m < rows))
+@triton.jit
+def decode(word, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Words as the first to the last pair of their codes' levels, in float16."""
+    w0 = level_of(word >> 4 & 15)
+    w1 = level_of(word & 15)
+    w2 = level_of(word >> 12 & 15)
+    w3 = level_of(word >> 8 & 15)
+    w4 = level_of(word >> 20 & 15)
+    w5 = level_of(word >> 16 & 15)
+    w6 = level_of(word >> 28 & 15)
+    w7 = level_of(word >> 24 & 15)
+    return (
+        tl.join(w0, w1).reshape(BLOCK_N, BLOCK_K // 4),
+        tl.join(w2, w3).reshape(BLOCK_N, BLOCK_K // 4),
+        tl.join(w4, w5).reshape(BLOCK_N, BLOCK_K // 4),
+        tl.join(w6, w7).reshape(BLOCK_N, BLOCK_K // 4),
+    )
+
+
+@triton.jit
+def scale_of(scales, n, k0):
+    """The scales of outputs n at inputs k0 .."""
+    run = k0 // 64
+    block = n * 4 + run // 2
+    scale = tl.load(scales + block)
+    return scale
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -85,22 +81,39 @@ def int4_linear_512x512_group_gemm(
     x, codes, scales, out, partial, rows, x_stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):
-    """Many rows: weight tile by activation tile on tensor cores, acc is [outputs, rows]."""
+    """Weight tile by activation tile on tensor cores, acc is [outputs, rows]."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     share = tl.program_id(2)
-    x_rows = x + m[None, :] * x_stride_m
-    acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    for k0 in range(share * BLOCK_K, 512, BLOCK_K * SPLIT):
-        k = k0 + tl.arange(0, BLOCK_K)[:, None]
-        x_tile = tl.load(x_rows + k, mask=(m < rows)[None, :], other=0.0)
-        # load and decode
-        w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
-        # dot
-        acc = tl.dot(w, x_tile, acc)
-    # epilogue
+    SHARE: tl.constexpr = (512 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
     n = n0 + tl.arange(0, BLOCK_N)
     m, n = m[None, :], n[:, None]
+    # Input 8 * j + i of a tile goes with the first pair of word j, i being 0 or 1.
+    i = tl.arange(0, BLOCK_K // 4)[:, None]
+    x_pairs = x + m * x_stride_m + (i // 2 * 8 + i % 2)
+    acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
+    scale = scale_of(scales, n, first_k)
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 512), BLOCK_K):
+        # load
+        x0 = tl.load(x_pairs + k0, mask=m < rows, other=0.0)
+        x1 = tl.load(x_pairs + (k0 + 2), mask=m < rows, other=0.0)
+        x2 = tl.load(x_pairs + (k0 + 4), mask=m < rows, other=0.0)
+        x3 = tl.load(x_pairs + (k0 + 6), mask=m < rows, other=0.0)
+        j = k0 // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
+        word = tl.load(codes.to(tl.pointer_type(tl.int32)) + (n * 64 + j))
+        next_k0 = tl.minimum(k0 + BLOCK_K, 448)
+        ahead = scale_of(scales, n, next_k0)
+        # decode
+        w0, w1, w2, w3 = decode(word, BLOCK_N, BLOCK_K)
+        # dot
+        sums = tl.dot(w0, x0)
+        sums = tl.dot(w1, x1, sums)
+        sums = tl.dot(w2, x2, sums)
+        sums = tl.dot(w3, x3, sums)
+        acc += sums * scale
+        scale = ahead
+    # epilogue
     if SPLIT == 1:
         finish(acc, out, m, n, rows)
     else:
@@ -130,46 +143,41 @@ TYPES = {
 
 # Most rows -> kernel, constants, launch options; the last serves all above too.
 VARIANTS = {
-    1: (
-        int4_linear_512x512_group_gemv,
-        {"BLOCK_M": 1, "BLOCK_N": 4, "BLOCK_K": 512, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 2},
-    ),
-    2: (
-        int4_linear_512x512_group_gemv,
-        {"BLOCK_M": 2, "BLOCK_N": 4, "BLOCK_K": 512, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 2},
-    ),
-    4: (
-        int4_linear_512x512_group_gemv,
-        {"BLOCK_M": 4, "BLOCK_N": 4, "BLOCK_K": 512, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 2},
-    ),
-    16: (
-        int4_linear_512x512_group_gemm,
-        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4},
-        {"num_warps": 4, "num_stages": 3},
-    ),
-    32: (
-        int4_linear_512x512_group_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
     64: (
         int4_linear_512x512_group_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4},
+        {"num_warps": 4, "num_stages": 5},
     ),
     128: (
         int4_linear_512x512_group_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    256: (
+        int4_linear_512x512_group_gemm,
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 2},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    512: (
+        int4_linear_512x512_group_gemm,
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    2048: (
+        int4_linear_512x512_group_gemm,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
     ),
 }
 
 # Shares -> the kernel that adds them.
 REDUCTIONS = {
-    4: (int4_linear_512x512_group_reduce, {"BLOCK_N": 128, "SPLIT": 4}, {"num_warps": 4}),
+    split: (
+        int4_linear_512x512_group_reduce,
+        {"BLOCK_N": 128, "SPLIT": split},
+        {"num_warps": 4},
+    )
+    for split in (2, 4)
 }
 
 
@@ -203,5 +211,7 @@ def run(x, weight, extra, out=None):
         if split > 1:
             add_shares, tile, options = REDUCTIONS[split]
             grid = (rows, -(-512 // tile["BLOCK_N"]), 1)
-            add_shares[grid](partial, out, rows, **tile, **options)
+            add_shares[grid](
+                partial, out, rows, **tile, **options,
+            )
     return out

@@ -116,11 +116,13 @@ def int8_linear_384x384_channel_gemm(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     share = tl.program_id(2)
+    SHARE: tl.constexpr = (384 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
     n = n0 + tl.arange(0, BLOCK_N)
     m, n = m[None, :], n[:, None]
     q_rows = q + m * 384
     sums = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
-    for k0 in range(share * BLOCK_K, 384, BLOCK_K * SPLIT):
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 384), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)[:, None]
         q_tile = tl.load(q_rows + k, mask=m < rows, other=0)
         # load and decode
@@ -147,25 +149,25 @@ TYPES = {
 
 # Most rows -> kernel, constants, launch options; the last serves all above too.
 VARIANTS = {
-    16: (
-        int8_linear_384x384_channel_gemm,
-        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
-    32: (
-        int8_linear_384x384_channel_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
     64: (
         int8_linear_384x384_channel_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 4},
     ),
     128: (
         int8_linear_384x384_channel_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 4},
+    ),
+    512: (
+        int8_linear_384x384_channel_gemm,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 4},
+    ),
+    2048: (
+        int8_linear_384x384_channel_gemm,
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 8, "num_stages": 4},
     ),
 }
 

@@ -178,11 +178,13 @@ def llm_int8_linear_384x1536_bias_gemm(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     share = tl.program_id(2)
+    SHARE: tl.constexpr = (1536 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
     n = n0 + tl.arange(0, BLOCK_N)
     m, n = m[None, :], n[:, None]
     q_rows = q + m * 1536
     sums = tl.full((BLOCK_N, BLOCK_M), 0, tl.int32)
-    for k0 in range(share * BLOCK_K, 1536, BLOCK_K * SPLIT):
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 1536), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)[:, None]
         q_tile = tl.load(q_rows + k, mask=m < rows, other=0)
         # load and decode
@@ -237,28 +239,38 @@ VARIANTS = {
     16: (
         llm_int8_linear_384x1536_bias_gemm,
         {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 4},
-        {"num_warps": 4, "num_stages": 3},
-    ),
-    32: (
-        llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"num_warps": 4, "num_stages": 4},
     ),
     64: (
         llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 4},
+        {"num_warps": 4, "num_stages": 4},
     ),
     128: (
         llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 4},
+        {"num_warps": 4, "num_stages": 4},
+    ),
+    512: (
+        llm_int8_linear_384x1536_bias_gemm,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 4},
+    ),
+    2048: (
+        llm_int8_linear_384x1536_bias_gemm,
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 8, "num_stages": 4},
     ),
 }
 
 # Shares -> the kernel that adds them.
 REDUCTIONS = {
-    4: (llm_int8_linear_384x1536_bias_reduce, {"BLOCK_N": 128, "SPLIT": 4}, {"num_warps": 4}),
+    split: (
+        llm_int8_linear_384x1536_bias_reduce,
+        {"BLOCK_N": 128, "SPLIT": split},
+        {"num_warps": 4},
+    )
+    for split in (2, 4)
 }
 
 # Step -> the kernel that does it, its constants, launch options.
@@ -329,5 +341,7 @@ def run(x, weight, extra, out=None, counter=None):
         if split > 1:
             add_shares, tile, options = REDUCTIONS[split]
             grid = (rows, -(-384 // tile["BLOCK_N"]), 1)
-            add_shares[grid](partial, in0, out, rows, **tile, **options)
+            add_shares[grid](
+                partial, in0, out, rows, **tile, **options,
+            )
     return out

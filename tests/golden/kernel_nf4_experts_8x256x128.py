@@ -27,55 +27,6 @@ SCALE_LEVELS = get_codebook("dynamic8").levels
 
 
 @triton.jit
-def codebook():
-    """The level of every code: the codebook 'nf4'."""
-    code = tl.arange(0, 16)
-    level = tl.full((16,), -1.0, tl.float32)
-    level = tl.where(code == 1, -0.6961928009986877, level)
-    level = tl.where(code == 2, -0.5250730514526367, level)
-    level = tl.where(code == 3, -0.39491748809814453, level)
-    level = tl.where(code == 4, -0.28444138169288635, level)
-    level = tl.where(code == 5, -0.18477343022823334, level)
-    level = tl.where(code == 6, -0.09105003625154495, level)
-    level = tl.where(code == 7, 0.0, level)
-    level = tl.where(code == 8, 0.07958029955625534, level)
-    level = tl.where(code == 9, 0.16093020141124725, level)
-    level = tl.where(code == 10, 0.24611230194568634, level)
-    level = tl.where(code == 11, 0.33791524171829224, level)
-    level = tl.where(code == 12, 0.44070982933044434, level)
-    level = tl.where(code == 13, 0.5626170039176941, level)
-    level = tl.where(code == 14, 0.7229568362236023, level)
-    level = tl.where(code == 15, 1.0, level)
-    return level
-
-
-@triton.jit
-def decode(
-    codes, scales, nested, offset, scale_levels, e, n0, k0, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The weight at outputs n0 .. and inputs k0 .., [BLOCK_N, BLOCK_K] in bfloat16."""
-    # load
-    n = n0 + tl.arange(0, BLOCK_N)[:, None]
-    byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
-    code = tl.load(codes + (e * 16384 + n * 64 + byte))
-    code = tl.join(code >> 4, code & 15).reshape(BLOCK_N, BLOCK_K)
-    # decode
-    flat = code.to(tl.int32).reshape(BLOCK_N * BLOCK_K)
-    level = tl.gather(codebook(), flat, 0).reshape(BLOCK_N, BLOCK_K)
-    run = k0 // 64 + tl.arange(0, BLOCK_K // 64)[None, :]
-    block = e * 512 + n * 2 + run
-    scale_code = tl.load(scales + block).to(tl.int32)
-    coarse = tl.load(nested + (e * 2 + n // 128))
-    scale = tl.load(scale_levels + scale_code) * coarse
-    scale += tl.load(offset)
-    if BLOCK_K > 64:
-        scale = tl.broadcast_to(scale[:, :, None], (BLOCK_N, BLOCK_K // 64, 64))
-        scale = scale.reshape(BLOCK_N, BLOCK_K)
-    return (level * scale).to(tl.bfloat16)
-
-
-@triton.jit
 def finish(acc, out, e, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
     where = (e * rows + m) * 256 + n
@@ -83,37 +34,55 @@ def finish(acc, out, e, m, n, rows):
 
 
 @triton.jit
-def add(x, y):
-    """What sums are made of."""
-    return x + y
+def level_of(code):
+    """The level of a code, chosen by its bits from the last to the first."""
+    one, two, four = code & 1 != 0, code & 2 != 0, code & 4 != 0
+    v0 = tl.where(one, -0.6961928009986877, -1.0)
+    v1 = tl.where(one, -0.39491748809814453, -0.5250730514526367)
+    v2 = tl.where(one, -0.18477343022823334, -0.28444138169288635)
+    v3 = tl.where(one, 0.0, -0.09105003625154495)
+    v4 = tl.where(one, 0.16093020141124725, 0.07958029955625534)
+    v5 = tl.where(one, 0.33791524171829224, 0.24611230194568634)
+    v6 = tl.where(one, 0.5626170039176941, 0.44070982933044434)
+    v7 = tl.where(one, 1.0, 0.7229568362236023)
+    v0 = tl.where(two, v1, v0)
+    v1 = tl.where(two, v3, v2)
+    v2 = tl.where(two, v5, v4)
+    v3 = tl.where(two, v7, v6)
+    v0 = tl.where(four, v1, v0)
+    v1 = tl.where(four, v3, v2)
+    return tl.where(code & 8 != 0, v1, v0).to(tl.bfloat16)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def nf4_experts_8x256x128_gemv(
-    x, codes, scales, nested, offset, scale_levels, out, partial, rows, x_stride_e, x_stride_m,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-):
-    """Few rows: every program streams its share of BLOCK_N outputs' weights once."""
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n0 = tl.program_id(1) * BLOCK_N
-    share, e = tl.program_id(2) % SPLIT, (tl.program_id(2) // SPLIT).to(tl.int64)
-    x_rows = x + e * x_stride_e + m[:, None, None] * x_stride_m
-    sums = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)
-    for k0 in range(share * BLOCK_K, 128, BLOCK_K * SPLIT):
-        k = k0 + tl.arange(0, BLOCK_K)[None, None, :]
-        x_tile = tl.load(x_rows + k, mask=(m < rows)[:, None, None], other=0.0)
-        # load and decode
-        w = decode(codes, scales, nested, offset, scale_levels, e, n0, k0, BLOCK_N, BLOCK_K)
-        sums += x_tile.to(tl.float32) * w[None, :, :].to(tl.float32)
-    acc = tl.reduce(sums, 2, add)
-    # epilogue
-    n = n0 + tl.arange(0, BLOCK_N)
-    m, n = m[:, None], n[None, :]
-    if SPLIT == 1:
-        finish(acc, out, e, m, n, rows)
-    else:
-        where = ((share * 8 + e) * rows + m) * 256 + n
-        tl.store(partial + where, acc, mask=(m < rows))
+@triton.jit
+def decode(word, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Words as the first to the last pair of their codes' levels, in bfloat16."""
+    w0 = level_of(word >> 4 & 15)
+    w1 = level_of(word & 15)
+    w2 = level_of(word >> 12 & 15)
+    w3 = level_of(word >> 8 & 15)
+    w4 = level_of(word >> 20 & 15)
+    w5 = level_of(word >> 16 & 15)
+    w6 = level_of(word >> 28 & 15)
+    w7 = level_of(word >> 24 & 15)
+    return (
+        tl.join(w0, w1).reshape(BLOCK_N, BLOCK_K // 4),
+        tl.join(w2, w3).reshape(BLOCK_N, BLOCK_K // 4),
+        tl.join(w4, w5).reshape(BLOCK_N, BLOCK_K // 4),
+        tl.join(w6, w7).reshape(BLOCK_N, BLOCK_K // 4),
+    )
+
+
+@triton.jit
+def scale_of(scales, nested, offset, scale_levels, e, n, k0):
+    """The scales of outputs n at inputs k0 .."""
+    run = k0 // 64
+    block = e * 512 + n * 2 + run
+    scale_code = tl.load(scales + block).to(tl.int32)
+    coarse = tl.load(nested + (e * 2 + n // 128))
+    scale = tl.load(scale_levels + scale_code) * coarse
+    scale += tl.load(offset)
+    return scale
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -121,22 +90,39 @@ def nf4_experts_8x256x128_gemm(
     x, codes, scales, nested, offset, scale_levels, out, partial, rows, x_stride_e, x_stride_m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
 ):
-    """Many rows: weight tile by activation tile on tensor cores, acc is [outputs, rows]."""
+    """Weight tile by activation tile on tensor cores, acc is [outputs, rows]."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     share, e = tl.program_id(2) % SPLIT, (tl.program_id(2) // SPLIT).to(tl.int64)
-    x_rows = x + e * x_stride_e + m[None, :] * x_stride_m
-    acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    for k0 in range(share * BLOCK_K, 128, BLOCK_K * SPLIT):
-        k = k0 + tl.arange(0, BLOCK_K)[:, None]
-        x_tile = tl.load(x_rows + k, mask=(m < rows)[None, :], other=0.0)
-        # load and decode
-        w = decode(codes, scales, nested, offset, scale_levels, e, n0, k0, BLOCK_N, BLOCK_K)
-        # dot
-        acc = tl.dot(w, x_tile, acc)
-    # epilogue
+    SHARE: tl.constexpr = (128 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
     n = n0 + tl.arange(0, BLOCK_N)
     m, n = m[None, :], n[:, None]
+    # Input 8 * j + i of a tile goes with the first pair of word j, i being 0 or 1.
+    i = tl.arange(0, BLOCK_K // 4)[:, None]
+    x_pairs = x + e * x_stride_e + m * x_stride_m + (i // 2 * 8 + i % 2)
+    acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
+    scale = scale_of(scales, nested, offset, scale_levels, e, n, first_k)
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 128), BLOCK_K):
+        # load
+        x0 = tl.load(x_pairs + k0, mask=m < rows, other=0.0)
+        x1 = tl.load(x_pairs + (k0 + 2), mask=m < rows, other=0.0)
+        x2 = tl.load(x_pairs + (k0 + 4), mask=m < rows, other=0.0)
+        x3 = tl.load(x_pairs + (k0 + 6), mask=m < rows, other=0.0)
+        j = k0 // 8 + tl.arange(0, BLOCK_K // 8)[None, :]
+        word = tl.load(codes.to(tl.pointer_type(tl.int32)) + (e * 4096 + n * 16 + j))
+        next_k0 = tl.minimum(k0 + BLOCK_K, 64)
+        ahead = scale_of(scales, nested, offset, scale_levels, e, n, next_k0)
+        # decode
+        w0, w1, w2, w3 = decode(word, BLOCK_N, BLOCK_K)
+        # dot
+        sums = tl.dot(w0, x0)
+        sums = tl.dot(w1, x1, sums)
+        sums = tl.dot(w2, x2, sums)
+        sums = tl.dot(w3, x3, sums)
+        acc += sums * scale
+        scale = ahead
+    # epilogue
     if SPLIT == 1:
         finish(acc, out, e, m, n, rows)
     else:
@@ -153,40 +139,25 @@ TYPES = {
 
 # Most rows -> kernel, constants, launch options; the last serves all above too.
 VARIANTS = {
-    1: (
-        nf4_experts_8x256x128_gemv,
-        {"BLOCK_M": 1, "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 2},
-    ),
-    2: (
-        nf4_experts_8x256x128_gemv,
-        {"BLOCK_M": 2, "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 2},
-    ),
-    4: (
-        nf4_experts_8x256x128_gemv,
-        {"BLOCK_M": 4, "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 2},
-    ),
-    16: (
-        nf4_experts_8x256x128_gemm,
-        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
-    32: (
-        nf4_experts_8x256x128_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
     64: (
         nf4_experts_8x256x128_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
     ),
-    128: (
+    256: (
         nf4_experts_8x256x128_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    512: (
+        nf4_experts_8x256x128_gemm,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
+    ),
+    2048: (
+        nf4_experts_8x256x128_gemm,
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 5},
     ),
 }
 
@@ -194,7 +165,9 @@ VARIANTS = {
 @functools.cache
 def prepare(device):
     """The tables of levels on a device: make them before a CUDA graph is captured."""
-    return [torch.tensor(t, dtype=torch.float32, device=device) for t in (SCALE_LEVELS,)]
+    return [
+        torch.tensor(SCALE_LEVELS, dtype=torch.float32, device=device),
+    ]
 
 
 def run(x, weight, extra, out=None):

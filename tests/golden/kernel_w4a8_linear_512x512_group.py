@@ -74,11 +74,13 @@ def w4a8_linear_512x512_group_gemm(
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n0 = tl.program_id(1) * BLOCK_N
     share = tl.program_id(2)
+    SHARE: tl.constexpr = (512 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
     n = n0 + tl.arange(0, BLOCK_N)
     m, n = m[None, :], n[:, None]
     q_rows = q + m * 512
     acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
-    for k0 in range(share * BLOCK_K, 512, BLOCK_K * SPLIT):
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 512), BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)[:, None]
         q_tile = tl.load(q_rows + k, mask=m < rows, other=0)
         total = tl.reduce(q_tile.to(tl.int32), 0, add)[None, :]
@@ -121,31 +123,36 @@ TYPES = {
 
 # Most rows -> kernel, constants, launch options; the last serves all above too.
 VARIANTS = {
-    16: (
-        w4a8_linear_512x512_group_gemm,
-        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 2},
-        {"num_warps": 4, "num_stages": 3},
-    ),
-    32: (
-        w4a8_linear_512x512_group_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
-    ),
     64: (
         w4a8_linear_512x512_group_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 2},
+        {"num_warps": 4, "num_stages": 4},
     ),
-    128: (
+    256: (
         w4a8_linear_512x512_group_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 8, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 2},
+        {"num_warps": 4, "num_stages": 4},
+    ),
+    512: (
+        w4a8_linear_512x512_group_gemm,
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 4},
+    ),
+    2048: (
+        w4a8_linear_512x512_group_gemm,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 4},
     ),
 }
 
 # Shares -> the kernel that adds them.
 REDUCTIONS = {
-    2: (w4a8_linear_512x512_group_reduce, {"BLOCK_N": 128, "SPLIT": 2}, {"num_warps": 4}),
+    split: (
+        w4a8_linear_512x512_group_reduce,
+        {"BLOCK_N": 128, "SPLIT": split},
+        {"num_warps": 4},
+    )
+    for split in (2,)
 }
 
 
@@ -179,5 +186,7 @@ def run(x, weight, extra, out=None):
         if split > 1:
             add_shares, tile, options = REDUCTIONS[split]
             grid = (rows, -(-512 // tile["BLOCK_N"]), 1)
-            add_shares[grid](partial, out, rows, **tile, **options)
+            add_shares[grid](
+                partial, out, rows, **tile, **options,
+            )
     return out

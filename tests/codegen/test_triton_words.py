@@ -1,0 +1,135 @@
+"""Codes decoded a word at a time: both ways to do it, and the products around them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fxquant.codegen import Header
+from fxquant.codegen.epilogue import Epilogue
+from fxquant.codegen.indexing import WeightIndex
+from fxquant.codegen.spec import KernelSpec, WeightOperand
+from fxquant.codegen.triton import render, word_bytes, words
+from fxquant.codegen.triton.gpu import ANY, FAMILIES
+from fxquant.codegen.triton.plan import plan_for
+from fxquant.formats import Encoding
+from tests.codegen import harness, ptx
+from tests.codegen.test_triton_interpreted import check
+from tests.codegen.test_triton_joined import GATED
+from tests.codegen.test_triton_joined import check as check_joined
+
+NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
+INT4 = Encoding(4, block=(1, 128))
+CHANNELS = Encoding(4, block=(1, -1))
+
+
+def words_of(spec, gpu=ANY):
+    return plan_for(spec, WeightIndex.of(spec.weight), gpu).form.words
+
+
+def spec_of(weight, dtype="float16", epilogue=None, **more):
+    return KernelSpec(weight, dtype, dtype, dtype, epilogue or Epilogue(), "words", **more)
+
+
+@pytest.fixture(params=[ANY, FAMILIES["sm_90"]], ids=lambda gpu: gpu.name)
+def gpu(request, monkeypatch):
+    """Both variants; assembly runs in an interpreter of ours."""
+    ptx.interpret_assembly(monkeypatch)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("encoding", [NF4, Encoding(4, "fp4"), INT4])
+def test_assembly_gives_the_levels_bit_for_bit(encoding, dtype):
+    book = words.book_of(encoding)
+    drawn = np.random.default_rng(0).integers(0, 2**32, 4096, dtype=np.uint32)
+    drawn[:2] = 0, 2**32 - 1
+    table = np.array(word_bytes.level_words(book, dtype)[::2], np.int32).view(np.uint32)
+    text = "\n".join(word_bytes.assembly(book, dtype))
+    found = ptx.run(text, 8, [drawn, *(np.full_like(drawn, word) for word in table)])
+    rounded = torch.tensor(book, dtype=getattr(torch, dtype)).view(torch.int16).numpy()
+    codes = drawn.view(np.uint8).reshape(-1, 4)
+    nibbles = np.stack([codes >> 4, codes & 15], -1).reshape(-1, 8)
+    want = rounded.view(np.uint16)[nibbles]
+    for number, values in enumerate(found):
+        assert np.array_equal(values, want[:, number])
+    assert not np.array_equal(found[0], want[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("weight", "scaling"),
+    [
+        (harness.whole(NF4, 64, 512), "tile"),
+        (harness.whole(Encoding(4, "fp4"), 40, 128), "tile"),
+        (harness.whole(INT4, 48, 384), "tile"),
+        (harness.whole(CHANNELS, 32, 256), "output"),
+        (harness.whole(NF4, 3, 24, 128), "tile"),
+        (WeightOperand(NF4, (96, 128), None, 32, 64, (0, 128, 1), 64 * 128 + 64), "output"),
+    ],
+)
+def test_products(tmp_path, gpu, weight, scaling):
+    spec = spec_of(weight, epilogue=Epilogue.bias("float16", "en" if weight.batch else "n"))
+    found = plan_for(spec, WeightIndex.of(weight), gpu)
+    assert found.form.words == ("prmt" if gpu.vendor else "choice")
+    assert found.form.scaling == scaling
+    module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
+    for rows in (1, 3, 20):
+        check(spec, module, rows)
+
+
+def test_many_rows_with_splits_and_another_x(tmp_path, gpu):
+    spec = dataclasses.replace(spec_of(harness.whole(NF4, 64, 1024)), x_dtype="float32")
+    module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
+    assert any(tile.get("SPLIT", 1) > 1 for _, tile, _ in module.VARIANTS.values())
+    for rows in (2, 140):
+        check(spec, module, rows)
+
+
+def test_several_weights(tmp_path, gpu):
+    spec = spec_of(harness.whole(NF4, 32, 192), epilogue=GATED, weights=2)
+    check_joined(spec, harness.load(spec, tmp_path, interpreted=True, gpu=gpu), 5)
+
+
+def test_both_ways_give_the_same_numbers(tmp_path, monkeypatch):
+    ptx.interpret_assembly(monkeypatch)
+    spec = spec_of(harness.whole(NF4, 64, 256))
+    tensors, x = harness.stored(NF4, (64, 256)), harness.activation(spec, 7)
+    one, other = (
+        harness.load(spec, tmp_path, interpreted=True, gpu=gpu).run(x, tensors, [])
+        for gpu in (ANY, FAMILIES["sm_90"])
+    )
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        spec_of(harness.whole(NF4, 64, 100)),
+        spec_of(harness.whole(Encoding(4, "nf4", (32,)), 64, 128)),
+        spec_of(harness.whole(Encoding(4, block=(1, 64), zero_point=True), 64, 128)),
+        spec_of(harness.whole(Encoding(8, block=(1, -1)), 64, 128)),
+        spec_of(harness.whole(Encoding(2, block=(64,)), 64, 128)),
+        spec_of(harness.whole(NF4, 128, 64, transposed=True)),
+        spec_of(harness.whole(NF4, 64, 128), "float32"),
+        spec_of(WeightOperand(NF4, (96, 128), None, 32, 64, (0, 128, 1), 4)),
+    ],
+    ids=str,
+)
+def test_what_is_decoded_otherwise(spec):
+    assert not words_of(spec)
+    assert not words_of(spec, FAMILIES["sm_90"])
+
+
+def test_levels_that_float16_has_no_normal_numbers_for():
+    tiny = Encoding(4, tuple(2.0**-i for i in range(16)), (64,))
+    weight = harness.whole(tiny, 32, 64)
+    assert not words_of(spec_of(weight))
+    assert words_of(spec_of(weight, "bfloat16"))
+
+
+def test_assembly_is_for_one_vendor():
+    spec = spec_of(harness.whole(NF4, 64, 128))
+    assert "inline_asm" in render(spec, Header(), FAMILIES["sm_80"])
+    for gpu in (ANY, FAMILIES["gfx942"]):
+        assert "inline_asm" not in render(spec, Header(), gpu)

@@ -1,0 +1,185 @@
+"""Tiles of Triton kernels: tuned on request, kept a file for each GPU, found again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from fxquant.codegen import Header, reference
+from fxquant.codegen.epilogue import Epilogue
+from fxquant.codegen.indexing import WeightIndex
+from fxquant.codegen.spec import KernelSpec, WeightOperand
+from fxquant.codegen.triton.gpu import ANY
+from fxquant.codegen.triton.plan import plan_for
+from fxquant.codegen.triton.tiles import Tile
+from fxquant.formats import Encoding
+from fxquant.runtime import cache, launch, targets, tiles, tuning
+from tests.codegen import harness
+
+SPEC = KernelSpec(
+    WeightOperand.whole(Encoding(4, "nf4", (64,)), (64, 512), transposed=False),
+    *["float16"] * 3,
+    Epilogue.bias("float16"),
+    "tuned",
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
+    monkeypatch.setattr(tiles, "_CALLS", 1)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def module(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A product with two tiles for 16 rows and one for more."""
+    found = plan_for(SPEC, WeightIndex.of(SPEC.weight), ANY)
+    first = found.variants[16][0]
+    two = (first, dataclasses.replace(first, n=16))
+    few = dataclasses.replace(found, variants={16: two, 32: found.variants[32][:1]})
+    monkeypatch.setattr(tiles, "plan_for", lambda spec, index, gpu: few)
+    return harness.load(SPEC, tmp_path, interpreted=True)
+
+
+def tile_of(module: ModuleType, most: int) -> dict[str, int]:
+    return dict(module.VARIANTS[most][1])
+
+
+def prefer(monkeypatch: pytest.MonkeyPatch, outputs: int) -> None:
+    """Makes tiles of so many outputs the quickest."""
+
+    def timed(trial: tiles._Trial, run, right, tile: Tile) -> float:
+        assert torch.equal(run(), run())
+        return abs(tile.n - outputs) + 1.0
+
+    monkeypatch.setattr(tiles._Trial, "_seconds", timed)
+
+
+def test_what_won_runs_from_now_on_and_in_the_next_process(
+    module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer(monkeypatch, 16)
+    assert not tiles.is_tuned(SPEC, ANY)
+    tiles.tune(module, SPEC, ANY, CPU)
+    assert tile_of(module, 16)["BLOCK_N"] == 16
+    assert list(module.VARIANTS) == [16, 32]
+    kept = json.loads((folder / "triton" / "tuned-any.json").read_text())
+    assert [entry["16"]["n"] for entry in kept.values()] == [16]
+    # The same product under another name, with another epilogue.
+    other = dataclasses.replace(SPEC, name="other", epilogue=Epilogue())
+    assert tiles.is_tuned(other, ANY)
+    fresh = harness.load(other, folder, interpreted=True)
+    assert tile_of(fresh, min(fresh.VARIANTS))["BLOCK_N"] != 16
+    tiles.use(fresh, other, ANY)
+    assert tile_of(fresh, 16)["BLOCK_N"] == 16
+    assert not tiles.is_tuned(dataclasses.replace(SPEC, x_dtype="float32"), ANY)
+    assert not tiles.is_tuned(SPEC, dataclasses.replace(ANY, name="another"))
+
+
+def test_a_tile_that_computes_something_else_is_never_taken(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = module.run
+
+    def wrong(
+        x: torch.Tensor, weight: list[torch.Tensor], extra: list[torch.Tensor]
+    ) -> torch.Tensor:
+        found = run(x, weight, extra)
+        return found * 1.1 if tile_of(module, 16)["BLOCK_N"] == 16 else found
+
+    module.run = wrong
+    monkeypatch.setattr(tiles._Trial, "_once", lambda trial, call: float(call() is None))
+    caplog.set_level(logging.WARNING, "fxquant.tuning")
+    tiles.tune(module, SPEC, ANY, CPU)
+    assert tile_of(module, 16)["BLOCK_N"] != 16
+    assert "is wrong by 0.1" in caplog.text
+
+
+def test_a_tile_that_cannot_be_built_is_passed_over(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = module.run
+
+    def failing(*args: object) -> torch.Tensor:
+        if tile_of(module, 16)["BLOCK_N"] != 16:
+            raise RuntimeError("out of resource")
+        return run(*args)
+
+    module.run = failing
+    tiles.tune(module, SPEC, ANY, CPU)
+    assert tile_of(module, 16)["BLOCK_N"] == 16
+    assert "cannot run: out of resource" in caplog.text
+
+
+def test_without_time_the_cost_model_decides(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefer(monkeypatch, 16)
+    monkeypatch.setattr(tiles, "LIMIT_S", -1.0)
+    before = tile_of(module, min(module.VARIANTS))
+    tiles.tune(module, SPEC, ANY, CPU)
+    assert tile_of(module, 16) == before
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"a": 3}', "{"])
+def test_a_damaged_file_is_said_and_not_used(
+    module: ModuleType, folder: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    tiles.path(ANY).parent.mkdir(parents=True)
+    tiles.path(ANY).write_text(text)
+    assert not tiles.is_tuned(SPEC, ANY)
+    assert "cannot be read" in caplog.text
+
+
+def test_a_tile_that_is_no_candidate_is_not_run(module: ModuleType, folder: Path) -> None:
+    first = tile_of(module, min(module.VARIANTS))
+    tiles.path(ANY).parent.mkdir(parents=True)
+    tiles.path(ANY).write_text(json.dumps({tiles._key(SPEC): {"16": {"kernel": "gemm", "n": 7}}}))
+    tiles.use(module, SPEC, ANY)
+    assert tile_of(module, 16) == first
+
+
+def test_results_that_come_with_the_package_count_behind_the_users(
+    module: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
+    prefer(monkeypatch, 16)
+    tiles.tune(module, SPEC, ANY, CPU)
+    tiles.path(ANY).rename(tmp_path / "tuned-any.json")
+    assert tiles.is_tuned(SPEC, ANY)
+    tiles._keep(SPEC, ANY, {})
+    tiles.use(module, SPEC, ANY)
+    assert tile_of(module, 16)["BLOCK_N"] != 16
+
+
+@pytest.mark.parametrize("weights", [1, 2])
+def test_a_compile_tunes_only_where_that_is_asked_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, weights: int
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tiles, "LIMIT_S", 0.5)
+    launch._triton_module.cache_clear()
+    spec = dataclasses.replace(SPEC, weights=weights, epilogue=Epilogue())
+    choice = targets.Choice("triton", "triton")
+    text = spec.to_json()
+    with harness.interpretation(wanted=True):
+        targets.build(choice, {text: Header()}, CPU)
+        assert not tiles.is_tuned(spec, ANY)
+        monkeypatch.setenv(tuning.ENVIRONMENT, "1")
+        targets.build(choice, {text: Header()}, CPU)
+    assert tiles.is_tuned(spec, ANY)
+    launch._triton_module.cache_clear()
+
+
+def test_operands_are_those_that_the_reference_takes() -> None:
+    weight = tuning.random_weight(SPEC)
+    x = torch.randn(5, 512, dtype=torch.float16)
+    assert reference.run(SPEC, x, weight, tiles.operands(SPEC, 5)).shape == (5, 64)
