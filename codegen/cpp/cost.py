@@ -92,7 +92,7 @@ class Cost:
 
 def few_cost(plan: Plan) -> Cost:
     """Of `few`: codes are decoded in registers again for every panel, of each weight."""
-    panels = sympy.ceiling(M / plan.isa.few_heights[0])
+    panels = sympy.ceiling(M / plan.few_heights[0])
     tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
     at_once = min(plan.block, CHUNK)
     decoded = panels * steps * _operand(plan)
@@ -104,7 +104,7 @@ def few_cost(plan: Plan) -> Cost:
 
 def many_cost(plan: Plan) -> Cost:
     """Of `many`: a tile is decoded once for `SUPER_ROWS` rows, to memory, with its scales."""
-    least, most = plan.isa.many_heights[-1], plan.isa.many_heights[0]
+    least, most = plan.many_heights[-1], plan.many_heights[0]
     rows, supers = least * sympy.ceiling(M / least), sympy.ceiling(M / SUPER_ROWS)
     panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS, evaluate=False) / most)
     tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
@@ -138,7 +138,7 @@ def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     path = plan.path
     few = _seconds(few_cost(plan), rates, rates.few[path], threads)
     many = _seconds(many_cost(plan), rates, rates.many[path], threads)
-    height, found = plan.isa.few_heights[0], 0
+    height, found = plan.few_heights[0], 0
     # Only whole panels are worth a look: a started one is decoded as a whole.
     for rows in (*range(1, height), *range(height, SUPER_ROWS + 1, height)):
         if few(rows) > many(rows):
@@ -206,9 +206,9 @@ def _value(plan: Plan) -> int:
     bits, isa = plan.encoding.bits, plan.isa
     if bits == 8:
         return 3 if plan.encoding.is_uniform else 2 + 2 * isa.lanes
-    if isa.name == "portable":
+    if isa.vectors == "portable":
         return 3 * isa.lanes
-    return 6 if isa.name == "avx2" and bits == 4 else 2
+    return 6 if isa.vectors == "avx2" and bits == 4 else 2
 
 
 def _operand(plan: Plan) -> int:
@@ -220,9 +220,9 @@ def _operand(plan: Plan) -> int:
         if plan.path == "int8":
             return 0
         return 2 * _value(plan) + (2 if plan.encoding.is_uniform else 3)
-    if isa.name == "portable":
+    if isa.vectors == "portable":
         return 12 * isa.lanes
-    return 3 if isa.name == "avx2" else 2
+    return 3 if isa.vectors == "avx2" else 2
 
 
 def _stored_operand(plan: Plan) -> int:
@@ -244,4 +244,4 @@ def _scales(plan: Plan) -> int:
     """For the scales of a tile's outputs at one block."""
     if not plan.keeps_scale_codes:
         return 0
-    return 48 if plan.isa.name == "avx512" else 3 * TILE
+    return 48 if plan.isa.vectors == "avx512" else 3 * TILE

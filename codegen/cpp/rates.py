@@ -27,7 +27,7 @@ def render_rates(isa: Isa) -> str:
         operand = "float" if path == "f32" else "uint32_t"
         sums = "uint32_t" if path == "int8" else "float"
         body = _DOTS.replace("@OPERAND@", operand).replace("@SUM@", sums)
-        texts = [vectors.vectors(isa.name, path), SUMS, vectors.dot(isa.name, path), body]
+        texts = [vectors.vectors(isa.vectors, path), SUMS, vectors.dot(isa.vectors, path), body]
         inner = "\n".join(text.strip("\n") for text in texts)
         parts.append(f"namespace {path} {{\n{inner}\n}}  // namespace {path}")
         few = isa.few_heights[0]
