@@ -47,11 +47,11 @@ def _is_stored(plan: Plan) -> bool:
 
 
 def _narrow(plan: Plan) -> str:
-    end = _end(plan, "part", "sums[row * BLOCKS + b * height + r]", "zeros + b * TILE + n")
+    end = _end(plan, "part", "sums[b * height + r]", "zeros + b * TILE + n")
     zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "nullptr"
     decode = "decode_chunk" if plan.path == "int8" else "decode_levels"
     operands = _STORED if _is_stored(plan) else _DECODED.replace("@DECODE@", decode)
-    given = "operands, panels, count, first * STEPS, sums, scale, zeros, totals"
+    given = "operands, panels, count, first * STEPS, block, sums, scale, zeros, totals"
     rest = plan.k_padded // plan.per_step // TILE_ROWS % HELD_TILES
     call = f"narrow_panels<{HELD_TILES}>({given});"
     if rest:
@@ -126,9 +126,9 @@ INLINE void narrow_dots(const x_t* x, int height, sum_of_one_t* parts) {
 // Panels against steps of a decoded tile, 16 outputs after 16: totals[row][64] += .
 template <int COUNT>
 ALONE void narrow_panels(const uint32_t* w, const x_t* x, int64_t rows, int64_t first_step,
-                         const xsum_t* sums, const float* scales, const float* zeros,
-                         float* totals) {
-  (void)sums, (void)zeros;
+                         int64_t block, const xsum_t* all_sums, const float* scales,
+                         const float* zeros, float* totals) {
+  (void)zeros;
   constexpr int EACH = std::min<int>(COUNT, BLOCK / PER_STEP / 16);
   constexpr int PARTS = (COUNT + EACH - 1) / EACH;
   alignas(64) sum_of_one_t parts[PARTS * 16 * LANES];
@@ -137,6 +137,8 @@ ALONE void narrow_panels(const uint32_t* w, const x_t* x, int64_t rows, int64_t 
     for (int64_t row = 0; row < rows; row += 16) {
       const int height = int(std::min<int64_t>(rows - row, 16));
       const x_t* panel = x + row * ALL_STEPS + first_step * height;
+      const xsum_t* sums = all_sums + row * BLOCKS + block * height;
+      (void)sums;
       if (height == 16)
         narrow_dots<COUNT, EACH, 0, 1>(panel, height, parts);
       else
@@ -160,6 +162,7 @@ void narrow_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, 
   const int64_t e = @MATRIX@, first_row = first_panel * 16, at = e * rows + first_row;
   const int64_t count = std::min(rows, last_panel * 16) - first_row;
   const x_t* panels = call.panels + at * ALL_STEPS;
+  const xsum_t* sums = call.sums + at * BLOCKS;
   const uint8_t rest = uint8_t((count - 1) % 16 + 1);
   unit.take({16, 16, rest, rest, 16, 16, 16, 16});
   std::memset(totals, 0, count * TILE * sizeof(float));
@@ -169,7 +172,6 @@ void narrow_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, 
 @OPERANDS@
     const float *scale = scales.at(block), *zeros = @ZEROS@;
     for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);
-    const xsum_t* sums = call.sums + at * BLOCKS + block;
     @PANELS@
   }
 }
