@@ -30,7 +30,7 @@ TILE_ROWS = 16
 HELD_TILES = 4
 """Registers of the tile unit that hold a part of the weight for one panel after another."""
 
-MOST_BESIDE_TILES = 4
+MOST_BESIDE_TILES = {"bf16": 2, "int8": 8}
 """Rows of the highest panel that is multiplied without the tile unit, where there is one."""
 
 LONGEST_SUM = 1 << 15
@@ -179,7 +179,7 @@ class Plan:
     @property
     def few_heights(self) -> tuple[int, ...]:
         """Rows of a panel that is multiplied with codes decoded in registers, the most first."""
-        most = MOST_BESIDE_TILES if self.uses_tiles else max(self.isa.few_heights)
+        most = MOST_BESIDE_TILES[self.path] if self.uses_tiles else max(self.isa.few_heights)
         return tuple(height for height in self.isa.few_heights if height <= most)
 
     @property

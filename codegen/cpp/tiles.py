@@ -20,7 +20,7 @@ def tiles(plan: Plan) -> str:
     """The text of ``many_tile`` for the tile unit, and of what it needs but ``decode_chunk``."""
     is_int8, narrow = plan.path == "int8", plan.scales_sums
     wide = not (is_int8 and narrow)
-    parts = [_UNIT.replace("@DOT@", "tdpbsud" if is_int8 else "tdpbf16ps")]
+    parts = [unit(plan.path)]
     parts += [_narrow(plan)] if narrow else []
     parts += [_wide(plan)] if wide else []
     given = "call, w, tile, rows, first_panel, last_panel, own, totals, unit"
@@ -30,6 +30,15 @@ def tiles(plan: Plan) -> str:
         body = _EITHER.replace("@NARROW@", ways[0]).replace("@WIDE@", ways[1])
     parts.append(_MANY_TILE.replace("@BODY@", body))
     return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def unit(path: str) -> str:
+    """The text of the unit's instructions and of ``struct TileUnit``.
+
+    Args:
+        path: What is multiplied: ``"bf16"`` or ``"int8"``.
+    """
+    return _UNIT.replace("@DOT@", {"bf16": "tdpbf16ps", "int8": "tdpbsud"}[path])
 
 
 def _end(plan: Plan, part: str, xsum: str, zeros: str) -> str:
@@ -133,6 +142,8 @@ ALONE void narrow_panels(const uint32_t* w, const x_t* x, int64_t rows, int64_t 
   constexpr int PARTS = (COUNT + EACH - 1) / EACH;
   alignas(64) sum_of_one_t parts[PARTS * 16 * LANES];
   for (int n = 0; n < TILE; n += LANES) {
+    Sums<PARTS, vf> scale;
+    each<PARTS>([&](auto b) INLINE_LAMBDA { at<b>(scale) = load(scales + b * TILE + n); });
     each<COUNT>([&](auto i) INLINE_LAMBDA { tile_load<4 + i>(w + i * 16 * TILE + n, 4 * TILE); });
     for (int64_t row = 0; row < rows; row += 16) {
       const int height = int(std::min<int64_t>(rows - row, 16));
@@ -143,12 +154,13 @@ ALONE void narrow_panels(const uint32_t* w, const x_t* x, int64_t rows, int64_t 
         narrow_dots<COUNT, EACH, 0, 1>(panel, height, parts);
       else
         narrow_dots<COUNT, EACH, 2, 3>(panel, height, parts);
+#pragma GCC unroll 4
       for (int r = 0; r < height; ++r) {
         float* to = totals + (row + r) * TILE + n;
         vf total = load(to);
         each<PARTS>([&](auto b) INLINE_LAMBDA {
           const sum_of_one_t* part = parts + (b * 16 + r) * LANES;
-          total = fma(@END@, load(scales + b * TILE + n), total);
+          total = fma(@END@, at<b>(scale), total);
         });
         store(to, total);
       }
