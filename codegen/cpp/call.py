@@ -39,6 +39,9 @@ def helpers(plan: Plan) -> str:
     parts["@MAKE@"] = f"    {made}"
     # Behind others, one row is a panel: what it is read from holds those.
     text = _PACK.replace("@ALL@", "rows" if spec.grouped else "call.m")
+    if plan.uses_tiles:
+        text = text.replace("template <int COUNT>", "template <bool IN_TILES = false, int COUNT>")
+        parts |= {"@UNTILED@": "!IN_TILES && ", "@TILED@": _TILED}
     for name in _HOLES:
         text = text.replace(name, parts.get(name, ""))
     return _HELPERS + text
@@ -47,6 +50,7 @@ def helpers(plan: Plan) -> str:
 _HOLES = (
     *("@OUTLIERS@", "@NOTHING@", "@UNLESS@", "@FLAGS@", "@SUMS@", "@SCALE@"),
     *("@MAKE@", "@APART@", "@IN_PLACE@"),
+    *("@UNTILED@", "@TILED@"),
 )
 
 
@@ -163,7 +167,7 @@ _PACK = """\
 template <int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
-  const bool is_single = @ALL@ == 1 && height_of(1, heights) == 1;
+  const bool is_single = @UNTILED@@ALL@ == 1 && height_of(1, heights) == 1;
 @NOTHING@@OUTLIERS@  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
   for (int64_t item = of.thread; @UNLESS@item < E * rows; item += of.threads) {
     const int64_t e = item / rows, row = item % rows;
@@ -175,7 +179,7 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
   const int64_t parts = panels < of.threads ? of.threads : 1;
   for (int64_t item = of.thread; item < E * panels * parts; item += of.threads) {
     const int64_t e = item / parts / panels, panel_row = item / parts % panels * heights[0];
-    const auto steps = Share(item % parts, parts).part(ALL_STEPS);
+    const auto part = Share(item % parts, parts).part(ALL_STEPS / 16);
     const int height = height_of(rows - panel_row, heights);
     const x_t* lines[MOST_ROWS];
     for (int row = 0; row < height; ++row) {
@@ -184,16 +188,23 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
 @IN_PLACE@    }
     x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
     // A cache line of a row at a time: rows are often apart by what evicts each other.
-    for (int64_t first = steps.first; first < steps.last; first += 16) {
-      const int64_t last = std::min(first + 16, steps.last);
-      for (int row = 0; row < height; ++row)
-        for (int64_t step = first; step < last; ++step)
+    for (int64_t first = part.first * 16; first < part.last * 16; first += 16) {
+@TILED@      for (int row = 0; row < height; ++row)
+        for (int64_t step = first; step < first + 16; ++step)
           panel[step * height + row] = lines[row][step];
     }
   }
 #pragma omp barrier
 }
 
+"""
+
+_TILED = """\
+      if (IN_TILES) {  // the 16 steps of one row behind those of another, as the unit loads them
+        for (int row = 0; row < height; ++row)
+          std::memcpy(panel + first * height + row * 16, lines[row] + first, 64);
+        continue;
+      }
 """
 
 _DIRECT = """\

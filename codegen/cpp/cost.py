@@ -16,8 +16,9 @@ import sympy
 
 from fxquant.codegen.cpp.isa import Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
-from fxquant.codegen.cpp.plan import CHUNK, TILE, Plan
+from fxquant.codegen.cpp.plan import CHUNK, TILE, TILE_ROWS, Plan
 from fxquant.codegen.cpp.printer import SUPER_ROWS
+from fxquant.codegen.cpp.tiles import NARROW_ROWS
 
 M, THREADS = sympy.symbols("m threads", integer=True, positive=True)
 BANDWIDTH, DOTS, VECTORS = sympy.symbols("bandwidth dots vectors", positive=True)
@@ -36,7 +37,8 @@ class Rates:
     Attributes:
         bandwidth: Bytes that all threads read from memory.
         few: Dot products that one thread makes in panels of few rows, by `Plan.path`.
-        many: The same in panels of many rows, which use each activation for two vectors.
+        many: The same in panels of many rows, which use each activation for two vectors. One product
+            of tiles is 256 of them.
         vectors: Other instructions on vectors that one thread does.
     """
 
@@ -47,6 +49,12 @@ class Rates:
 
 
 _USUAL = {
+    "amx": Rates(
+        20e9,
+        {"bf16": 1.5e9, "int8": 6e9, "f32": 6e9},
+        {"bf16": 48e9, "int8": 48e9, "f32": 6e9},
+        6e9,
+    ),
     "avx512": Rates(
         20e9,
         {"bf16": 3.6e9, "int8": 3.6e9, "f32": 3.6e9},
@@ -59,7 +67,10 @@ _USUAL = {
 
 
 def usual_rates(isa: Isa) -> Rates:
-    """Rates to reckon with where they cannot be measured: those of a Zen 4 at 3.6 GHz."""
+    """Rates to reckon with where they cannot be measured.
+
+    Those of a Zen 4 at 3.6 GHz, with tiles those of a Sapphire Rapids at 3 GHz.
+    """
     return _USUAL[isa.name]
 
 
@@ -82,17 +93,23 @@ class Cost:
     is_ahead: bool = True
 
     @property
+    def work(self) -> sympy.Expr:
+        """Seconds without those of reading, in `M`, `THREADS`, `DOTS` and `VECTORS`."""
+        return self.share * (self.dots / DOTS + self.operations / VECTORS)
+
+    @property
     def time(self) -> sympy.Expr:
         """Seconds, in `M`, `THREADS`, `BANDWIDTH`, `DOTS` and `VECTORS`."""
-        work = self.share * (self.dots / DOTS + self.operations / VECTORS)
         read = self.bytes / BANDWIDTH
         # Unevaluated: sympy would take a tenth of a second to find out which is larger.
-        return sympy.Max(read, work, evaluate=False) if self.is_ahead else read + work
+        if self.is_ahead:
+            return sympy.Max(read, self.work, evaluate=False)
+        return read + self.work
 
 
 def few_cost(plan: Plan) -> Cost:
     """Of `few`: codes are decoded in registers again for every panel, of each weight."""
-    panels = sympy.ceiling(M / plan.isa.few_heights[0])
+    panels = sympy.ceiling(M / plan.few_heights[0])
     tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
     at_once = min(plan.block, CHUNK)
     decoded = panels * steps * _operand(plan)
@@ -104,7 +121,9 @@ def few_cost(plan: Plan) -> Cost:
 
 def many_cost(plan: Plan) -> Cost:
     """Of `many`: a tile is decoded once for `SUPER_ROWS` rows, to memory, with its scales."""
-    least, most = plan.isa.many_heights[-1], plan.isa.many_heights[0]
+    if plan.uses_tiles:
+        return _tiles_cost(plan)
+    least, most = plan.many_heights[-1], plan.many_heights[0]
     rows, supers = least * sympy.ceiling(M / least), sympy.ceiling(M / SUPER_ROWS)
     panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS, evaluate=False) / most)
     tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
@@ -122,8 +141,37 @@ def many_cost(plan: Plan) -> Cost:
     return Cost(_traffic(plan), rows * weights * steps, work, _share(tiles * parts), is_ahead)
 
 
+def _tiles_cost(plan: Plan) -> Cost:
+    """Of `tiles`: few rows take half a product's time, and scales are applied to weights or sums."""
+    rows, supers = 8 * sympy.ceiling(M / 8), sympy.ceiling(M / SUPER_ROWS)
+    panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS, evaluate=False) / TILE_ROWS)
+    tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
+    wanted = sympy.Min(sympy.ceiling(4 * THREADS / tiles), panels, evaluate=False)
+    parts = sympy.Max(1, wanted, evaluate=False)
+    stored = plan.path == "int8" and plan.encoding.bits == 8
+    levels = _LOAD + (0 if stored else _operand(plan) + _STORE)
+    sums, scales = M * tiles * _vectors(plan), parts * tiles * plan.blocks * _scales(plan)
+    ends = max(plan.blocks, plan.k_padded // plan.held)
+    # Rows are loaded for each product, and sums are stored and loaded to be scaled.
+    narrow = supers * (parts * steps * levels + scales) + sums * ends * (_round_trip(plan) + 3)
+    chunks, decoded = math.ceil(plan.k_padded / plan.chunk), levels
+    if plan.path == "bf16":
+        decoded = _LOAD + _stored_operand(plan)
+    wide = supers * (parts * steps * decoded + scales) + sums * 2 * chunks
+    if plan.path == "int8":
+        wide += sums * plan.blocks * _round_trip(plan)
+        work = narrow if plan.scales_sums else wide
+    else:
+        work = wide
+        if plan.scales_sums:
+            work = sympy.Piecewise((narrow, M <= NARROW_ROWS), (wide, True))
+    return Cost(_traffic(plan), rows * weights * steps, weights * work, _share(tiles * parts))
+
+
 def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     """The most rows for which the skeleton for few rows is chosen.
+
+    Where both wait for memory alike the one with less work is: weights may be in a cache.
 
     Args:
         plan: Of the kernel.
@@ -138,7 +186,7 @@ def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     path = plan.path
     few = _seconds(few_cost(plan), rates, rates.few[path], threads)
     many = _seconds(many_cost(plan), rates, rates.many[path], threads)
-    height, found = plan.isa.few_heights[0], 0
+    height, found = plan.few_heights[0], 0
     # Only whole panels are worth a look: a started one is decoded as a whole.
     for rows in (*range(1, height), *range(height, SUPER_ROWS + 1, height)):
         if few(rows) > many(rows):
@@ -158,15 +206,23 @@ def prediction(plan: Plan, rates: Rates, threads: int) -> Callable[[int], float]
     path = plan.path
     many = _seconds(many_cost(plan), rates, rates.many[path], threads)
     if not plan.is_regular:
-        return many
+        return lambda rows: many(rows)[0]
     few = _seconds(few_cost(plan), rates, rates.few[path], threads)
-    return lambda rows: min(few(rows), many(rows))
+    return lambda rows: min(few(rows), many(rows))[0]
 
 
-def _seconds(cost: Cost, rates: Rates, dots: float, threads: int) -> Callable[[int], float]:
-    """A cost's time on a machine, of the number of rows."""
-    compiled = sympy.lambdify([M, THREADS, BANDWIDTH, DOTS, VECTORS], cost.time, modules="math")
-    return lambda rows: float(compiled(rows, threads, rates.bandwidth, dots, rates.vectors))
+def _seconds(
+    cost: Cost, rates: Rates, dots: float, threads: int
+) -> Callable[[int], tuple[float, float]]:
+    """A cost's time on a machine, and the work in it, of the number of rows."""
+    names, values = [M, THREADS, BANDWIDTH, DOTS, VECTORS], (rates.bandwidth, dots, rates.vectors)
+    compiled = sympy.lambdify(names, [cost.time, cost.work], modules="math")
+
+    def seconds(rows: int) -> tuple[float, float]:
+        time, work = compiled(rows, threads, *values)
+        return float(time), float(work)
+
+    return seconds
 
 
 def _tiles(plan: Plan) -> int:
@@ -201,14 +257,18 @@ _STORE = 4
 """A store of decoded operands: a chunk of them does not fit the first-level cache."""
 
 
+_LOAD = 1
+"""A register of the tile unit takes a vector of operands."""
+
+
 def _value(plan: Plan) -> int:
     """For a vector of float32 levels."""
     bits, isa = plan.encoding.bits, plan.isa
     if bits == 8:
         return 3 if plan.encoding.is_uniform else 2 + 2 * isa.lanes
-    if isa.name == "portable":
+    if isa.vectors == "portable":
         return 3 * isa.lanes
-    return 6 if isa.name == "avx2" and bits == 4 else 2
+    return 6 if isa.vectors == "avx2" and bits == 4 else 2
 
 
 def _operand(plan: Plan) -> int:
@@ -220,9 +280,9 @@ def _operand(plan: Plan) -> int:
         if plan.path == "int8":
             return 0
         return 2 * _value(plan) + (2 if plan.encoding.is_uniform else 3)
-    if isa.name == "portable":
+    if isa.vectors == "portable":
         return 12 * isa.lanes
-    return 3 if isa.name == "avx2" else 2
+    return 3 if isa.vectors == "avx2" else 2
 
 
 def _stored_operand(plan: Plan) -> int:
@@ -244,4 +304,4 @@ def _scales(plan: Plan) -> int:
     """For the scales of a tile's outputs at one block."""
     if not plan.keeps_scale_codes:
         return 0
-    return 48 if plan.isa.name == "avx512" else 3 * TILE
+    return 48 if plan.isa.vectors == "avx512" else 3 * TILE

@@ -65,7 +65,7 @@ def _struct(plan: Plan) -> list[str]:
 
 def _value(plan: Plan) -> list[str]:
     """``value(codes, place)``: float32 levels of a place."""
-    bits, isa = plan.encoding.bits, plan.isa.name
+    bits, isa = plan.encoding.bits, plan.isa.vectors
     if plan.path == "int8":
         return []
     head = f"INLINE vf value(vi codes, int place) const {{  // {bits}-bit place to float32"
@@ -161,7 +161,7 @@ _PAIR_OF_WHOLE = (
 
 
 def _bytes(plan: Plan, head: str) -> list[str]:
-    bits, isa = plan.encoding.bits, plan.isa.name
+    bits, isa = plan.encoding.bits, plan.isa.vectors
     if bits == 8:
         return [head, "  return codes;", "}"]
     mask = 2**bits - 1

@@ -20,7 +20,7 @@ def few(plan: Plan) -> str:
     zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "scale"
     heights = "\n".join(
         f"    case {height}: return few_rows<{height}>(w, tile, x, sums, totals);"
-        for height in plan.isa.few_heights
+        for height in plan.few_heights
     )
     return plan.placed(
         _FEW.replace("@BEGIN@", begin)

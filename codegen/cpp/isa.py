@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -10,7 +10,8 @@ class Isa:
     """An instruction set.
 
     Attributes:
-        name: ``"avx512"``, ``"avx2"`` or ``"portable"``.
+        name: ``"amx"``, ``"avx512"``, ``"avx2"`` or ``"portable"``.
+        vectors: The name of the one whose vector instructions it has.
         lanes: 32-bit lanes of a vector.
         flags: Arguments that make g++ and clang++ use it.
         features: What a processor must have to run it, as ``/proc/cpuinfo`` spells it.
@@ -21,9 +22,12 @@ class Isa:
         dot_bf16: There is an instruction for dot products of bfloat16 pairs.
         dot_int8: There is an instruction for dot products of four bytes.
         holds_totals: There are registers for totals beside the sums that are added to them.
+        has_tiles: There is a unit that multiplies tiles of bfloat16 pairs and of bytes, once the
+            kernel of the system permits a process to use it.
     """
 
     name: str
+    vectors: str
     lanes: int
     sums: int
     few_heights: tuple[int, ...]
@@ -33,9 +37,11 @@ class Isa:
     dot_bf16: bool = False
     dot_int8: bool = False
     holds_totals: bool = False
+    has_tiles: bool = False
 
 
 AVX512 = Isa(
+    "avx512",
     "avx512",
     16,
     24,
@@ -53,7 +59,15 @@ AVX512 = Isa(
     dot_int8=True,
     holds_totals=True,
 )
+AMX = replace(
+    AVX512,
+    name="amx",
+    flags=(*AVX512.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    features=(*AVX512.features, "amx_tile", "amx_bf16", "amx_int8"),
+    has_tiles=True,
+)
 AVX2 = Isa(
+    "avx2",
     "avx2",
     8,
     10,
@@ -62,7 +76,7 @@ AVX2 = Isa(
     ("-mavx2", "-mfma", "-mf16c"),
     ("avx2", "fma", "f16c"),
 )
-PORTABLE = Isa("portable", 8, 8, (8, 4, 2, 1), (4, 2))
+PORTABLE = Isa("portable", "portable", 8, 8, (8, 4, 2, 1), (4, 2))
 
-ISAS = {isa.name: isa for isa in (AVX512, AVX2, PORTABLE)}
+ISAS = {isa.name: isa for isa in (AMX, AVX512, AVX2, PORTABLE)}
 """The instruction sets by name, the best first."""

@@ -43,7 +43,7 @@ def segments(plan: Plan) -> list[tuple[str, str, int]]:
 
 def form(plan: Plan) -> Hashable:
     """What the repacked weight depends on: kernels of one form read each other's."""
-    outliers, isa = plan.spec.outliers, plan.isa.name
+    outliers, isa = plan.spec.outliers, plan.isa.vectors
     # Outliers are counted in it, those of one threshold.
     counted = outliers.threshold if outliers is not None else None
     return (plan.spec.weight, plan.path, plan.is_int8, isa, counted)
@@ -142,7 +142,7 @@ def _fill_scales(plan: Plan) -> str:
     else:
         # The vector lookup leaves its results in this order; without one it is the plain one.
         row = "row"
-        if plan.isa.name == "avx512":
+        if plan.isa.vectors == "avx512":
             row = "(row / 4 % 4 * 16 + row / 16 * 4 + row % 4)"
         put = [
             f"w.scale_codes()[at + {row}] =",

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.tiles import tiles
 
 
 def many(plan: Plan) -> str:
     """The text of the skeleton for many rows."""
+    whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
+    if plan.uses_tiles:
+        levels = [_levels("decode_levels")] if plan.path == "bf16" and plan.scales_sums else []
+        parts = [_decode(plan), *levels, tiles(plan), _RUN]
+        unit, given = "\n    TileUnit unit;", ", unit"
+        text = "\n".join(parts).replace("pack(call", "pack<true>(call")
+    else:
+        parts = [_decode(plan), _panels(plan), _TILES.replace("@CHUNK@", _chunk(plan)), _RUN]
+        text, unit, given = "\n".join(parts), "", ""
+    text = text.replace("@WHOLE@", whole).replace("@UNIT@", unit).replace("@GIVEN@", given)
+    return plan.placed(text)
+
+
+def _panels(plan: Plan) -> str:
+    """``many_rows`` of every height."""
     begin, end = "sum_t{}", "add(load(total), sum)"
     if plan.path == "int8":
         if plan.byte_bias:
@@ -18,19 +34,16 @@ def many(plan: Plan) -> str:
             end = f"fma({end}, load(scale + at_n), load(total))"
     heights = "\n".join(
         f"    case {height}: return many_rows<{height}>(w, steps, x, sums, scale, zeros, totals);"
-        for height in plan.isa.many_heights
+        for height in plan.many_heights
     )
     inner = _MANY_BLOCKS if plan.keeps_totals else _MANY
     text = (inner + _HEIGHTS).replace("@BEGIN@", begin).replace("@END@", end)
-    text = text.replace("@HEIGHTS@", heights)
-    whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
-    tiles = _TILES.replace("@WHOLE@", whole).replace("@CHUNK@", _chunk(plan))
-    return f"{_decode(plan)}\n{text}\n{plan.placed(tiles)}"
+    return text.replace("@HEIGHTS@", heights)
 
 
 def _decode(plan: Plan) -> str:
     if plan.path == "int8":
-        return "" if plan.encoding.bits == 8 else _DECODE_BYTES
+        return "" if plan.encoding.bits == 8 else _levels("decode_chunk")
     if plan.is_regular:
         zeros = "load(scales.zeros_at(block) + v * LANES)" if plan.encoding.zero_point else "vf{}"
         text = _DECODE_REGULAR.replace("@ZEROS@", zeros)
@@ -41,6 +54,12 @@ def _decode(plan: Plan) -> str:
     else:
         body = f"store(reinterpret_cast<float*>(out_at), {_scaled(plan, '')});"
     return text.replace("@BODY@", body)
+
+
+def _levels(name: str) -> str:
+    """A function that decodes without scales."""
+    head = f"void {name}(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out)"
+    return _DECODE_LEVELS.replace("@HEAD@", head)
 
 
 def _scaled(plan: Plan, half: str) -> str:
@@ -117,9 +136,9 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
 }
 """
 
-_DECODE_BYTES = """\
-// Groups of a tile to operands: out[step][64].
-void decode_chunk(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out) {
+_DECODE_LEVELS = """\
+// Groups of a tile to operands, without scales: out[step][64].
+@HEAD@ {
   const Decoder decoder;
   constexpr int ALL = TILE / LANES;
   for (int64_t group = first; group < last; ++group) {
@@ -217,13 +236,13 @@ void many_rows(int height, const uint32_t* w, int64_t steps, const x_t* x, const
 """
 
 _WHOLE = """\
-      many_tile(call, call.weight, tile, rows, first, last, decoded, totals);
+      many_tile(call, call.weight, tile, rows, first, last, decoded, totals@GIVEN@);
       finish(call, tile, super_first, first_row, count, rows, totals);
 """
 
 _WHOLE_OF_SEVERAL = """\
       for (int i = 0; i < WEIGHTS; ++i)
-        many_tile(call, call.weights[i], tile, rows, first, last, decoded, totals + i * TOTALS);
+        many_tile(call, call.weights[i], tile, rows, first, last, decoded, totals + i * TOTALS@GIVEN@);
       finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
 """
 
@@ -252,6 +271,9 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
   }
 }
 
+"""
+
+_RUN = """\
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
 void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
@@ -260,7 +282,7 @@ void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
     const Share of(omp_get_thread_num(), omp_get_num_threads());
     pack(call, super_first, rows, MANY_HEIGHTS, of);
     uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
-    float* totals = reinterpret_cast<float*>(decoded + DECODED);
+    float* totals = reinterpret_cast<float*>(decoded + DECODED);@UNIT@
     const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
     const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
     const auto items = of.part(E * N_TILES * parts);

@@ -321,7 +321,7 @@ def render_pack(encoding: Encoding, dtype: torch.dtype, isa: Isa) -> str:
         fill=found.fill,
     )
     peak = _PEAK_OF_MAGNITUDE if found.peak_rows == 1 else _PEAK_OF_BOTH_ENDS
-    widen = _WIDEN_F16C[isa.name] if name == "float16" and "f16c" in isa.features else _WIDEN
+    widen = _WIDEN_F16C[isa.vectors] if name == "float16" and "f16c" in isa.features else _WIDEN
     join = _JOIN[encoding.bits]
     codes = codes_of(encoding, found, isa)
     return head + _FLOAT[name] + widen + peak + SCALE + codes + join + _RUN

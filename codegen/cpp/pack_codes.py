@@ -305,7 +305,7 @@ def _table(encoding: Encoding, found: TableQuantizer, isa: Isa) -> str:
         upper = torch.tensor(midpoints).view(torch.int32) >> 16
         most = max(Counter(upper.tolist()).values())
         return scale + fill_in(_LOOKUP, **values, most=most)
-    form = {"avx512": _bisect_avx512, "avx2": _bisect_avx2}.get(isa.name, _climb)
+    form = {"avx512": _bisect_avx512, "avx2": _bisect_avx2}.get(isa.vectors, _climb)
     return scale + form(midpoints, codes)
 
 

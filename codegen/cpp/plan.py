@@ -24,6 +24,15 @@ TILE = 64
 CHUNK = 256
 """Inputs of a tile that are worked off at a time: 32 KiB of bfloat16."""
 
+TILE_ROWS = 16
+"""Rows of a register of the tile unit, and the steps that it multiplies at once."""
+
+HELD_TILES = 4
+"""Registers of the tile unit that hold a part of the weight for one panel after another."""
+
+MOST_BESIDE_TILES = {"bf16": 2, "int8": 8}
+"""Rows of the highest panel that is multiplied without the tile unit, where there is one."""
+
 LONGEST_SUM = 1 << 15
 """Products of bytes that a 32-bit sum holds for certain: ``255 * 127 * 2**15 < 2**31``."""
 
@@ -159,6 +168,26 @@ class Plan:
         """Tiles of outputs."""
         return -(-self.spec.weight.n // TILE)
 
+    # --- panels ---
+
+    @property
+    def uses_tiles(self) -> bool:
+        """Whether many rows go through the tile unit. Its registers end where blocks of bytes do."""
+        if not self.isa.has_tiles or self.path == "f32":
+            return False
+        return self.path == "bf16" or self.block % (TILE_ROWS * self.per_step) == 0
+
+    @property
+    def few_heights(self) -> tuple[int, ...]:
+        """Rows of a panel that is multiplied with codes decoded in registers, the most first."""
+        most = MOST_BESIDE_TILES[self.path] if self.uses_tiles else max(self.isa.few_heights)
+        return tuple(height for height in self.isa.few_heights if height <= most)
+
+    @property
+    def many_heights(self) -> tuple[int, ...]:
+        """Rows of a panel that is multiplied with a decoded tile, the most first."""
+        return tuple(range(TILE_ROWS, 0, -1)) if self.uses_tiles else self.isa.many_heights
+
     # --- levels ---
 
     @functools.cached_property
@@ -240,11 +269,34 @@ class Plan:
         return held and 2 * self.block <= CHUNK and CHUNK % self.block == 0
 
     @property
+    def held(self) -> int:
+        """Inputs that `HELD_TILES` registers of the tile unit hold."""
+        return HELD_TILES * TILE_ROWS * self.per_step
+
+    @property
+    def scales_sums(self) -> bool:
+        """Whether the tile unit can multiply levels, for a scale to be applied to the sums."""
+        if not self.uses_tiles or not self.is_regular:
+            return False
+        if self.path == "int8":
+            return self.keeps_totals
+        if self.block < self.held:
+            return self.held % self.block == 0
+        return not self.encoding.zero_point and (self.blocks == 1 or self.block % self.held == 0)
+
+    @property
     def chunk(self) -> int:
         """Inputs of a tile that are decoded at a time for many rows."""
         if self.path == "int8" and not self.keeps_totals:
-            return self.block
+            return min(2 * CHUNK, self.block) if self.uses_tiles else self.block
         return min(CHUNK, self.k_padded)
+
+    @property
+    def blocks_at_once(self) -> int:
+        """Blocks whose scales stand side by side."""
+        if self.uses_tiles:
+            return max(1, self.held // self.block) if self.scales_sums else 1
+        return CHUNK // self.block if self.keeps_totals else 1
 
     @property
     def keeps_scale_codes(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxquant.codegen.cpp import call, decode, few, finish, layout, many, rows, scales, vectors
+from fxquant.codegen.cpp import call, decode, few, finish, layout, many, rows, scales, tiles, vectors
 from fxquant.codegen.cpp.isa import PORTABLE, Isa
 from fxquant.codegen.cpp.math import prelude_text
 from fxquant.codegen.cpp.ops import constant
@@ -28,9 +28,9 @@ def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
         preamble(isa),
         "namespace {",
         _sizes(plan),
-        vectors.vectors(isa.name, plan.path),
-        vectors.pair(isa.name, plan.path),
-        vectors.dot(isa.name, plan.path),
+        vectors.vectors(isa.vectors, plan.path),
+        vectors.pair(isa.vectors, plan.path),
+        vectors.dot(isa.vectors, plan.path),
         SUMS,
         prelude_text(finish.prelude(plan)).strip("\n"),
         _conversions(plan),
@@ -54,7 +54,7 @@ def preamble(isa: Isa) -> str:
     """What every file starts with."""
     lines = [f"#include <{name}>" for name in ("algorithm", "cmath", "cstdint", "cstring")]
     lines += ["#include <type_traits>", "#include <utility>"]
-    lines += [] if isa.name == "portable" else ["", "#include <immintrin.h>"]
+    lines += [] if isa.vectors == "portable" else ["", "#include <immintrin.h>"]
     omp = (
         "#ifdef _OPENMP\n#include <omp.h>\n#else\n"
         "inline int omp_get_thread_num() { return 0; }\n"
@@ -75,13 +75,16 @@ def _sizes(plan: Plan) -> str:
     per_step = {"f32": "float", "bf16": "uint32_t", "int8": "uint32_t"}[plan.path]
     stored = plan.path == "int8" and plan.encoding.bits == 8
     decoded = 0 if stored else chunk // plan.per_step * TILE
-    totals = (SUPER_ROWS + plan.isa.many_heights[0]) * TILE
-    heights = (*plan.isa.few_heights, *plan.isa.many_heights)
+    totals = (SUPER_ROWS + plan.many_heights[0]) * TILE
+    if plan.uses_tiles and plan.path == "int8" and not plan.scales_sums:
+        decoded += totals  # sums of bytes are kept until a block ends
+    heights = (*plan.few_heights, *plan.many_heights)
     lines = [
         f"using stored_t = {CTYPES[spec.x_dtype]};  // the activation, in {spec.x_dtype}",
         f"using out_t = {CTYPES[spec.out_dtype]};  // the result, in {spec.out_dtype}",
         f"using x_t = {per_step};  // the activation, as products take it",
         f"using operand_t = {per_step};  // the weight, as products take it",
+        f"using sum_of_one_t = {'uint32_t' if plan.path == 'int8' else 'float'};  // a lane's sum",
         f"using xsum_t = {'int32_t' if plan.path == 'int8' else 'float'};",
         "typedef uint16_t half_t __attribute__((may_alias));  // bfloat16, read in pairs",
     ]
@@ -107,10 +110,12 @@ def _sizes(plan: Plan) -> str:
         ("BLOCKS", plan.blocks, "in a row"),
         ("GROUPS_OF_BLOCK", plan.block // plan.per_dword, ""),
         ("GROUPS_AT_ONCE", CHUNK // plan.per_dword, "that few rows go through before the next"),
-        ("BLOCKS_AT_ONCE", CHUNK // plan.block if plan.keeps_totals else 1, "with their scales"),
+        ("BLOCKS_AT_ONCE", plan.blocks_at_once, "with their scales"),
         ("GROUPS_OF_CHUNK", chunk // plan.per_dword, "that are decoded at a time for many rows"),
+        ("GROUPS_HELD", plan.held // plan.per_dword, "that registers of the tile unit hold"),
         ("CHUNKS", -(-plan.k_padded // chunk), "in a row"),
         ("DECODED", decoded, "dwords of a decoded chunk"),
+        ("NARROW_ROWS", tiles.NARROW_ROWS, "up to which scales are applied to sums"),
         ("SUPER_ROWS", SUPER_ROWS, "rows that are worked off at a time"),
         ("TOTALS", totals, "floats of the sums of one weight, for many rows"),
         ("NEAR_TOTALS", 8192, "the same that few rows make before they are read"),
@@ -126,8 +131,8 @@ def _sizes(plan: Plan) -> str:
         _constant("int", "MOST_SUMS", str(plan.isa.sums), "registers of sums"),
         _constant("int", "PLACES", plan.places, "of a dword: whose codes stand there"),
         _constant("int", "MOST_ROWS", str(max(heights)), "of a panel"),
-        _constant("int", "FEW_HEIGHTS", plan.isa.few_heights, "of panels, in rows"),
-        _constant("int", "MANY_HEIGHTS", plan.isa.many_heights, "of panels, in rows"),
+        _constant("int", "FEW_HEIGHTS", plan.few_heights, "of panels, in rows"),
+        _constant("int", "MANY_HEIGHTS", plan.many_heights, "of panels, in rows"),
         _constant("int", "BYTE_BIAS", str(plan.byte_bias), "makes bytes of the weight unsigned"),
         _constant("float", "LEVEL_UNIT", constant(plan.level_unit), "what one of a byte is"),
     ]

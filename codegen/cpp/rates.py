@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxquant.codegen.cpp import vectors
+from fxquant.codegen.cpp import tiles, vectors
 from fxquant.codegen.cpp.isa import Isa
 from fxquant.codegen.cpp.printer import SUMS, preamble
 
@@ -27,12 +27,14 @@ def render_rates(isa: Isa) -> str:
         operand = "float" if path == "f32" else "uint32_t"
         sums = "uint32_t" if path == "int8" else "float"
         body = _DOTS.replace("@OPERAND@", operand).replace("@SUM@", sums)
-        texts = [vectors.vectors(isa.name, path), SUMS, vectors.dot(isa.name, path), body]
+        texts = [vectors.vectors(isa.vectors, path), SUMS, vectors.dot(isa.vectors, path), body]
+        has_tiles = isa.has_tiles and path != "f32"
+        texts += [tiles.unit(path), _TILES] if has_tiles else []
         inner = "\n".join(text.strip("\n") for text in texts)
         parts.append(f"namespace {path} {{\n{inner}\n}}  // namespace {path}")
-        few = isa.few_heights[0]
-        for name, rows, wide in (("few", few, 1), ("many", isa.many_heights[0], 2)):
-            call = f"{path}::dots<{rows}, {wide}>"
+        few = f"{path}::dots<{isa.few_heights[0]}, 1>"
+        many = f"{path}::dots<{isa.many_heights[0]}, 2>"
+        for name, call in (("few", few), ("many", f"{path}::tiles" if has_tiles else many)):
             parts.append(_EXPORTED.replace("@NAME@", f"{name}_{path}").replace("@CALL@", call))
     parts.append(_VECTORS.replace("@COUNTED@", str(COUNTED)))
     parts.append(_EXPORTED.replace("@NAME@", "vectors").replace("@CALL@", "f32::instructions"))
@@ -62,6 +64,26 @@ template <int ROWS, int WIDE> ALONE int64_t dots(int64_t turns) {
   store(out, all);
   asm volatile("" : : "r"(out) : "memory");
   return turns * ROWS * WIDE;
+}
+"""
+
+_TILES = """\
+// Two panels of rows against two registers of operands, each loaded before: counted as dots are.
+ALONE int64_t tiles(int64_t turns) {
+  alignas(64) uint32_t x[2 * 256] = {}, w[2 * 256] = {};
+  asm volatile("" : : "r"(x), "r"(w) : "memory");
+  TileUnit unit;
+  unit.take({16, 16, 16, 16, 16, 16, 16, 16});
+#pragma GCC unroll 1
+  for (int64_t turn = 0; turn < turns; ++turn) {
+    tile_load<4>(x, 64), tile_load<6>(w, 64);
+    tile_dot<0, 4, 6>();
+    tile_load<7>(w + 256, 64);
+    tile_dot<1, 4, 7>();
+    tile_load<5>(x + 256, 64);
+    tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+  }
+  return turns * 4 * 16 * 16;
 }
 """
 

@@ -27,8 +27,8 @@ def scales(plan: Plan) -> str:
     table = levels(plan.encoding.scale)
     assert table is not None, "scales are encoded by a codebook"
     nested = index_text(plan.nested_index(), NAMES, "/")
-    text = _PLANES if plan.isa.name == "avx512" else _CODES
-    if plan.isa.name == "avx512":
+    text = _PLANES if plan.isa.vectors == "avx512" else _CODES
+    if plan.isa.vectors == "avx512":
         tables = _byte_planes(table)
     else:
         tables = float_table("SCALE_LEVELS", table)

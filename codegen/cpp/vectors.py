@@ -94,7 +94,7 @@ def vectors(isa: str, path: str) -> str:
     """The text for an instruction set.
 
     Args:
-        isa: Its name.
+        isa: The name of its vectors.
         path: What is multiplied, which says what sums are made of.
     """
     kind = "vi" if path == "int8" else "vf"
@@ -170,7 +170,7 @@ def dot(isa: str, path: str) -> str:
     """The text of ``dot``, the product that sums are made of.
 
     Args:
-        isa: Name of the instruction set.
+        isa: The name of the instruction set's vectors.
         path: What is multiplied: ``"bf16"``, ``"f32"`` or ``"int8"``.
     """
     if path == "int8":

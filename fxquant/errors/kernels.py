@@ -76,6 +76,11 @@ def unknown_isa(variable: str, name: str, known: Iterable[str]) -> OptionError:
     return OptionError(f"{variable} must be one of {listed(known)}, got {name!r}.")
 
 
+def refused_isa(variable: str, name: str, reason: str) -> OptionError:
+    """A variable names an instruction set that this process may not use."""
+    return OptionError(f"{variable} is {name!r}, but {reason}: unset it, or name another.")
+
+
 def unsupported_isa(variable: str, name: str, missing: Iterable[str]) -> OptionError:
     """An instruction set that the processor does not have."""
     return OptionError(

@@ -15,7 +15,7 @@ from pathlib import Path
 from fxquant import errors
 from fxquant._version import __version__
 from fxquant.codegen.cpp.isa import ISAS, Isa
-from fxquant.runtime import cache
+from fxquant.runtime import cache, tile_unit
 
 LOG = logging.getLogger("fxquant.toolchain")
 COMPILERS = ("g++", "c++", "clang++")
@@ -103,17 +103,27 @@ def host_isa() -> Isa:
     """The best instruction set of this processor, or the one that ``FXQUANT_ISA`` names.
 
     Raises:
-        OptionError: ``FXQUANT_ISA`` names no instruction set, or one that the processor lacks.
+        OptionError: ``FXQUANT_ISA`` names no instruction set, or one that the processor lacks or
+            that this process may not use.
     """
     named, features = os.environ.get(ISA, ""), cpu_features()
     if not named:
-        return next(isa for isa in ISAS.values() if features.issuperset(isa.features))
+        return next(isa for isa in ISAS.values() if runs(isa))
     if named not in ISAS:
         raise errors.unknown_isa(ISA, named, ISAS)
     missing = [name for name in ISAS[named].features if name not in features]
     if missing:
         raise errors.unsupported_isa(ISA, named, missing)
+    if not runs(ISAS[named]):
+        raise errors.refused_isa(ISA, named, tile_unit.refusal())
     return ISAS[named]
+
+
+def runs(isa: Isa) -> bool:
+    """Whether this process can use an instruction set."""
+    if not cpu_features().issuperset(isa.features):
+        return False
+    return not (isa.has_tiles and tile_unit.refusal())
 
 
 @functools.lru_cache(maxsize=1)

@@ -27,9 +27,8 @@ GUARD = 64
 
 
 def isas() -> list[str]:
-    """Names of the instruction sets that this processor runs, the best first."""
-    found = toolchain.cpu_features()
-    return [isa.name for isa in ISAS.values() if found.issuperset(isa.features)]
+    """Names of the instruction sets that this process can use, the best first."""
+    return [isa.name for isa in ISAS.values() if toolchain.runs(isa)]
 
 
 class Kernel:

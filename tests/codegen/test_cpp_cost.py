@@ -21,10 +21,11 @@ from fxquant.codegen.cpp.cost import (
     threshold,
     usual_rates,
 )
-from fxquant.codegen.cpp.isa import AVX2, AVX512, ISAS, PORTABLE, Isa
+from fxquant.codegen.cpp.isa import AMX, AVX2, AVX512, ISAS, PORTABLE, Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.cpp.printer import SUPER_ROWS
+from fxquant.codegen.cpp.tiles import NARROW_ROWS
 from fxquant.codegen.epilogue import Epilogue, EpilogueResult
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import Encoding
@@ -114,7 +115,7 @@ def test_scales_that_change_inside_a_group_leave_many_rows_alone() -> None:
     assert threshold(one, rates(), 2) == 0
 
 
-@pytest.mark.parametrize("isa", [AVX512, AVX2, PORTABLE])
+@pytest.mark.parametrize("isa", [AMX, AVX512, AVX2, PORTABLE])
 @pytest.mark.parametrize("compute", ["bfloat16", "float32", "int8"])
 def test_one_row_is_few_and_the_choice_is_the_cheaper(isa: Isa, compute: str) -> None:
     one, found = plan(compute=compute, isa=isa), usual_rates(isa)
@@ -123,14 +124,15 @@ def test_one_row_is_few_and_the_choice_is_the_cheaper(isa: Isa, compute: str) ->
     values = {BANDWIDTH: found.bandwidth, VECTORS: found.vectors, THREADS: 2}
     path = one.path
 
-    def seconds(rows: int) -> tuple[float, float]:
-        few = few_cost(one).time.subs({**values, DOTS: found.few[path], M: rows})
-        many = many_cost(one).time.subs({**values, DOTS: found.many[path], M: rows})
-        return float(few), float(many)
+    def seconds(rows: int) -> list[tuple[float, float]]:
+        # Of two that wait for memory the one with less work is the cheaper.
+        both = ((few_cost(one), found.few[path]), (many_cost(one), found.many[path]))
+        at = [(cost, {**values, DOTS: dots, M: rows}) for cost, dots in both]
+        return [(float(cost.time.subs(v)), float(cost.work.subs(v))) for cost, v in at]
 
     few, many = seconds(most)
     assert few <= many
-    height = isa.few_heights[0]
+    height = one.few_heights[0]
     few, many = seconds(most + (1 if most < height else height))
     assert few > many
 
@@ -153,3 +155,29 @@ def test_one_tile_of_outputs_on_two_threads_takes_many_rows_sooner() -> None:
     assert threshold(plan(n=64), rates(), 2) < threshold(plan(n=64), rates(), 1)
     share = many_cost(plan(n=64)).share.subs({M: SUPER_ROWS, THREADS: 2})
     assert float(few_cost(plan(n=64)).share.subs(THREADS, 2)) == 1 > float(share)
+
+
+def test_the_tile_unit_is_counted_in_panels_of_eight_rows() -> None:
+    for compute, encoding in (("bfloat16", NF4), ("int8", NF4), ("int8", INT8)):
+        tiles, plain = plan(compute=compute, encoding=encoding, isa=AMX), plan(compute=compute)
+        for rows, counted in ((1, 8), (8, 8), (17, 24), (768, 768)):
+            assert many_cost(tiles).dots.subs(M, rows) == counted * few_cost(plain).dots.subs(M, 1)
+    assert not plan(compute="float32", isa=AMX).uses_tiles
+
+
+def test_the_tile_unit_decodes_levels_for_some_rows_and_weights_for_more() -> None:
+    work = many_cost(plan(isa=AMX)).operations.subs(THREADS, 2)
+    of_row, of_weight = [], []
+    for rows in (1, NARROW_ROWS + 1):
+        first, second = (float(work.subs(M, m)) for m in (rows, rows + 1))
+        of_row.append(second - first)
+        of_weight.append(first - rows * (second - first))
+    assert of_row[0] > 4 * of_row[1], "sums are scaled block by block"
+    assert 2 * of_weight[0] < of_weight[1], "weights are scaled one by one"
+
+
+def test_tiles_take_many_rows_sooner() -> None:
+    faster = rates(many={"bf16": 40e9, "int8": 40e9, "f32": 4e9})
+    for compute in ("bfloat16", "int8"):
+        with_tiles = threshold(plan(compute=compute, isa=AMX), faster, 1)
+        assert with_tiles < threshold(plan(compute=compute), rates(), 1)

@@ -1,0 +1,339 @@
+"""Many rows on the tile unit (AMX): panels of 16 rows against registers of 16 steps by 16 outputs.
+
+A decoded tile, ``out[step][64]``, is what the unit takes as it is, and so are codes of 8 bits that
+are multiplied as they are stored. There are two ways through it. The wide one sums 32 rows by 32
+outputs at a time and keeps the sums in memory from chunk to chunk; scales are in the operands, or
+follow where a block ends. The narrow one leaves a part of the weight in registers for one panel
+after another and scales the sums of each block: levels are cheaper to decode than weights, which
+pays until there are many sums.
+"""
+
+from __future__ import annotations
+
+from fxquant.codegen.cpp.plan import HELD_TILES, TILE_ROWS, Plan
+
+NARROW_ROWS = 64
+"""Up to how many rows sums of floats are scaled, and not the weights."""
+
+
+def tiles(plan: Plan) -> str:
+    """The text of ``many_tile`` for the tile unit, and of what it needs but ``decode_chunk``."""
+    is_int8, narrow = plan.path == "int8", plan.scales_sums
+    wide = not (is_int8 and narrow)
+    parts = [unit(plan.path)]
+    parts += [_narrow(plan)] if narrow else []
+    parts += [_wide(plan)] if wide else []
+    given = "call, w, tile, rows, first_panel, last_panel, own, totals, unit"
+    ways = [f"{way}_tile({given});" for way in ["narrow"] * narrow + ["wide"] * wide]
+    body = f"  {ways[-1]}\n"
+    if len(ways) == 2:
+        body = _EITHER.replace("@NARROW@", ways[0]).replace("@WIDE@", ways[1])
+    parts.append(_MANY_TILE.replace("@BODY@", body))
+    return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def unit(path: str) -> str:
+    """The text of the unit's instructions and of ``struct TileUnit``.
+
+    Args:
+        path: What is multiplied: ``"bf16"`` or ``"int8"``.
+    """
+    return _UNIT.replace("@DOT@", {"bf16": "tdpbf16ps", "int8": "tdpbsud"}[path])
+
+
+def _end(plan: Plan, part: str, xsum: str, zeros: str) -> str:
+    """A vector of sums as floats, with what unsigned bytes or zero points add taken off."""
+    if plan.encoding.zero_point:
+        return f"fma(load({zeros}), spread(-float({xsum})), to_float(load({part})))"
+    if plan.path == "int8" and plan.byte_bias:
+        return f"to_float(add(load({part}), spread(uint32_t({xsum}))))"
+    return f"to_float(load({part}))"
+
+
+def _is_stored(plan: Plan) -> bool:
+    """Whether codes are multiplied as they are stored."""
+    return plan.path == "int8" and plan.encoding.bits == 8
+
+
+def _narrow(plan: Plan) -> str:
+    end = _end(plan, "part", "sums[b * height + r]", "zeros + b * TILE + n")
+    zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "nullptr"
+    decode = "decode_chunk" if plan.path == "int8" else "decode_levels"
+    operands = _STORED if _is_stored(plan) else _DECODED.replace("@DECODE@", decode)
+    given = "operands, panels, count, first * STEPS, block, sums, scale, zeros, totals"
+    rest = plan.k_padded // plan.per_step // TILE_ROWS % HELD_TILES
+    call = f"narrow_panels<{HELD_TILES}>({given});"
+    if rest:
+        call = (
+            f"if (last - first == GROUPS_HELD)\n      {call}\n"
+            f"    else\n      narrow_panels<{rest}>({given});"
+        )
+    text = _NARROW.replace("@END@", end).replace("@ZEROS@", zeros)
+    return text.replace("@OPERANDS@", operands).replace("@PANELS@", call)
+
+
+def _wide(plan: Plan) -> str:
+    ahead = ("", "")
+    if _is_stored(plan):
+        ahead = (_AHEAD.replace("@WIDTH@", "TILE / 2"), _AHEAD.replace("@WIDTH@", "TILE"))
+    panels = _PANELS.replace("@AHEAD_OF_TWO@", ahead[0]).replace("@AHEAD_OF_ONE@", ahead[1])
+    if plan.path != "int8":
+        return panels + _WIDE_FLOATS
+    end = _end(plan, "part + n", "sums[r]", "zeros + n")
+    zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "nullptr"
+    operands = _STORED if _is_stored(plan) else _DECODED.replace("@DECODE@", "decode_chunk")
+    text = _WIDE_BYTES.replace("@END@", end).replace("@ZEROS@", zeros)
+    return panels + text.replace("@OPERANDS@", operands.replace("\n", "\n  "))
+
+
+_UNIT = """\
+// --- the tile unit: eight registers of up to 16 rows of 64 bytes ---
+
+template <int TO> INLINE void tile_load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(TO) : "memory");
+}
+template <int FROM> INLINE void tile_store(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(FROM) : "memory");
+}
+template <int AT> INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" : : "i"(AT)); }
+// sums[row][n] += steps [row] of X times steps [..][n] of W.
+template <int SUMS, int X, int W> INLINE void tile_dot() {
+  asm volatile("@DOT@ %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(X), "i"(W));
+}
+
+// A thread's unit: how many rows each register has. To change it takes as long as ten products.
+struct TileUnit {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, none[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } now;
+
+  void take(const uint8_t (&rows)[8]) {
+    if (std::memcmp(rows, now.rows, sizeof rows) == 0) return;
+    for (int i = 0; i < 8; ++i) now.rows[i] = rows[i], now.bytes[i] = rows[i] ? 64 : 0;
+    asm volatile("ldtilecfg %0" : : "m"(now));
+  }
+  // What is left to others in this thread is a unit as they would find it.
+  ~TileUnit() { asm volatile("tilerelease"); }
+};
+"""
+
+_NARROW = """\
+// A panel against COUNT registers of the weight, tmm4 and on: the sums of each block.
+template <int COUNT, int EACH, int SUMS, int X>
+INLINE void narrow_dots(const x_t* x, int height, sum_of_one_t* parts) {
+  each<COUNT>([&](auto i) INLINE_LAMBDA {
+    if constexpr (i % EACH == 0) tile_zero<SUMS>();
+    tile_load<X>(x + i * 16 * height, 64);
+    tile_dot<SUMS, X, 4 + i>();
+    if constexpr (i % EACH == EACH - 1 || i == COUNT - 1)
+      tile_store<SUMS>(parts + i / EACH * 16 * LANES, 64);
+  });
+}
+
+// Panels against steps of a decoded tile, 16 outputs after 16: totals[row][64] += .
+template <int COUNT>
+ALONE void narrow_panels(const uint32_t* w, const x_t* x, int64_t rows, int64_t first_step,
+                         int64_t block, const xsum_t* all_sums, const float* scales,
+                         const float* zeros, float* totals) {
+  (void)zeros;
+  constexpr int EACH = std::min<int>(COUNT, BLOCK / PER_STEP / 16);
+  constexpr int PARTS = (COUNT + EACH - 1) / EACH;
+  alignas(64) sum_of_one_t parts[PARTS * 16 * LANES];
+  for (int n = 0; n < TILE; n += LANES) {
+    Sums<PARTS, vf> scale;
+    each<PARTS>([&](auto b) INLINE_LAMBDA { at<b>(scale) = load(scales + b * TILE + n); });
+    each<COUNT>([&](auto i) INLINE_LAMBDA { tile_load<4 + i>(w + i * 16 * TILE + n, 4 * TILE); });
+    for (int64_t row = 0; row < rows; row += 16) {
+      const int height = int(std::min<int64_t>(rows - row, 16));
+      const x_t* panel = x + row * ALL_STEPS + first_step * height;
+      const xsum_t* sums = all_sums + row * BLOCKS + block * height;
+      (void)sums;
+      if (height == 16)
+        narrow_dots<COUNT, EACH, 0, 1>(panel, height, parts);
+      else
+        narrow_dots<COUNT, EACH, 2, 3>(panel, height, parts);
+#pragma GCC unroll 4
+      for (int r = 0; r < height; ++r) {
+        float* to = totals + (row + r) * TILE + n;
+        vf total = load(to);
+        each<PARTS>([&](auto b) INLINE_LAMBDA {
+          const sum_of_one_t* part = parts + (b * 16 + r) * LANES;
+          total = fma(@END@, at<b>(scale), total);
+        });
+        store(to, total);
+      }
+    }
+  }
+}
+
+// One tile of outputs against some panels, with scales applied to sums: totals[row][64].
+void narrow_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
+                 int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
+  const int64_t e = @MATRIX@, first_row = first_panel * 16, at = e * rows + first_row;
+  const int64_t count = std::min(rows, last_panel * 16) - first_row;
+  const x_t* panels = call.panels + at * ALL_STEPS;
+  const xsum_t* sums = call.sums + at * BLOCKS;
+  const uint8_t rest = uint8_t((count - 1) % 16 + 1);
+  unit.take({16, 16, rest, rest, 16, 16, 16, 16});
+  std::memset(totals, 0, count * TILE * sizeof(float));
+  Scales scales(w, tile);
+  for (int64_t first = 0; first < GROUPS; first += GROUPS_HELD) {
+    const int64_t last = std::min(first + GROUPS_HELD, GROUPS), block = first / GROUPS_OF_BLOCK;
+@OPERANDS@
+    const float *scale = scales.at(block), *zeros = @ZEROS@;
+    for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);
+    @PANELS@
+  }
+}
+"""
+
+_PANELS = """\
+// Two panels, the second one as high as is said, against registers of steps of a decoded tile:
+// sums[row][64] += , or = where they begin.
+template <bool ASKS_AHEAD>
+ALONE void two_panels(const uint32_t* w, int64_t count, const x_t* x0, const x_t* x1, int height,
+                      sum_of_one_t* sums, bool begin) {
+  for (int n = 0; n < TILE; n += 32, sums += 32) {
+    if (begin) {
+      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    } else {
+      tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
+      tile_load<2>(sums + 16 * TILE, 4 * TILE), tile_load<3>(sums + 16 * TILE + 16, 4 * TILE);
+    }
+    const uint32_t* ws = w + n;
+    for (int64_t i = 0; i < count; ++i, ws += 16 * TILE) {
+@AHEAD_OF_TWO@      tile_load<4>(x0 + i * 256, 64), tile_load<6>(ws, 4 * TILE);
+      tile_dot<0, 4, 6>();
+      tile_load<7>(ws + 16, 4 * TILE);
+      tile_dot<1, 4, 7>();
+      tile_load<5>(x1 + i * 16 * height, 64);
+      tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+    }
+    tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
+    tile_store<2>(sums + 16 * TILE, 4 * TILE), tile_store<3>(sums + 16 * TILE + 16, 4 * TILE);
+  }
+}
+
+// The same for one panel.
+template <bool ASKS_AHEAD>
+ALONE void one_panel(const uint32_t* w, int64_t count, const x_t* x, int height,
+                     sum_of_one_t* sums, bool begin) {
+  if (begin) {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  } else {
+    tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
+    tile_load<2>(sums + 32, 4 * TILE), tile_load<3>(sums + 48, 4 * TILE);
+  }
+  const uint32_t* ws = w;
+  for (int64_t i = 0; i < count; ++i, ws += 16 * TILE) {
+@AHEAD_OF_ONE@    tile_load<4>(x + i * 16 * height, 64), tile_load<6>(ws, 4 * TILE);
+    tile_dot<0, 4, 6>();
+    tile_load<7>(ws + 16, 4 * TILE);
+    tile_dot<1, 4, 7>();
+    tile_load<6>(ws + 32, 4 * TILE);
+    tile_dot<2, 4, 6>();
+    tile_load<7>(ws + 48, 4 * TILE);
+    tile_dot<3, 4, 7>();
+  }
+  tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
+  tile_store<2>(sums + 32, 4 * TILE), tile_store<3>(sums + 48, 4 * TILE);
+}
+
+// Panels against steps of a decoded tile: sums[row][64] += , or = where they begin.
+void wide_panels(const uint32_t* w, int64_t first_step, int64_t steps, const x_t* x, int64_t rows,
+                 sum_of_one_t* sums, bool begin, TileUnit& unit) {
+  for (int64_t row = 0; row < rows; row += 32, sums += 32 * TILE) {
+    const uint8_t height = uint8_t(std::min<int64_t>(rows - row, 16));
+    const x_t* panel = x + row * ALL_STEPS + first_step * height;
+    if (rows - row > 16) {
+      const uint8_t more = uint8_t(std::min<int64_t>(rows - row - 16, 16));
+      const x_t* next = x + (row + 16) * ALL_STEPS + first_step * more;
+      unit.take({16, 16, more, more, 16, more, 16, 16});
+      (row ? two_panels<false> : two_panels<true>)(w, steps / 16, panel, next, more, sums, begin);
+    } else {
+      unit.take({height, height, height, height, height, height, 16, 16});
+      (row ? one_panel<false> : one_panel<true>)(w, steps / 16, panel, height, sums, begin);
+    }
+  }
+}
+"""
+
+_AHEAD = """\
+      if constexpr (ASKS_AHEAD)
+        for (int step = 0; step < 16; ++step)
+          for (int at = 0; at < @WIDTH@; at += 16) prefetch(ws + AHEAD + step * TILE + at);
+"""
+
+_WIDE_FLOATS = """
+// One tile of outputs against some panels, scales in the weight: totals[row][64].
+void wide_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
+               int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
+  const int64_t e = @MATRIX@, first_row = first_panel * 16;
+  const int64_t count = std::min(rows, last_panel * 16) - first_row;
+  const x_t* panels = call.panels + (e * rows + first_row) * ALL_STEPS;
+  Scales scales(w, tile);
+  for (int64_t chunk = 0; chunk < CHUNKS; ++chunk) {
+    const int64_t first = chunk * GROUPS_OF_CHUNK;
+    const int64_t last = std::min(first + GROUPS_OF_CHUNK, GROUPS);
+    decode_chunk(w, scales, tile, first, last, own);
+    wide_panels(own, first * STEPS, (last - first) * STEPS, panels, count, totals, chunk == 0,
+                unit);
+  }
+}
+"""
+
+_WIDE_BYTES = """
+// One tile of outputs against some panels: totals[row][64]. Sums of bytes end with a block.
+void wide_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
+               int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
+  const int64_t e = @MATRIX@, first_row = first_panel * 16, at = e * rows + first_row;
+  const int64_t count = std::min(rows, last_panel * 16) - first_row;
+  uint32_t* parts = own + DECODED - TOTALS;
+  std::memset(totals, 0, count * TILE * sizeof(float));
+  Scales scales(w, tile);
+  for (int64_t block = 0; block < BLOCKS; ++block) {
+    const int64_t start = block * GROUPS_OF_BLOCK, end = std::min(start + GROUPS_OF_BLOCK, GROUPS);
+    for (int64_t first = start; first < end; first += GROUPS_OF_CHUNK) {
+      const int64_t last = std::min(first + GROUPS_OF_CHUNK, end);
+  @OPERANDS@
+      wide_panels(operands, first * STEPS, (last - first) * STEPS, call.panels + at * ALL_STEPS,
+                  count, parts, first == start, unit);
+    }
+    const float *scale = scales.at(block), *zeros = @ZEROS@;
+    (void)zeros;
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t panel = row / 16 * 16, r = row - panel;
+      const int64_t height = std::min<int64_t>(count - panel, 16);
+      const xsum_t* sums = call.sums + (at + panel) * BLOCKS + block * height;
+      const uint32_t* part = parts + row * TILE;
+      for (int n = 0; n < TILE; n += LANES) {
+        float* total = totals + row * TILE + n;
+        store(total, fma(@END@, load(scale + n), load(total)));
+      }
+    }
+  }
+}
+"""
+
+_DECODED = """\
+    @DECODE@(w, tile, first, last, own);
+    const uint32_t* operands = own;"""
+
+_STORED = """\
+    const uint32_t* operands = w.codes() + (tile * GROUPS + first) * TILE;"""
+
+_EITHER = """\
+  if (rows <= NARROW_ROWS)  // of all panels: results do not depend on the number of threads
+    @NARROW@
+  else
+    @WIDE@
+"""
+
+_MANY_TILE = """\
+// One tile of outputs against some panels: totals[row][64].
+void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
+               int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
+@BODY@}
+"""
