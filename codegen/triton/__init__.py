@@ -40,9 +40,9 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header, gpu: Gpu = ANY) -> s
 
     That of a product has ``run(x, weight, extra, out=None)``, to which outliers that are found at
     run time add ``counter=None`` (int64 ``[2]`` on the device: calls and columns, counted up; of
-    several weights ``counters=None``, one for each), and ``prepare(device)`` when levels are read from a table. That of a `QuantizeSpec` has
-    ``run(x, extra)``, with a prologue ``run(operands, extra)``, to which a limit adds
-    ``counter=None`` (int64 ``[1]``: what was beyond it).
+    several weights ``counters=None``, one for each), and ``prepare(device)`` when levels are read
+    from a table. That of a `QuantizeSpec` has ``run(x, extra)``, with a prologue ``run(operands,
+    extra)``, to which a limit adds ``counter=None`` (int64 ``[1]``: what was beyond it).
     For `fxquant.runtime.cubin` there are ``TYPES``, ``VARIANTS``, ``REDUCTIONS`` and ``STEPS``.
 
     Raises:

@@ -200,10 +200,10 @@ def llm_int8_linear_384x1536_bias_gemm(
     for c0 in tl.range(share * 16, found, 16 * SPLIT, num_stages=1):
         c = c0 + tl.arange(0, 16)
         k = tl.load(columns + c, mask=c < found, other=0)
-        w = decode_columns(codes, scales, n, k[None, :], BLOCK_N, 16)
-        w = tl.where(c[None, :] < found, w, 0.0)
         mask = (m < rows) & (c[:, None] < found)
         x_tile = tl.load(x + (m * x_stride_m + k[:, None]), mask=mask, other=0.0)
+        w = decode_columns(codes, scales, n, k[None, :], BLOCK_N, 16)
+        w = tl.where(c[None, :] < found, w, 0.0)
         acc = tl.dot(w, x_tile, acc)
     # epilogue
     if SPLIT == 1:

@@ -245,7 +245,7 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
   const int64_t parts = panels < of.threads ? of.threads : 1;
   for (int64_t item = of.thread; item < E * panels * parts; item += of.threads) {
     const int64_t e = item / parts / panels, panel_row = item / parts % panels * heights[0];
-    const auto steps = Share(item % parts, parts).part(ALL_STEPS);
+    const auto part = Share(item % parts, parts).part(ALL_STEPS / 16);
     const int height = height_of(rows - panel_row, heights);
     const x_t* lines[MOST_ROWS];
     for (int row = 0; row < height; ++row) {
@@ -257,10 +257,9 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
     }
     x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
     // A cache line of a row at a time: rows are often apart by what evicts each other.
-    for (int64_t first = steps.first; first < steps.last; first += 16) {
-      const int64_t last = std::min(first + 16, steps.last);
+    for (int64_t first = part.first * 16; first < part.last * 16; first += 16) {
       for (int row = 0; row < height; ++row)
-        for (int64_t step = first; step < last; ++step)
+        for (int64_t step = first; step < first + 16; ++step)
           panel[step * height + row] = lines[row][step];
     }
   }
