@@ -108,6 +108,13 @@ class Encoding:
             expected = "an 8-bit codebook encoding with flat blocks and float32 scales of its own"
             raise errors.bad_encoding("scale", str(inner), expected)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Encoding:
+        """Itself, which never changes.
+
+        Dynamo's guards compare with a copy at each call, which takes long unless it is the same.
+        """
+        return self
+
     @property
     def is_uniform(self) -> bool:
         """Whether a code is the integer that it stands for."""

@@ -81,16 +81,20 @@ class PackedWeight(Tensor):
         tensors: Sequence[Tensor],
         encoding: Encoding,
         shape: Sequence[int],  # noqa: ARG002 - for __new__
-        dtype: torch.dtype,  # noqa: ARG002 - for __new__
+        dtype: torch.dtype,
     ) -> None:
         self.encoding = encoding
         self.anchor = Anchor()
-        for part, tensor in zip(encoding.parts, tensors, strict=True):
-            setattr(self, f"packed_{part}", tensor)
+        # Dynamo's guards ask for names and metadata at each call.
+        self._names = tuple(f"packed_{part}" for part in encoding.parts)
+        self._metadata = (encoding, dtype)
+        for name, tensor in zip(self._names, tensors, strict=True):
+            setattr(self, name, tensor)
 
     def tensors(self) -> list[Tensor]:
         """The stored parts, in the order of ``encoding.parts``."""
-        return [getattr(self, f"packed_{part}") for part in self.encoding.parts]
+        own = self.__dict__  # attributes of a tensor are looked up slowly
+        return [own[name] for name in own["_names"]]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded tensor, in its own dtype or another."""
@@ -134,8 +138,7 @@ class PackedWeight(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Encoding, torch.dtype]]:
-        names = [f"packed_{part}" for part in self.encoding.parts]
-        return names, (self.encoding, self.dtype)
+        return list(self._names), self._metadata
 
     @classmethod
     def __tensor_unflatten__(

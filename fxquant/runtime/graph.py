@@ -111,12 +111,17 @@ class _Lookup:
         self.on_new = on_new
         self.known: dict[int, tuple[weakref.ref[Any], Snapshot, Sequence[Any]]] = {}
         self.met: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.last: Callable[[], Any] = lambda: None
+        """A weak reference to the anchor that came last: asking `met` takes longer."""
 
     def __call__(self, parameter: Tensor) -> Sequence[Any]:
         if isinstance(parameter, PackedWeight):
-            if parameter.anchor not in self.met:
-                self.met[parameter.anchor] = True
-                self.on_new(self.slot, parameter, parameter)
+            anchor = parameter.anchor
+            if self.last() is not anchor:
+                if anchor not in self.met:
+                    self.met[anchor] = True
+                    self.on_new(self.slot, parameter, parameter)
+                self.last = weakref.ref(anchor)
             return parameter.tensors()
         key = id(parameter)
         found = self.known.get(key)
