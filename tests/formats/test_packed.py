@@ -238,3 +238,18 @@ def test_stable_hash() -> None:
 def test_bits_per_weight() -> None:
     assert pack(weight(64, 256), INT8).bits_per_weight == 8 + 32 / 256
     assert pack(weight(1024, 1024), NF4).bits_per_weight == pytest.approx(4.127, abs=5e-4)
+
+
+def test_what_guards_compare_at_each_call_is_the_same_object() -> None:
+    """Dynamo compares metadata with a deep copy; other metadata must be told apart all the same."""
+    first, second = pack(torch.randn(8, 64), NF4), pack(torch.randn(8, 64), INT8)
+    names, metadata = first.__tensor_flatten__()
+    kept = copy.deepcopy(metadata)
+    assert kept[0] is metadata[0]
+    assert first.__tensor_flatten__()[1] == kept
+    assert second.__tensor_flatten__()[1] != kept
+    assert first.to(torch.bfloat16).__tensor_flatten__()[1] != kept
+    names.append("changed by whoever asked")
+    assert first.__tensor_flatten__()[0] == names[:-1]
+    parts = zip(names[:-1], first.tensors(), strict=True)
+    assert all(getattr(first, name) is part for name, part in parts)
