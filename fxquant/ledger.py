@@ -18,7 +18,7 @@ from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.sources import DerivedPart, Rule
 from fxquant.passes.statistics import ColumnWeights
 from fxquant.report import LEFT_ALONE, QUANTIZED, Row, gauge, remember
-from fxquant.runtime import counters, launch, verify
+from fxquant.runtime import counted, counters, launch, verify
 from fxquant.runtime.graph import Slot
 from fxquant.runtime.store import STORE
 
@@ -120,7 +120,7 @@ def _finds_outliers(text: str) -> bool:
 
 def _mean_outliers(text: str, codes: weakref.ref[Tensor]) -> str:
     known = codes()
-    counts = None if known is None else launch.outlier_counts(text, known)
+    counts = None if known is None else counted.outlier_counts(text, known)
     if counts is None:
         return ""
     calls, columns = counts
@@ -134,7 +134,7 @@ def _set_aside(kernels: Sequence[tuple[str, str]]) -> str:
 
 def _saturated(limit: weakref.ref[Tensor]) -> str:
     known = limit()
-    return "" if known is None else f"saturated elements: {launch.saturated(known)}"
+    return "" if known is None else f"saturated elements: {counted.saturated(known)}"
 
 
 def _row(site: LinearSite, number: int, kernels: Kernels) -> Row:

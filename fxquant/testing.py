@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fxquant.runtime.launch import Kernel, recording
+from fxquant.runtime.launch import Kernel
+from fxquant.runtime.recorded import recording
 
 __all__ = ["Kernel", "run_and_get_kernels"]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from fxquant import cli, demo
+from fxquant import cli, demo, demo_models
 from fxquant.runtime import dump as kernel_dump
 
 # Looked for and not imported: the package with the model imports more than the demo needs.
@@ -110,8 +110,8 @@ def test_llama_tokens_equal_those_of_the_rounded_weights(
 
 
 def test_last_batch_is_filled_up() -> None:
-    _, tokenizer = demo.load_minilm()
-    batches = demo._make_batches(tokenizer, demo.sentences()[:7], 3)
+    _, tokenizer = demo_models.load_minilm()
+    batches = demo_models.make_batches(tokenizer, demo.sentences()[:7], 3)
     assert len({batch["input_ids"].shape for batch in batches}) == 1
     assert len(batches) == 3
     first = batches[0]["input_ids"]
@@ -119,8 +119,8 @@ def test_last_batch_is_filled_up() -> None:
 
 
 def test_fewer_sentences_than_a_batch() -> None:
-    _, tokenizer = demo.load_minilm()
-    (batch,) = demo._make_batches(tokenizer, demo.sentences()[:2], 32)
+    _, tokenizer = demo_models.load_minilm()
+    (batch,) = demo_models.make_batches(tokenizer, demo.sentences()[:2], 32)
     assert batch["input_ids"].shape[0] == 2
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import Encoding, PackedWeight
-from fxquant.runtime import launch
+from fxquant.runtime import launch, recorded
 from fxquant.runtime.store import STORE, Snapshot, Watched
 
 
@@ -93,8 +93,8 @@ class CompiledGraph:
             WeightError: Another parameter than at compile time was passed and cannot be encoded.
             CalibrationError: It has no statistics.
         """
-        if launch.is_recording():
-            launch.record(self.kernels)
+        if recorded.is_recording():
+            recorded.record(self.kernels)
         parts = [lookup(args[lookup.index]) for lookup in self.lookups]
         if self.derived is not None:
             parts += self.derived(args)

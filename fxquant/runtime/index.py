@@ -223,7 +223,7 @@ def _page(found: list[Entry]) -> str:
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>fxquant kernels</title>"
         f"<style>{_STYLE}</style><h1>{len(found)} kernels, {calls} calls, "
-        f"{total * 1e3:.3g} ms in them</h1>"
+        f"{total * 1e3:,.1f} ms in them</h1>"
         "<p>Times are medians around launches. Predictions are those of the cost model: weights "
         "from memory, none in a cache, the epilogue left out. Bytes and operations are the least "
         f"that a call needs. fxquant {html.escape(__version__)}.</p>"

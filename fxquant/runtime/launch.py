@@ -1,13 +1,12 @@
-"""Which kernel runs for a spec on a device, and the record of those that ran."""
+"""Which kernel runs for a spec on a device."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -316,6 +315,11 @@ def runner_of(spec: str, target: str, device: torch.device) -> Runner:
     return found
 
 
+def kernel_of(spec: str, target: str, like: Tensor) -> object:
+    """The kernel whose method ran a spec on tensors like one, or None."""
+    return getattr(_runners.get((spec, target, like.is_cpu)), "__self__", None)
+
+
 def _torch_runner(spec: Spec) -> Runner:
     if isinstance(spec, KernelSpec):
         return functools.partial(reference.run, spec)
@@ -378,63 +382,3 @@ def _build_once(
         LOG.warning("target 'torch' runs instead of 'cpp': %s", error)
         return error
     return kernel
-
-
-# --- what kernels counted -------------------------------------------------------------------
-
-
-def saturated(limit: Tensor) -> int:
-    """How many elements were beyond a limit, by the tensor that quantize kernels are given.
-
-    Waits for the device. NaN and Inf, whose rows are lost, are not counted.
-    """
-    found = counters.read(limit)
-    return found[0] if found is not None else 0
-
-
-def outlier_counts(spec: str, codes: Tensor) -> tuple[int, int] | None:
-    """The calls of a weight, and the outlier columns that were found in them, summed.
-
-    Waits for the device.
-
-    Args:
-        spec: A product whose outliers have a threshold, as JSON.
-        codes: The weight's.
-
-    Returns:
-        None if nothing counted: the product was not called, or torch code computed it.
-    """
-    kernel = getattr(_runners.get((spec, "cpp", codes.is_cpu)), "__self__", None)
-    if isinstance(kernel, CppKernel):
-        calls, columns = kernel.outlier_counts(codes)
-    else:
-        calls, columns = counters.read(codes) or (0, 0)
-    return (calls, columns) if calls else None
-
-
-# --- the record of what ran ------------------------------------------------------------------
-
-_collectors: list[dict[tuple[str, str], Kernel]] = []
-
-
-def record(kernels: Iterable[Kernel]) -> None:
-    """Tells whoever listens that these kernels ran."""
-    for collector in _collectors:
-        for kernel in kernels:
-            collector.setdefault((kernel.target, kernel.source), kernel)
-
-
-def is_recording() -> bool:
-    """Whether anyone listens."""
-    return bool(_collectors)
-
-
-@contextlib.contextmanager
-def recording() -> Iterator[dict[tuple[str, str], Kernel]]:
-    """Collects the kernels that run while it is entered, each once, in the order of first runs."""
-    seen: dict[tuple[str, str], Kernel] = {}
-    _collectors.append(seen)
-    try:
-        yield seen
-    finally:
-        _collectors[:] = [collector for collector in _collectors if collector is not seen]

@@ -12,7 +12,7 @@ from fxquant import errors
 from fxquant.codegen import Header
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import Encoding
-from fxquant.runtime import cache, device, launch
+from fxquant.runtime import cache, device, launch, recorded, triton
 
 SPEC = KernelSpec(
     WeightOperand.whole(Encoding(4, "nf4"), (32, 64), transposed=False),
@@ -28,22 +28,22 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_text_is_imported_once() -> None:
-    first = launch.load_module("once", "x = 1\n")
-    assert launch.load_module("once", "x = 1\n") is first
-    assert launch.load_module("once", "x = 2\n").x == 2
+    first = triton.load_module("once", "x = 1\n")
+    assert triton.load_module("once", "x = 1\n") is first
+    assert triton.load_module("once", "x = 2\n").x == 2
 
 
 def test_another_version_does_not_take_the_entry(monkeypatch: pytest.MonkeyPatch) -> None:
-    old = launch.load_module("versioned", "x = 1\n")
-    monkeypatch.setattr(launch, "__version__", "999")
-    new = launch.load_module("versioned", "x = 1\n")
+    old = triton.load_module("versioned", "x = 1\n")
+    monkeypatch.setattr(triton, "__version__", "999")
+    new = triton.load_module("versioned", "x = 1\n")
     assert Path(new.__file__).parent != Path(old.__file__).parent
 
 
 def test_a_text_that_raises_is_not_kept() -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            launch.load_module("raises", "1 / 0\n")
+            triton.load_module("raises", "1 / 0\n")
 
 
 def test_an_unwritable_cache_is_one_sentence(
@@ -52,17 +52,17 @@ def test_an_unwritable_cache_is_one_sentence(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "file" / "below"))
     with pytest.raises(errors.FolderError, match=r"kernel cache folder .* point FXQUANT_CACHE_DIR"):
-        launch.load_module("nowhere", "x = 1\n")
+        triton.load_module("nowhere", "x = 1\n")
 
 
 def test_every_listener_gets_each_kernel_once() -> None:
     kernel = launch.make_kernel(SPEC, "torch", Header())
-    with launch.recording() as outer:
-        launch.record([kernel, kernel])
-        with launch.recording() as inner:
-            launch.record([kernel])
+    with recorded.recording() as outer:
+        recorded.record([kernel, kernel])
+        with recorded.recording() as inner:
+            recorded.record([kernel])
     assert list(outer.values()) == list(inner.values()) == [kernel]
-    assert not launch.is_recording()
+    assert not recorded.is_recording()
 
 
 @pytest.mark.parametrize("target", ["torch", "triton"])

@@ -14,7 +14,7 @@ from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import Outliers, WeightOperand
 from fxquant.formats import Encoding, PackedWeight, pack
-from fxquant.runtime import counters, launch, ops, targets
+from fxquant.runtime import counted, counters, launch, ops, targets
 
 assert ops  # imported for its registrations
 
@@ -107,17 +107,17 @@ def test_what_lies_beyond_a_limit_is_counted(target: str) -> None:
             torch.ops.fxquant.launch_quantize(x, extra, spec.to_json(), target)
             continue
         limit = extra[0]
-        assert launch.saturated(limit) == 0
+        assert counted.saturated(limit) == 0
         for _ in range(2):
             _, amax = torch.ops.fxquant.launch_quantize(x, extra, spec.to_json(), target)
         beyond = int((x.float().abs() > amax[..., None]).sum())
-        assert launch.saturated(limit) == 2 * beyond
+        assert counted.saturated(limit) == 2 * beyond
         # A tensor that is not finite is lost, not saturated.
         assert (beyond > 0) == (spec.scope != "tensor")
         with torch.inference_mode():
             torch.ops.fxquant.launch_quantize(x, extra, spec.to_json(), target)
-        assert launch.saturated(limit) == 3 * beyond
-        assert launch.saturated(torch.tensor([1.5])) == 0
+        assert counted.saturated(limit) == 3 * beyond
+        assert counted.saturated(torch.tensor([1.5])) == 0
 
 
 def test_a_counter_dies_with_its_tensor() -> None:
@@ -137,15 +137,15 @@ def test_columns_of_outliers_are_counted() -> None:
     codes = packed.tensors()[0]
     args = (packed.tensors(), [], text)
     x = torch.full((4, K), 0.5)
-    assert launch.outlier_counts(text, codes) is None
+    assert counted.outlier_counts(text, codes) is None
     torch.ops.fxquant.launch(x, *args, "torch")
-    assert launch.outlier_counts(text, codes) is None, "torch code does not count"
+    assert counted.outlier_counts(text, codes) is None, "torch code does not count"
     for row, column in ((0, 3), (3, 3), (2, 7), (1, 40)):
         x[row, column] = -6.0
     for rows in (4, 1):
         torch.ops.fxquant.launch(x[:rows], *args, "cpp")
-    assert launch.outlier_counts(text, codes) == (2, 3 + 1)
-    assert launch.outlier_counts(text, weight().tensors()[0]) is None
+    assert counted.outlier_counts(text, codes) == (2, 3 + 1)
+    assert counted.outlier_counts(text, weight().tensors()[0]) is None
 
 
 @pytest.fixture

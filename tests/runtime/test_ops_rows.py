@@ -9,7 +9,7 @@ from fxquant.codegen import RENDERERS, Header, quantize
 from fxquant.codegen.epilogue import EpilogueResult
 from fxquant.codegen.prologue import Prologue, PrologueOperand, cast
 from fxquant.codegen.quantize import QuantizeSpec
-from fxquant.runtime import launch, ops
+from fxquant.runtime import counted, launch, ops
 from tests.codegen import prologues
 
 assert ops  # imported for its registrations
@@ -40,7 +40,7 @@ def test_every_target_gives_the_same(target: str, leading: tuple[int, ...]) -> N
     for found, right in zip(got, want, strict=True):
         assert torch.equal(found, right)
     x = given[0].bfloat16().half()
-    assert launch.saturated(limit[0]) == int((x.abs() > 0.5).sum())
+    assert counted.saturated(limit[0]) == int((x.abs() > 0.5).sum())
 
 
 def test_kernels_are_printed_for_every_target() -> None:
