@@ -6,6 +6,9 @@ be one; everyone in one process, interleaved, with L2 flushed before each call; 
 quartiles, with the fractions of the bandwidth and of the matrix unit's throughput that were
 measured in the same run. Written to ``benchmarks/results/gpu.json``.
 
+``--tune FOLDER`` has the tiles of all products tuned first, and writes the table of results there;
+as ``fxquant/tuned/`` of a checkout it comes with the package from then on.
+
 ``--rehearse`` runs the same on a CPU with tiny shapes and without our kernels: it shows that the
 command works and is no GPU measurement.
 """
@@ -36,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for everything")
     parser.add_argument("--skip-tests", action="store_true", help="measure only")
     parser.add_argument("--skip-decoder", action="store_true", help="products only")
+    parser.add_argument("--tune", type=Path, help="choose tiles by timing, and write them here")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU; measures nothing")
     parser.add_argument("--output", type=Path, help="default benchmarks/results/gpu.json")
     options = parser.parse_args(arguments)

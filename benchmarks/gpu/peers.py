@@ -1,6 +1,7 @@
 """The peers on a GPU: cuBLAS, Inductor, and the packages that can be imported.
 
-What a peer does once (packing, compiling) is not timed.
+What a peer does once (packing, compiling) is not timed. Graphs are compiled for any number of rows:
+one for each would take most of the time there is.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _dense(weight: Tensor) -> Prepared:
 
 
 def _inductor(weight: Tensor) -> Prepared:
-    compiled = torch.compile(nn.functional.linear, dynamic=False, fullgraph=True)
+    compiled = torch.compile(nn.functional.linear, dynamic=True, fullgraph=True)
     return Prepared(lambda x: compiled(x, weight), weight.nbytes)
 
 
@@ -90,7 +91,7 @@ def _inductor_int8(weight: Tensor) -> Prepared:
         q, rows = _rows(x)
         return (torch._int_mm(q, codes.t()).float() * rows * scales).to(x.dtype)
 
-    compiled = torch.compile(product, dynamic=False, fullgraph=True)
+    compiled = torch.compile(product, dynamic=True, fullgraph=True)
     return Prepared(compiled, codes.nbytes + scales.nbytes)
 
 
@@ -138,7 +139,7 @@ def _torchao(kind: str, weight: Tensor) -> Prepared:
     model = nn.Sequential(_linear(weight))
     quantization.quantize_(model, config)
     bits = 4.25 if kind == "int4" else 8
-    return Prepared(torch.compile(model, dynamic=False), int(weight.numel() * bits / 8))
+    return Prepared(torch.compile(model, dynamic=True), int(weight.numel() * bits / 8))
 
 
 def _gemlite(weight: Tensor) -> Prepared:

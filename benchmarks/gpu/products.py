@@ -136,7 +136,7 @@ def _prepare(name: str, target: str, weight: Tensor) -> Prepared:
 def bound(name: str, target: str, n: int, k: int, parts: list[Tensor]) -> Prepared:
     """A product with a weight that is stored already."""
     scheme, device = schemes()[name], parts[0].device
-    text = scheme.spec(n, k, name).to_json()
+    text = spec_text(name, n, k)
     launch.prepare(text, target, Header(), device)
     size = sum(part.nbytes for part in parts)
     if not scheme.coded:
@@ -152,13 +152,34 @@ def bound(name: str, target: str, n: int, k: int, parts: list[Tensor]) -> Prepar
     return Prepared(call, size, given)
 
 
-def compile_all(name: str, shape: tuple[int, int], rows: list[int]) -> None:
-    """Compiles the kernels of a scheme for a shape, into Triton's cache on the disk."""
+def compile_all(name: str, shape: tuple[int, int], rows: int, *, candidates: bool = False) -> None:
+    """Compiles what runs for some rows, into Triton's cache on the disk, by running it.
+
+    Args:
+        name: Of the scheme.
+        shape: Of the weight.
+        rows: Of the activation.
+        candidates: All tiles that tuning would try, too.
+    """
     n, k = shape
     encoding = schemes()[name].encoding
     sizes = expected_parts(encoding, shape)
     parts = [torch.ones(size, dtype=dtype, device="cuda") for size, dtype in sizes.values()]
     prepared = bound(name, "triton", n, k, parts)
-    for m in rows:
-        prepared.call(*prepared.given(torch.ones(m, k, dtype=torch.bfloat16, device="cuda")))
+    given = prepared.given(torch.ones(rows, k, dtype=torch.bfloat16, device="cuda"))
+    prepared.call(*given)
+    if candidates:
+        launch.each_tile(spec_text(name, n, k), rows, lambda: prepared.call(*given))
     torch.cuda.synchronize()
+
+
+def spec_text(name: str, n: int, k: int) -> str:
+    """A product's spec as JSON."""
+    return schemes()[name].spec(n, k, name).to_json()
+
+
+def tune(name: str, shape: tuple[int, int]) -> None:
+    """Chooses the tiles of a scheme for a shape by timing them."""
+    text, device = spec_text(name, *shape), torch.device("cuda")
+    launch.prepare(text, "triton", Header(), device)
+    launch.tune(text, "triton", device)

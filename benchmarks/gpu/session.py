@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,12 +28,15 @@ from benchmarks.gpu.peers import CUBLAS, missing, peers
 from benchmarks.gpu.products import Contender, Prepared
 from benchmarks.gpu.tree import ROOT
 from benchmarks.timing import Run
+from fxquant.runtime import tiles
+from fxquant.runtime.device import gpu
 
-SHAPES = ((4096, 4096), (8192, 8192), (28672, 8192))
+# What the targets are about comes first.
+SHAPES = ((8192, 8192), (4096, 4096), (28672, 8192))
 ROWS = (1, 4, 16, 64, 128, 512, 2048)
 BATCHES = (1, 16)
 # Seconds: the tests are cut off there, and a decoder is not begun with less left.
-TESTS_S, DECODER_S = 200.0, 60.0
+TESTS_S, DECODER_S, TUNING_S = 200.0, 60.0, 60.0
 _WORKERS = 12
 Found = TypeVar("Found")
 
@@ -64,6 +69,8 @@ class Session:
             + ", ".join(f"{unit} {rate / 1e12:.0f} T/s" for unit, rate in rates.flops.items())
         )
         self._compile()
+        if self.options.tune is not None and self.device.is_gpu:
+            self._tune()
         # Every number of rows is a graph of its own for who is compiled.
         with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024):
             for shape in self.shapes:
@@ -116,7 +123,9 @@ class Session:
             return {"status": "skipped"}
         if not find_spec("pytest"):
             return {"status": "skipped", "why": "pytest is not installed"}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        # Warnings of the packages there are no errors of ours.
+        command += ["-W", "default", "tests/gpu"]
         if find_spec("xdist"):
             command += ["-n", str(min(_WORKERS, os.cpu_count() or 1))]
         self._say("running the GPU tests")
@@ -147,18 +156,34 @@ class Session:
         context = multiprocessing.get_context("spawn")
         workers = min(_WORKERS, os.cpu_count() or 1)
         jobs = [
-            (name, shape, [rows])
+            (name, shape, rows)
             for name in products.schemes()
             for shape in self.shapes
             for rows in self.rows
         ]
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            futures = [pool.submit(products.compile_all, *job) for job in jobs]
+            tuned = self.options.tune is not None
+            futures = [pool.submit(products.compile_all, *job, candidates=tuned) for job in jobs]
             done, late = wait(futures, timeout=max(self._left() - DECODER_S, 1.0))
             for future in late:
                 future.cancel()
         failed = sum(future.exception() is not None for future in done)
         self._say(f"{len(done) - failed} of {len(jobs)} variants compiled ahead")
+
+    def _tune(self) -> None:
+        """Chooses tiles by timing them, and writes the table."""
+        for shape in self.shapes:
+            for name in products.schemes():
+                case = f"fxquant {name}, {shape[0]}x{shape[1]}, tuned tiles"
+                if self._left() < TUNING_S + DECODER_S:
+                    self.left_out.append(case)
+                else:
+                    self._tried(case, functools.partial(products.tune, name, shape))
+        found = tiles.path(gpu())
+        if found.exists():
+            self.options.tune.mkdir(parents=True, exist_ok=True)
+            shutil.copy(found, self.options.tune)
+            self._say(f"tiles as tuned written to {self.options.tune / found.name}")
 
     @torch.inference_mode()
     def _products(self, shape: tuple[int, int], rates: Rates) -> None:

@@ -129,7 +129,8 @@ def _tiles(
     sizes = {dividing(spec.weight.n, size, 16) for size in ([narrow] if narrow else (64, 128))}
     heights = _heights(rows, 64 if narrow else MOST_ROWS * (2 if free else 1))
     for m, n, warps in itertools.product(heights, sorted(sizes), (4, 8)):
-        if warps == max(4, n // 16) or (free and m * n >= 64 * 128):
+        is_own = warps == max(4, n // 16) and (n < 128 or m > BUCKETS[0])
+        if is_own or (free and m * n >= 64 * 128):
             for stages, split in itertools.product((2, 3, 4), _splits(spec, k, rows)):
                 yield Tile("gemm", m, n, k, split, warps, stages)
 

@@ -264,6 +264,17 @@ def tune(spec: str, target: str, device: torch.device) -> None:
         tuning.tune(chain, found)
 
 
+def each_tile(spec: str, rows: int, call: Callable[[], object]) -> None:
+    """Calls something with every tile that tuning would try for some rows, to have them built.
+
+    Args:
+        spec: A product, as JSON, whose Triton kernel was prepared.
+        rows: Of the activation.
+        call: Runs it.
+    """
+    tiles.each(_triton_module(spec), parse_spec(spec), gpu(), rows, call)
+
+
 def remark(spec: str, target: str) -> str:
     """What else there is to say of a kernel that runs, in a clause, or ``""``.
 

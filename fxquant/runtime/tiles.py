@@ -7,6 +7,7 @@ what is multiplied, whatever its name and epilogue.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -100,6 +101,24 @@ def tune(module: ModuleType, spec: KernelSpec, gpu: Gpu, device: torch.device) -
     _set(module, tiles)
     _keep(spec, gpu, tiles)
     LOG.info("kernel %s has tiles tuned now: %s", spec.name, tiles)
+
+
+def each(
+    module: ModuleType, spec: KernelSpec, gpu: Gpu, rows: int, call: Callable[[], object]
+) -> None:
+    """Calls something with every tile for some rows in the place of the chosen one."""
+    found, before = plan_for(spec, WeightIndex.of(spec.weight), gpu), dict(module.VARIANTS)
+    most = next((most for most in found.variants if rows <= most), max(found.variants))
+    entries = [variant(module, tile) for tile in found.variants[most]]
+    try:
+        for entry in entries:
+            module.VARIANTS.clear()
+            module.VARIANTS[most] = entry
+            with contextlib.suppress(RuntimeError):  # what cannot be built, tuning passes over
+                call()
+    finally:
+        module.VARIANTS.clear()
+        module.VARIANTS.update(before)
 
 
 class _Trial:

@@ -13,6 +13,7 @@ from fxquant.codegen import KernelSpec, reference
 from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.spec import WeightOperand
 from fxquant.formats import Encoding
+from fxquant.runtime.device import gpu
 from fxquant.runtime.store import STORE
 from fxquant.schemes import get_scheme
 from tests.codegen import harness
@@ -44,7 +45,7 @@ def test_kernel_equals_the_reference(
     epilogue = Epilogue.bias(dtype, "n" if operand.batch is None else "en")
     spec = KernelSpec(operand, dtype, dtype, dtype, epilogue, "on_device")
     parts = [part.to(DEVICE) for part in harness.stored(encoding, shape)]
-    module = harness.load(spec, tmp_path, interpreted=DEVICE == "cpu")
+    module = harness.load(spec, tmp_path, interpreted=DEVICE == "cpu", gpu=gpu())
     weight = reference.operand(operand, parts, getattr(torch, dtype)).double()
     for rows in (0, 1, 2, 3, 16, 33, 200):
         x = harness.activation(spec, rows).to(DEVICE)

@@ -129,6 +129,19 @@ def test_without_time_the_cost_model_decides(
     assert tile_of(module, 16) == before
 
 
+def test_each_tile_is_called_and_what_was_chosen_stays(module: ModuleType) -> None:
+    before, seen = dict(module.VARIANTS), []
+
+    def call() -> None:
+        seen.append(tile_of(module, 16)["BLOCK_N"])
+        if len(seen) == 1:
+            raise RuntimeError("cannot be built")
+
+    tiles.each(module, SPEC, ANY, 3, call)
+    assert len(set(seen)) == 2
+    assert before == module.VARIANTS
+
+
 @pytest.mark.parametrize("text", ["", "[1]", '{"a": 3}', "{"])
 def test_a_damaged_file_is_said_and_not_used(
     module: ModuleType, folder: Path, caplog: pytest.LogCaptureFixture, text: str
