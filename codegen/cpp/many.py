@@ -242,7 +242,8 @@ _WHOLE = """\
 
 _WHOLE_OF_SEVERAL = """\
       for (int i = 0; i < WEIGHTS; ++i)
-        many_tile(call, call.weights[i], tile, rows, first, last, decoded, totals + i * TOTALS@GIVEN@);
+        many_tile(call, call.weights[i], tile, rows, first, last, decoded,
+                  totals + i * TOTALS@GIVEN@);
       finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
 """
 

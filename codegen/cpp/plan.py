@@ -172,7 +172,7 @@ class Plan:
 
     @property
     def uses_tiles(self) -> bool:
-        """Whether many rows go through the tile unit. Its registers end where blocks of bytes do."""
+        """Whether many rows go through the tile unit, whose registers end with blocks of bytes."""
         if not self.isa.has_tiles or self.path == "f32":
             return False
         return self.path == "bf16" or self.block % (TILE_ROWS * self.per_step) == 0

@@ -255,7 +255,8 @@ void wide_panels(const uint32_t* w, int64_t first_step, int64_t steps, const x_t
     const uint8_t height = uint8_t(std::min<int64_t>(rows - pairs, 16));
     const x_t* last = x + pairs * ALL_STEPS + first_step * height;
     unit.take({height, height, height, height, height, height, 16, 16});
-    (pairs ? one_panel<false> : one_panel<true>)(w, count, last, height, sums + pairs * TILE, begin);
+    sums += pairs * TILE;
+    (pairs ? one_panel<false> : one_panel<true>)(w, count, last, height, sums, begin);
   }
 }
 """

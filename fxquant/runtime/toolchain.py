@@ -128,7 +128,9 @@ def runs(isa: Isa) -> bool:
 
 def refused() -> str:
     """Why a tile unit that the processor has is not used, or ``""``."""
-    has_tiles = any(isa.has_tiles and cpu_features().issuperset(isa.features) for isa in ISAS.values())
+    has_tiles = any(
+        isa.has_tiles and cpu_features().issuperset(isa.features) for isa in ISAS.values()
+    )
     return tile_unit.refusal() if has_tiles else ""
 
 

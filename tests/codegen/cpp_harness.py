@@ -32,7 +32,7 @@ def isas() -> list[str]:
 
 
 def vector_isas() -> list[str]:
-    """Those of them whose vector instructions differ: more is no part of kernels without products."""
+    """Those of them that differ in vectors: kernels without products are made of nothing else."""
     return [name for name in isas() if not ISAS[name].has_tiles]
 
 

@@ -45,7 +45,9 @@ def isas_of(number: int, name: str) -> list[str]:
     Where the tile unit is no part of a kernel its text is that of the vectors alone.
     """
     plain = cpp_harness.vector_isas()
-    tiles = [isa for isa in ISA_NAMES if isa not in plain and Plan(SPECS[name], ISAS[isa]).uses_tiles]
+    tiles = [
+        isa for isa in ISA_NAMES if isa not in plain and Plan(SPECS[name], ISAS[isa]).uses_tiles
+    ]
     if name in EVERYWHERE:
         return tiles + plain
     return tiles[:1] + plain[: not tiles] + plain[1:][number // 2 % 2 :][: number % 2]

@@ -181,7 +181,8 @@ def test_the_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> N
     assert not set(chain().flags) & set(best.flags)
     monkeypatch.setenv("FXQUANT_ISA", "sse9")
     with pytest.raises(
-        errors.OptionError, match="FXQUANT_ISA must be one of amx, avx512, avx2, portable, got 'sse9'"
+        errors.OptionError,
+        match="FXQUANT_ISA must be one of amx, avx512, avx2, portable, got 'sse9'",
     ):
         toolchain.toolchain()
 
