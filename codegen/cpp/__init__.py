@@ -4,8 +4,9 @@
 the decisions, `isa` the instruction sets, `vectors` the few operations on vectors that everything
 else is written in; `layout` repacks the weight, `decode` and `scales` read it back; `rows` packs
 the activation and `call` shares the work out; `few` and `many` are the two skeletons, the
-latter on `tiles` where there is a tile unit (AMX); `finish` is the epilogue, spelled by `ops`. `cost` says which skeleton a number of rows takes, from what `rates`
-measures. `quantize` prints what takes rows to int8, `pack` the encoders.
+latter on `tiles` where there is a tile unit (AMX); `finish` is the epilogue, spelled by `ops`.
+`cost` says which skeleton a number of rows takes, from what `rates` measures. `quantize` prints
+what takes rows to int8, `pack` the encoders.
 """
 
 from __future__ import annotations
