@@ -20,7 +20,10 @@ def tiles(plan: Plan) -> str:
     """The text of ``many_tile`` for the tile unit, and of what it needs but ``decode_chunk``."""
     is_int8, narrow = plan.path == "int8", plan.scales_sums
     wide = not (is_int8 and narrow)
-    parts = [unit(plan.path)]
+    dot = "tdpbf16ps"
+    if is_int8:
+        dot = "tdpbsud" if _is_stored(plan) else "tdpbssd"
+    parts = [unit(dot)]
     parts += [_narrow(plan)] if narrow else []
     parts += [_wide(plan)] if wide else []
     given = "call, w, tile, rows, first_panel, last_panel, own, totals, unit"
@@ -32,20 +35,26 @@ def tiles(plan: Plan) -> str:
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
-def unit(path: str) -> str:
+def unit(dot: str) -> str:
     """The text of the unit's instructions and of ``struct TileUnit``.
 
     Args:
-        path: What is multiplied: ``"bf16"`` or ``"int8"``.
+        dot: The instruction that multiplies: ``"tdpbf16ps"``, or of signed rows and unsigned or
+            signed operands ``"tdpbsud"`` or ``"tdpbssd"``.
     """
-    return _UNIT.replace("@DOT@", {"bf16": "tdpbf16ps", "int8": "tdpbsud"}[path])
+    return _UNIT.replace("@DOT@", dot)
+
+
+def signed(plan: Plan) -> bool:
+    """Whether bytes are decoded as signed ones, from which nothing has to be taken off later."""
+    return plan.uses_tiles and plan.path == "int8" and not _is_stored(plan) and plan.byte_bias > 0
 
 
 def _end(plan: Plan, part: str, xsum: str, zeros: str) -> str:
     """A vector of sums as floats, with what unsigned bytes or zero points add taken off."""
     if plan.encoding.zero_point:
         return f"fma(load({zeros}), spread(-float({xsum})), to_float(load({part})))"
-    if plan.path == "int8" and plan.byte_bias:
+    if plan.path == "int8" and plan.byte_bias and not signed(plan):
         return f"to_float(add(load({part}), spread(uint32_t({xsum}))))"
     return f"to_float(load({part}))"
 

@@ -88,7 +88,8 @@ def test_the_text_goes_the_way_that_is_meant(name: str) -> None:
     plan = Plan(SPECS[name], AMX)
     text = cpp.render(SPECS[name], Header(), AMX)
     assert plan.uses_tiles
-    assert ("tdpbf16ps" in text) == (plan.path == "bf16") != ("tdpbsud" in text)
+    assert ("tdpbf16ps" in text) == (plan.path == "bf16") != ("tdpbs" in text)
+    assert ("tdpbsud" in text) == (plan.path == "int8" and plan.encoding.bits == 8)
     assert ("narrow_tile(" in text) == plan.scales_sums
     assert ("wide_tile(" in text) == (plan.path == "bf16" or not plan.scales_sums)
     if plan.path == "bf16":
