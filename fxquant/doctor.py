@@ -166,7 +166,9 @@ def check_compiler() -> Finding:
         )
     threads = "OpenMP" if chain.openmp else "no OpenMP: one thread"
     detail = f"{chain.compiler.path} ({chain.compiler.summary}), {chain.isa.name}, {threads}"
-    return Finding(name, OK if chain.openmp else NOTE, detail)
+    refused = toolchain.refused()
+    detail += f"; {refused}" if refused else ""
+    return Finding(name, OK if chain.openmp and not refused else NOTE, detail)
 
 
 def check_rates() -> Finding:

@@ -291,6 +291,13 @@ def test_doctor_says_what_the_compiler_builds_for(monkeypatch: pytest.MonkeyPatc
     assert finding.advice == "Unset FXQUANT_ISA, or name another."
 
 
+def test_doctor_says_that_the_tile_unit_is_not_permitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "refused", lambda: "the system says no")
+    finding = doctor.check_compiler()
+    assert finding.status == doctor.NOTE
+    assert finding.detail.endswith("; the system says no")
+
+
 def test_doctor_names_a_compiler_that_builds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,9 +3,10 @@
 `printer` puts a file together from its parts, in the order in which they stand there. `plan` holds
 the decisions, `isa` the instruction sets, `vectors` the few operations on vectors that everything
 else is written in; `layout` repacks the weight, `decode` and `scales` read it back; `rows` packs
-the activation and `call` shares the work out; `few` and `many` are the two skeletons; `finish` is
-the epilogue, spelled by `ops`. `cost` says which skeleton a number of rows takes, from what `rates`
-measures. `quantize` prints what takes rows to int8, `pack` the encoders.
+the activation and `call` shares the work out; `few` and `many` are the two skeletons, the
+latter on `tiles` where there is a tile unit (AMX); `finish` is the epilogue, spelled by `ops`.
+`cost` says which skeleton a number of rows takes, from what `rates` measures. `quantize` prints
+what takes rows to int8, `pack` the encoders.
 """
 
 from __future__ import annotations

@@ -37,20 +37,30 @@ def helpers(plan: Plan) -> str:
     if direct and plan.is_int8:
         made = f"if (call.is_line)\n      sum_blocks(x, sums, height);\n    else\n      {made}"
     parts["@MAKE@"] = f"    {made}"
-    # Behind others, one row is a panel: what it is read from holds those.
-    text = _PACK.replace("@ALL@", "rows" if spec.grouped else "call.m")
-    if plan.uses_tiles:
-        text = text.replace("template <int COUNT>", "template <bool IN_TILES = false, int COUNT>")
-        parts |= {"@UNTILED@": "!IN_TILES && ", "@TILED@": _TILED}
+    text = _pack(plan)
     for name in _HOLES:
         text = text.replace(name, parts.get(name, ""))
     return _HELPERS + text
 
 
+def _pack(plan: Plan) -> str:
+    """``pack`` with the holes that `helpers` fills."""
+    template, single, tiled = "template <int COUNT>", "", ""
+    if plan.uses_tiles:
+        template, single = "template <bool IN_TILES = false, int COUNT>", "!IN_TILES && "
+        tiled = _TILED
+    return (
+        _PACK.replace("template <int COUNT>", template)
+        .replace("@UNTILED@", single)
+        .replace("@TILED@", tiled)
+        # Behind others, one row is a panel: what it is read from holds those.
+        .replace("@ALL@", "rows" if plan.spec.grouped else "call.m")
+    )
+
+
 _HOLES = (
     *("@OUTLIERS@", "@NOTHING@", "@UNLESS@", "@FLAGS@", "@SUMS@", "@SCALE@"),
     *("@MAKE@", "@APART@", "@IN_PLACE@"),
-    *("@UNTILED@", "@TILED@"),
 )
 
 

@@ -37,8 +37,8 @@ class Rates:
     Attributes:
         bandwidth: Bytes that all threads read from memory.
         few: Dot products that one thread makes in panels of few rows, by `Plan.path`.
-        many: The same in panels of many rows, which use each activation for two vectors. One product
-            of tiles is 256 of them.
+        many: The same in panels of many rows, which use each activation for two vectors. One
+            product of tiles is 256 of them.
         vectors: Other instructions on vectors that one thread does.
     """
 
@@ -142,7 +142,7 @@ def many_cost(plan: Plan) -> Cost:
 
 
 def _tiles_cost(plan: Plan) -> Cost:
-    """Of `tiles`: few rows take half a product's time, and scales are applied to weights or sums."""
+    """Of `tiles`: eight rows take half a product's time; scales are of weights, or of sums."""
     rows, supers = 8 * sympy.ceiling(M / 8), sympy.ceiling(M / SUPER_ROWS)
     panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS, evaluate=False) / TILE_ROWS)
     tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights

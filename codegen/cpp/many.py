@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from fxquant.codegen.cpp.plan import Plan
-from fxquant.codegen.cpp.tiles import tiles
+from fxquant.codegen.cpp.tiles import signed, tiles
 
 
 def many(plan: Plan) -> str:
     """The text of the skeleton for many rows."""
     whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
     if plan.uses_tiles:
-        levels = [_levels("decode_levels")] if plan.path == "bf16" and plan.scales_sums else []
+        levels = (
+            [_levels("decode_levels", _DECODER)] if plan.path == "bf16" and plan.scales_sums else []
+        )
         parts = [_decode(plan), *levels, tiles(plan), _RUN]
         unit, given = "\n    TileUnit unit;", ", unit"
         text = "\n".join(parts).replace("pack(call", "pack<true>(call")
@@ -43,7 +45,8 @@ def _panels(plan: Plan) -> str:
 
 def _decode(plan: Plan) -> str:
     if plan.path == "int8":
-        return "" if plan.encoding.bits == 8 else _levels("decode_chunk")
+        decoder = _SIGNED if signed(plan) else _DECODER
+        return "" if plan.encoding.bits == 8 else _levels("decode_chunk", decoder)
     if plan.is_regular:
         zeros = "load(scales.zeros_at(block) + v * LANES)" if plan.encoding.zero_point else "vf{}"
         text = _DECODE_REGULAR.replace("@ZEROS@", zeros)
@@ -56,10 +59,10 @@ def _decode(plan: Plan) -> str:
     return text.replace("@BODY@", body)
 
 
-def _levels(name: str) -> str:
-    """A function that decodes without scales."""
+def _levels(name: str, decoder: str) -> str:
+    """A function that decodes without scales, and how it makes its decoder."""
     head = f"void {name}(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out)"
-    return _DECODE_LEVELS.replace("@HEAD@", head)
+    return _DECODE_LEVELS.replace("@HEAD@", head).replace("@DECODER@", decoder)
 
 
 def _scaled(plan: Plan, half: str) -> str:
@@ -136,11 +139,19 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
 }
 """
 
+_DECODER = """\
+  const Decoder decoder;
+"""
+
+_SIGNED = """\
+  Decoder decoder;  // of signed bytes
+  decoder.operands = _mm512_xor_si512(decoder.operands, _mm512_set1_epi8(-128));
+"""
+
 _DECODE_LEVELS = """\
 // Groups of a tile to operands, without scales: out[step][64].
 @HEAD@ {
-  const Decoder decoder;
-  constexpr int ALL = TILE / LANES;
+@DECODER@  constexpr int ALL = TILE / LANES;
   for (int64_t group = first; group < last; ++group) {
     const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
     for (int v = 0; v < ALL; ++v) {
@@ -242,7 +253,8 @@ _WHOLE = """\
 
 _WHOLE_OF_SEVERAL = """\
       for (int i = 0; i < WEIGHTS; ++i)
-        many_tile(call, call.weights[i], tile, rows, first, last, decoded, totals + i * TOTALS@GIVEN@);
+        many_tile(call, call.weights[i], tile, rows, first, last, decoded,
+                  totals + i * TOTALS@GIVEN@);
       finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
 """
 

@@ -172,7 +172,7 @@ class Plan:
 
     @property
     def uses_tiles(self) -> bool:
-        """Whether many rows go through the tile unit. Its registers end where blocks of bytes do."""
+        """Whether many rows go through the tile unit, whose registers end with blocks of bytes."""
         if not self.isa.has_tiles or self.path == "f32":
             return False
         return self.path == "bf16" or self.block % (TILE_ROWS * self.per_step) == 0
@@ -263,10 +263,12 @@ class Plan:
         """Whether many rows go through several blocks with their totals in registers.
 
         Integers are scaled block by block. To load and store totals after every short block costs
-        a tenth of the time; twelve sums at once, each of one vector, leave room for them.
+        a tenth of the time; twelve sums at once, each of one vector, leave room for them. Only the
+        tile unit stops in the midst of a block, where a row ends.
         """
         held = self.isa.holds_totals and self.path == "int8"
-        return held and 2 * self.block <= CHUNK and CHUNK % self.block == 0
+        whole = self.uses_tiles or self.k_padded % self.block == 0
+        return held and whole and 2 * self.block <= CHUNK and CHUNK % self.block == 0
 
     @property
     def held(self) -> int:
@@ -281,7 +283,7 @@ class Plan:
         if self.path == "int8":
             return self.keeps_totals
         if self.block < self.held:
-            return self.held % self.block == 0
+            return self.block >= self.held // HELD_TILES
         return not self.encoding.zero_point and (self.blocks == 1 or self.block % self.held == 0)
 
     @property

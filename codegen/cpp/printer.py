@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from fxquant.codegen.cpp import call, decode, few, finish, layout, many, rows, scales, tiles, vectors
+from fxquant.codegen.cpp import (
+    call,
+    decode,
+    few,
+    finish,
+    layout,
+    many,
+    rows,
+    scales,
+    tiles,
+    vectors,
+)
 from fxquant.codegen.cpp.isa import PORTABLE, Isa
 from fxquant.codegen.cpp.math import prelude_text
 from fxquant.codegen.cpp.ops import constant

@@ -29,7 +29,7 @@ def render_rates(isa: Isa) -> str:
         body = _DOTS.replace("@OPERAND@", operand).replace("@SUM@", sums)
         texts = [vectors.vectors(isa.vectors, path), SUMS, vectors.dot(isa.vectors, path), body]
         has_tiles = isa.has_tiles and path != "f32"
-        texts += [tiles.unit(path), _TILES] if has_tiles else []
+        texts += [tiles.unit(_TILE_DOTS[path]), _TILES] if has_tiles else []
         inner = "\n".join(text.strip("\n") for text in texts)
         parts.append(f"namespace {path} {{\n{inner}\n}}  // namespace {path}")
         few = f"{path}::dots<{isa.few_heights[0]}, 1>"
@@ -40,6 +40,8 @@ def render_rates(isa: Isa) -> str:
     parts.append(_EXPORTED.replace("@NAME@", "vectors").replace("@CALL@", "f32::instructions"))
     return "\n\n".join(part.strip("\n") for part in [*parts, _READ]) + "\n"
 
+
+_TILE_DOTS = {"bf16": "tdpbf16ps", "int8": "tdpbsud"}
 
 _DOTS = """\
 // A panel of rows against one or two vectors of operands.

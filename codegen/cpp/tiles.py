@@ -20,7 +20,10 @@ def tiles(plan: Plan) -> str:
     """The text of ``many_tile`` for the tile unit, and of what it needs but ``decode_chunk``."""
     is_int8, narrow = plan.path == "int8", plan.scales_sums
     wide = not (is_int8 and narrow)
-    parts = [unit(plan.path)]
+    dot = "tdpbf16ps"
+    if is_int8:
+        dot = "tdpbsud" if _is_stored(plan) else "tdpbssd"
+    parts = [unit(dot)]
     parts += [_narrow(plan)] if narrow else []
     parts += [_wide(plan)] if wide else []
     given = "call, w, tile, rows, first_panel, last_panel, own, totals, unit"
@@ -32,20 +35,26 @@ def tiles(plan: Plan) -> str:
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
-def unit(path: str) -> str:
+def unit(dot: str) -> str:
     """The text of the unit's instructions and of ``struct TileUnit``.
 
     Args:
-        path: What is multiplied: ``"bf16"`` or ``"int8"``.
+        dot: The instruction that multiplies: ``"tdpbf16ps"``, or of signed rows and unsigned or
+            signed operands ``"tdpbsud"`` or ``"tdpbssd"``.
     """
-    return _UNIT.replace("@DOT@", {"bf16": "tdpbf16ps", "int8": "tdpbsud"}[path])
+    return _UNIT.replace("@DOT@", dot)
+
+
+def signed(plan: Plan) -> bool:
+    """Whether bytes are decoded as signed ones, from which nothing has to be taken off later."""
+    return plan.uses_tiles and plan.path == "int8" and not _is_stored(plan) and plan.byte_bias > 0
 
 
 def _end(plan: Plan, part: str, xsum: str, zeros: str) -> str:
     """A vector of sums as floats, with what unsigned bytes or zero points add taken off."""
     if plan.encoding.zero_point:
         return f"fma(load({zeros}), spread(-float({xsum})), to_float(load({part})))"
-    if plan.path == "int8" and plan.byte_bias:
+    if plan.path == "int8" and plan.byte_bias and not signed(plan):
         return f"to_float(add(load({part}), spread(uint32_t({xsum}))))"
     return f"to_float(load({part}))"
 
@@ -190,33 +199,30 @@ void narrow_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, 
 """
 
 _PANELS = """\
-// Two panels, the second one as high as is said, against registers of steps of a decoded tile:
-// sums[row][64] += , or = where they begin.
+// Two panels, the second one as high as is said, against steps of half of a decoded tile:
+// sums[row][32] += , or = where they begin.
 template <bool ASKS_AHEAD>
 ALONE void two_panels(const uint32_t* w, int64_t count, const x_t* x0, const x_t* x1, int height,
                       sum_of_one_t* sums, bool begin) {
-  for (int n = 0; n < TILE; n += 32, sums += 32) {
-    if (begin) {
-      tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-    } else {
-      tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
-      tile_load<2>(sums + 16 * TILE, 4 * TILE), tile_load<3>(sums + 16 * TILE + 16, 4 * TILE);
-    }
-    const uint32_t* ws = w + n;
-    for (int64_t i = 0; i < count; ++i, ws += 16 * TILE) {
-@AHEAD_OF_TWO@      tile_load<4>(x0 + i * 256, 64), tile_load<6>(ws, 4 * TILE);
-      tile_dot<0, 4, 6>();
-      tile_load<7>(ws + 16, 4 * TILE);
-      tile_dot<1, 4, 7>();
-      tile_load<5>(x1 + i * 16 * height, 64);
-      tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
-    }
-    tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
-    tile_store<2>(sums + 16 * TILE, 4 * TILE), tile_store<3>(sums + 16 * TILE + 16, 4 * TILE);
+  if (begin) {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  } else {
+    tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
+    tile_load<2>(sums + 16 * TILE, 4 * TILE), tile_load<3>(sums + 16 * TILE + 16, 4 * TILE);
   }
+  for (int64_t i = 0; i < count; ++i, w += 16 * TILE) {
+@AHEAD_OF_TWO@    tile_load<4>(x0 + i * 256, 64), tile_load<6>(w, 4 * TILE);
+    tile_dot<0, 4, 6>();
+    tile_load<7>(w + 16, 4 * TILE);
+    tile_dot<1, 4, 7>();
+    tile_load<5>(x1 + i * 16 * height, 64);
+    tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+  }
+  tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
+  tile_store<2>(sums + 16 * TILE, 4 * TILE), tile_store<3>(sums + 16 * TILE + 16, 4 * TILE);
 }
 
-// The same for one panel.
+// One panel against all outputs of the tile.
 template <bool ASKS_AHEAD>
 ALONE void one_panel(const uint32_t* w, int64_t count, const x_t* x, int height,
                      sum_of_one_t* sums, bool begin) {
@@ -226,15 +232,14 @@ ALONE void one_panel(const uint32_t* w, int64_t count, const x_t* x, int height,
     tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
     tile_load<2>(sums + 32, 4 * TILE), tile_load<3>(sums + 48, 4 * TILE);
   }
-  const uint32_t* ws = w;
-  for (int64_t i = 0; i < count; ++i, ws += 16 * TILE) {
-@AHEAD_OF_ONE@    tile_load<4>(x + i * 16 * height, 64), tile_load<6>(ws, 4 * TILE);
+  for (int64_t i = 0; i < count; ++i, w += 16 * TILE) {
+@AHEAD_OF_ONE@    tile_load<4>(x + i * 16 * height, 64), tile_load<6>(w, 4 * TILE);
     tile_dot<0, 4, 6>();
-    tile_load<7>(ws + 16, 4 * TILE);
+    tile_load<7>(w + 16, 4 * TILE);
     tile_dot<1, 4, 7>();
-    tile_load<6>(ws + 32, 4 * TILE);
+    tile_load<6>(w + 32, 4 * TILE);
     tile_dot<2, 4, 6>();
-    tile_load<7>(ws + 48, 4 * TILE);
+    tile_load<7>(w + 48, 4 * TILE);
     tile_dot<3, 4, 7>();
   }
   tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
@@ -244,26 +249,31 @@ ALONE void one_panel(const uint32_t* w, int64_t count, const x_t* x, int height,
 // Panels against steps of a decoded tile: sums[row][64] += , or = where they begin.
 void wide_panels(const uint32_t* w, int64_t first_step, int64_t steps, const x_t* x, int64_t rows,
                  sum_of_one_t* sums, bool begin, TileUnit& unit) {
-  for (int64_t row = 0; row < rows; row += 32, sums += 32 * TILE) {
-    const uint8_t height = uint8_t(std::min<int64_t>(rows - row, 16));
-    const x_t* panel = x + row * ALL_STEPS + first_step * height;
-    if (rows - row > 16) {
-      const uint8_t more = uint8_t(std::min<int64_t>(rows - row - 16, 16));
-      const x_t* next = x + (row + 16) * ALL_STEPS + first_step * more;
-      unit.take({16, 16, more, more, 16, more, 16, 16});
-      (row ? two_panels<false> : two_panels<true>)(w, steps / 16, panel, next, more, sums, begin);
-    } else {
-      unit.take({height, height, height, height, height, height, 16, 16});
-      (row ? one_panel<false> : one_panel<true>)(w, steps / 16, panel, height, sums, begin);
+  const int64_t count = steps / 16, pairs = (rows + 15) / 32 * 32;
+  // Half of the operands stays near while all rows are gone through.
+  for (int n = 0; n < TILE; n += 32)
+    for (int64_t row = 0; row < pairs; row += 32) {
+      const uint8_t height = uint8_t(std::min<int64_t>(rows - row - 16, 16));
+      const x_t* first = x + row * ALL_STEPS + first_step * 16;
+      const x_t* second = x + (row + 16) * ALL_STEPS + first_step * height;
+      unit.take({16, 16, height, height, 16, height, 16, 16});
+      (row ? two_panels<false> : two_panels<true>)(w + n, count, first, second, height,
+                                                   sums + row * TILE + n, begin);
     }
+  if (pairs < rows) {
+    const uint8_t height = uint8_t(std::min<int64_t>(rows - pairs, 16));
+    const x_t* last = x + pairs * ALL_STEPS + first_step * height;
+    unit.take({height, height, height, height, height, height, 16, 16});
+    sums += pairs * TILE;
+    (pairs ? one_panel<false> : one_panel<true>)(w, count, last, height, sums, begin);
   }
 }
 """
 
 _AHEAD = """\
-      if constexpr (ASKS_AHEAD)
-        for (int step = 0; step < 16; ++step)
-          for (int at = 0; at < @WIDTH@; at += 16) prefetch(ws + AHEAD + step * TILE + at);
+    if constexpr (ASKS_AHEAD)
+      for (int step = 0; step < 16; ++step)
+        for (int at = 0; at < @WIDTH@; at += 16) prefetch(w + AHEAD + step * TILE + at);
 """
 
 _WIDE_FLOATS = """

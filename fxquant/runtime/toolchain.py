@@ -126,6 +126,14 @@ def runs(isa: Isa) -> bool:
     return not (isa.has_tiles and tile_unit.refusal())
 
 
+def refused() -> str:
+    """Why a tile unit that the processor has is not used, or ``""``."""
+    has_tiles = any(
+        isa.has_tiles and cpu_features().issuperset(isa.features) for isa in ISAS.values()
+    )
+    return tile_unit.refusal() if has_tiles else ""
+
+
 @functools.lru_cache(maxsize=1)
 def cpu_features() -> frozenset[str]:
     """What the processor can do, as ``/proc/cpuinfo`` spells it; empty where it does not say."""

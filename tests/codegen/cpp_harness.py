@@ -31,6 +31,11 @@ def isas() -> list[str]:
     return [isa.name for isa in ISAS.values() if toolchain.runs(isa)]
 
 
+def vector_isas() -> list[str]:
+    """Those of them that differ in vectors: kernels without products are made of nothing else."""
+    return [name for name in isas() if not ISAS[name].has_tiles]
+
+
 class Kernel:
     """A built kernel, called below the checks of `fxquant.runtime.cpp`."""
 

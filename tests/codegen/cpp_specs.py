@@ -186,6 +186,8 @@ SPECS = {
             x="int8",
             out="float32",
         ),
+        # A row ends in the midst of a block.
+        spec("groups_int8", Encoding(8, block=(1, 128)), (70, 320), compute="int8", x="float32"),
         # More products of bytes than a 32-bit sum holds.
         spec("int8_int8_long", CHANNELS, (2, 33000), compute="int8", x="float32"),
     )

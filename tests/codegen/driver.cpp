@@ -15,6 +15,11 @@
 #include <string>
 #include <vector>
 
+#ifdef __x86_64__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 extern "C" {
 int64_t fxquant_prepared_bytes(void);
 void fxquant_prepare(const void* const* parts, void* prepared, int threads);
@@ -45,6 +50,9 @@ static void* aligned(int64_t size) {
 
 int main(int, char** arguments) {
   folder = arguments[1];
+#ifdef __x86_64__
+  syscall(SYS_arch_prctl, 0x1023, 18);  // permission to use the tile unit, where there is one
+#endif
   std::ifstream names(folder + "/parts");
   std::vector<std::vector<void*>> weights;
   for (std::string line; std::getline(names, line);) {

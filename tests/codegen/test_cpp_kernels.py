@@ -40,15 +40,22 @@ OUTLIERS = (3, 31, 32, 64, 650)
 
 
 def isas_of(number: int, name: str) -> list[str]:
-    """Where a spec is built: everywhere, or on the best and, every other, on one of the rest."""
+    """Where a spec is built: everywhere, or on the best and, every other, on one of the rest.
+
+    Where the tile unit is no part of a kernel its text is that of the vectors alone.
+    """
+    plain = cpp_harness.vector_isas()
+    tiles = [
+        isa for isa in ISA_NAMES if isa not in plain and Plan(SPECS[name], ISAS[isa]).uses_tiles
+    ]
     if name in EVERYWHERE:
-        return ISA_NAMES
-    return ISA_NAMES[:1] + ISA_NAMES[1:][number // 2 % 2 :][: number % 2]
+        return tiles + plain
+    return tiles[:1] + plain[: not tiles] + plain[1:][number // 2 % 2 :][: number % 2]
 
 
 HAND_PICKED = [(name, isa) for number, name in enumerate(SPECS) for isa in isas_of(number, name)]
 WHOLE = [
-    *((name, ISA_NAMES[0]) for name in EVERYWHERE),
+    *((name, isas_of(0, name)[0]) for name in EVERYWHERE),
     *(("int8_int8", isa) for isa in ISA_NAMES[1:]),
     *(("nf4_bf16", isa) for isa in ISA_NAMES[1:-1]),
 ]

@@ -20,9 +20,10 @@ from fxquant.formats.codebooks import get_codebook, thresholds
 from fxquant.formats.encode import FLOATS, _Work
 from fxquant.formats.encoding import MAX_BLOCK, MIN_BLOCK
 from fxquant.runtime import toolchain
+from tests.codegen.cpp_harness import vector_isas
 
 BFLOAT16, FLOAT16, FLOAT32 = torch.bfloat16, torch.float16, torch.float32
-RUNNABLE = [name for name, isa in ISAS.items() if toolchain.cpu_features().issuperset(isa.features)]
+RUNNABLE = vector_isas()
 UNEVEN = tuple(((i * 37) % 16 - 7.3) ** 3 / 700 for i in range(16))
 # Every form of a kernel, and every dtype with forms that read it differently.
 KERNELS = [

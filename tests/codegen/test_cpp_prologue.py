@@ -19,7 +19,7 @@ from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.runtime import counters, toolchain
 from fxquant.runtime.cpp_rows import CppRows
 from tests.codegen import prologues
-from tests.codegen.cpp_harness import isas
+from tests.codegen.cpp_harness import vector_isas
 
 pytestmark = pytest.mark.skipif(
     toolchain.compiler() is None and not os.environ.get("CI"), reason=toolchain.NOT_FOUND
@@ -60,13 +60,13 @@ def _isas_of(spec: QuantizeSpec) -> int:
 @functools.cache
 def kernels() -> dict[tuple[QuantizeSpec, str], CppRows]:
     """All kernels, built side by side: most for the best instruction set only."""
-    keys = [(spec, isa) for spec in SPECS for isa in isas()[: _isas_of(spec)]]
+    keys = [(spec, isa) for spec in SPECS for isa in vector_isas()[: _isas_of(spec)]]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(keys, pool.map(_build, keys), strict=True))
 
 
 def kernel(spec: QuantizeSpec, isa: str = "") -> CppRows:
-    return kernels()[spec, isa or isas()[0]]
+    return kernels()[spec, isa or vector_isas()[0]]
 
 
 def turned(x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_results_lie_where_they_have_to(spec: QuantizeSpec) -> None:
-    for isa in isas()[: _isas_of(spec)]:
+    for isa in vector_isas()[: _isas_of(spec)]:
         run = kernel(spec, isa).run
         for rows in (0, 1, 3):
             prologues.check(spec, run, prologues.operands(spec, 2, rows, seed=rows))
@@ -127,7 +127,7 @@ def test_variance_far_from_zero_is_that_of_two_passes() -> None:
     spec = next(s for s in FIXED if s.name == "layer_norm" and s.x_dtype == "bfloat16")
     assert "sub" in cpp.render(spec, Header())
     spec = QuantizeSpec(96, "float32", name="far", prologue=prologues.layer_norm("float32"))
-    built = _build((spec, isas()[0]))
+    built = _build((spec, vector_isas()[0]))
     x = torch.randn(6, 96, generator=torch.Generator().manual_seed(0)) + 3000
     given = [x, torch.zeros(6, 96), torch.ones(96), torch.zeros(96)]
     normed = prologues.check(spec, built.run, given)[2]

@@ -19,7 +19,7 @@ from fxquant.codegen.cpp.isa import ISAS
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.runtime import counters, toolchain
 from fxquant.runtime.cpp_quantize import CppQuantizer
-from tests.codegen.cpp_harness import isas
+from tests.codegen.cpp_harness import vector_isas
 
 pytestmark = pytest.mark.skipif(
     toolchain.compiler() is None and not os.environ.get("CI"), reason=toolchain.NOT_FOUND
@@ -82,7 +82,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("isa", vector_isas())
 @pytest.mark.parametrize("spec", SPECS, ids=QuantizeSpec.describe)
 def test_integers_are_those_of_the_reference(spec: QuantizeSpec, isa: str) -> None:
     threads = torch.get_num_threads()
@@ -97,7 +97,7 @@ def test_integers_are_those_of_the_reference(spec: QuantizeSpec, isa: str) -> No
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("isa", vector_isas())
 @pytest.mark.parametrize("spec", SPECS, ids=QuantizeSpec.describe)
 def test_edges(spec: QuantizeSpec, isa: str) -> None:
     """What is not finite, far too small or large, and ties."""
@@ -122,7 +122,7 @@ def test_edges(spec: QuantizeSpec, isa: str) -> None:
 @given(st.data())
 def test_products_and_sums_are_not_fused(data: st.DataObject) -> None:
     """Numbers a rounding away from a tie, of which a fused product would make another integer."""
-    spec, isa = QuantizeSpec(96, "float32"), data.draw(st.sampled_from(isas()))
+    spec, isa = QuantizeSpec(96, "float32"), data.draw(st.sampled_from(vector_isas()))
     amax = data.draw(st.floats(2.0**-99, 2.0**120, width=32))
     factor = torch.tensor(127.0) / torch.tensor(amax)
     near = (torch.arange(0, 95) + 0.5) / factor
@@ -139,7 +139,7 @@ def test_nothing_is_written_behind_codes_and_amax() -> None:
         torch.full((3 + GUARD,), 9.0),
     )
     codes = codes.to(torch.int8)
-    entry = kernel(spec, isas()[0])._entry
+    entry = kernel(spec, vector_isas()[0])._entry
     words = (x.data_ptr(), 77, 1, 3, 0, codes.data_ptr(), amax.data_ptr(), 2)
     entry.call(entry.pack(entry.address, *words))
     assert (codes[3 * 77 :] == 99).all()
@@ -149,7 +149,7 @@ def test_nothing_is_written_behind_codes_and_amax() -> None:
 
 def test_counts_are_kept_for_a_limit_in_inference_mode_too() -> None:
     spec = QuantizeSpec(77, "float32", "static")
-    limit, built = torch.tensor([0.25]), kernel(spec, isas()[0])
+    limit, built = torch.tensor([0.25]), kernel(spec, vector_isas()[0])
     with torch.inference_mode():
         built.run(torch.ones(2, 77), [limit])
     built.run(torch.ones(3, 77), [limit])
@@ -169,7 +169,7 @@ def test_counts_are_kept_for_a_limit_in_inference_mode_too() -> None:
 )
 def test_operands_that_do_not_fit(x: Tensor, extra: list[Tensor], said: str) -> None:
     with pytest.raises(errors.KernelError, match=said):
-        kernel(QuantizeSpec(77, "float32", "static"), isas()[0]).run(x, extra)
+        kernel(QuantizeSpec(77, "float32", "static"), vector_isas()[0]).run(x, extra)
 
 
 def test_a_library_that_is_none(tmp_path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fxquant.codegen import RENDERERS, Header, cpp
-from fxquant.codegen.cpp.isa import AVX2, AVX512, PORTABLE
+from fxquant.codegen.cpp.isa import AMX, AVX2, AVX512, PORTABLE
 from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand, EpilogueResult
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
@@ -102,7 +102,7 @@ PAIRS = (
             "nf4_gate_up_5632x2048_silu",
             weights=2,
         ),
-        AVX512,
+        AMX,
     ),
     (
         KernelSpec(

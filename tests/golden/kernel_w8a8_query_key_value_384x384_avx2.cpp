@@ -519,7 +519,8 @@ void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
       const int64_t first_row = first * MANY_HEIGHTS[0];
       const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
       for (int i = 0; i < WEIGHTS; ++i)
-        many_tile(call, call.weights[i], tile, rows, first, last, decoded, totals + i * TOTALS);
+        many_tile(call, call.weights[i], tile, rows, first, last, decoded,
+                  totals + i * TOTALS);
       finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
     }
   }

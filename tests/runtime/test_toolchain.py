@@ -10,7 +10,7 @@ import pytest
 
 from fxquant import errors
 from fxquant.codegen.cpp.isa import ISAS
-from fxquant.runtime import cache, toolchain
+from fxquant.runtime import cache, tile_unit, toolchain
 
 SOURCE = 'extern "C" int answer(void) { return 42; }\n'
 
@@ -181,7 +181,8 @@ def test_the_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> N
     assert not set(chain().flags) & set(best.flags)
     monkeypatch.setenv("FXQUANT_ISA", "sse9")
     with pytest.raises(
-        errors.OptionError, match="FXQUANT_ISA must be one of avx512, avx2, portable, got 'sse9'"
+        errors.OptionError,
+        match="FXQUANT_ISA must be one of amx, avx512, avx2, portable, got 'sse9'",
     ):
         toolchain.toolchain()
 
@@ -194,6 +195,35 @@ def test_an_instruction_set_that_the_processor_lacks_is_refused(
     monkeypatch.setenv("FXQUANT_ISA", "avx512")
     with pytest.raises(errors.OptionError, match=r"lacks avx512f, .*: unset it, or name another"):
         toolchain.toolchain()
+
+
+AMX = ISAS["amx"]
+
+
+@pytest.fixture
+def with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that has a tile unit, which the system does not permit this process to use."""
+    monkeypatch.setattr(toolchain, "cpu_features", lambda: frozenset(AMX.features))
+    monkeypatch.setattr(tile_unit, "refusal", lambda: "the system says no")
+
+
+@pytest.mark.usefixtures("with_tiles")
+def test_a_tile_unit_that_is_not_permitted_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert toolchain.host_isa() is ISAS["avx512"]
+    monkeypatch.setenv("FXQUANT_ISA", "amx")
+    with pytest.raises(errors.OptionError, match="is 'amx', but the system says no: unset it"):
+        toolchain.host_isa()
+    monkeypatch.setattr(tile_unit, "refusal", lambda: "")
+    assert toolchain.host_isa() is AMX
+    monkeypatch.delenv("FXQUANT_ISA")
+    assert toolchain.host_isa() is AMX
+
+
+@pytest.mark.usefixtures("with_tiles")
+def test_permission_is_not_asked_for_without_a_tile_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tile_unit, "refusal", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(toolchain, "cpu_features", lambda: frozenset(ISAS["avx512"].features))
+    assert toolchain.host_isa() is ISAS["avx512"]
 
 
 def test_other_processors_get_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ namespace {
 using stored_t = uint16_t;  // the activation, in bfloat16
 using out_t = uint16_t;  // the result, in bfloat16
 using x_t = uint32_t;  // the activation, as products take it
-using operand_t = uint32_t;  // the weight, as products take it
+using sum_of_one_t = float;  // a lane's sum
 using xsum_t = float;
 typedef uint16_t half_t __attribute__((may_alias));  // bfloat16, read in pairs
 constexpr int64_t E = 1;  // matrices
@@ -54,27 +54,31 @@ constexpr int64_t N_TILES = 88;
 constexpr int64_t K_PADDED = 2048;  // inputs, up to whole tiles
 constexpr int64_t BITS = 4;  // of a code
 constexpr int64_t PER_DWORD = 8;  // codes in a dword: the inputs of a group
+constexpr int64_t PER_STEP = 2;  // inputs that one instruction multiplies
 constexpr int64_t GROUPS = 256;  // in a row
 constexpr int64_t ALL_STEPS = 1024;  // instructions for a row
 constexpr int64_t BLOCK = 64;  // inputs that are summed before a scale is applied
 constexpr int64_t BLOCKS = 32;  // in a row
 constexpr int64_t GROUPS_OF_BLOCK = 8;
 constexpr int64_t GROUPS_AT_ONCE = 32;  // that few rows go through before the next
-constexpr int64_t BLOCKS_AT_ONCE = 1;  // with their scales
+constexpr int64_t BLOCKS_AT_ONCE = 2;  // with their scales
 constexpr int64_t GROUPS_OF_CHUNK = 32;  // that are decoded at a time for many rows
+constexpr int64_t GROUPS_HELD = 16;  // that registers of the tile unit hold
 constexpr int64_t CHUNKS = 8;  // in a row
 constexpr int64_t DECODED = 8192;  // dwords of a decoded chunk
+constexpr int64_t NARROW_ROWS = 64;  // up to which scales are applied to sums
 constexpr int64_t SUPER_ROWS = 768;  // rows that are worked off at a time
-constexpr int64_t TOTALS = 49920;  // floats of the sums of one weight, for many rows
+constexpr int64_t TOTALS = 50176;  // floats of the sums of one weight, for many rows
 constexpr int64_t NEAR_TOTALS = 8192;  // the same that few rows make before they are read
-constexpr int64_t OWN_BYTES = 432128;  // a thread
+constexpr int64_t OWN_BYTES = 434176;  // a thread
 constexpr int64_t AHEAD = 2048;  // dwords of codes that are asked for in advance
 constexpr int STEPS = 4;  // instructions that use up a group
 constexpr int MOST_SUMS = 24;  // registers of sums
 constexpr int PLACES[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of a dword: whose codes stand there
 constexpr int MOST_ROWS = 16;  // of a panel
-constexpr int FEW_HEIGHTS[8] = {16, 12, 8, 6, 4, 3, 2, 1};  // of panels, in rows
-constexpr int MANY_HEIGHTS[3] = {12, 8, 4};  // of panels, in rows
+constexpr int FEW_HEIGHTS[2] = {2, 1};  // of panels, in rows
+// of panels, in rows
+constexpr int MANY_HEIGHTS[16] = {16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1};
 
 using vf = __m512;   // 16 floats
 using vi = __m512i;  // 16 dwords
@@ -422,10 +426,10 @@ template <int COUNT> INLINE int64_t padded(int64_t rows, const int (&heights)[CO
 }
 
 // Panels of the rows that are under work; every thread makes some.
-template <int COUNT>
+template <bool IN_TILES = false, int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
-  const bool is_single = call.m == 1 && height_of(1, heights) == 1;
+  const bool is_single = !IN_TILES && call.m == 1 && height_of(1, heights) == 1;
   if (call.is_line && is_single) return;
   const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
   for (int64_t item = of.thread; !call.is_line && item < E * rows; item += of.threads) {
@@ -452,6 +456,11 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
     x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
     // A cache line of a row at a time: rows are often apart by what evicts each other.
     for (int64_t first = part.first * 16; first < part.last * 16; first += 16) {
+      if (IN_TILES) {  // the 16 steps of one row behind those of another, as the unit loads them
+        for (int row = 0; row < height; ++row)
+          std::memcpy(panel + first * height + row * 16, lines[row] + first, 64);
+        continue;
+      }
       for (int row = 0; row < height; ++row)
         for (int64_t step = first; step < first + 16; ++step)
           panel[step * height + row] = lines[row][step];
@@ -567,12 +576,6 @@ void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, f
 void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums,
               float* totals) {
   switch (height) {
-    case 16: return few_rows<16>(w, tile, x, sums, totals);
-    case 12: return few_rows<12>(w, tile, x, sums, totals);
-    case 8: return few_rows<8>(w, tile, x, sums, totals);
-    case 6: return few_rows<6>(w, tile, x, sums, totals);
-    case 4: return few_rows<4>(w, tile, x, sums, totals);
-    case 3: return few_rows<3>(w, tile, x, sums, totals);
     case 2: return few_rows<2>(w, tile, x, sums, totals);
     case 1: return few_rows<1>(w, tile, x, sums, totals);
   }
@@ -645,73 +648,217 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
   }
 }
 
-// ROWS rows against steps of a decoded tile: totals[row][64] += .
-template <int ROWS>
-ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
-               const float* scale, const float* zeros, float* totals) {
-  (void)sums, (void)scale, (void)zeros;
-  for (int at0 = 0; at0 < TILE; at0 += 2 * LANES) {
-    Sums<2 * ROWS> part;
-    each<2 * ROWS>([&](auto i) INLINE_LAMBDA {
-      constexpr int row = i / 2;
-      (void)row;
-      at<i>(part) = sum_t{};
-    });
-    const operand_t* ws = reinterpret_cast<const operand_t*>(w) + at0;
-    const x_t* xs = x;
-#pragma GCC unroll 1
-    for (int64_t step = 0; step < steps; ++step) {
-      const auto w0 = load(ws), w1 = load(ws + LANES);
-      each<ROWS>([&](auto row) INLINE_LAMBDA {
-        dot(at<2 * row>(part), w0, xs + row);
-        dot(at<2 * row + 1>(part), w1, xs + row);
-      });
-      ws += TILE;
-      xs += ROWS;
+// Groups of a tile to operands, without scales: out[step][64].
+void decode_levels(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out) {
+  const Decoder decoder;
+  constexpr int ALL = TILE / LANES;
+  for (int64_t group = first; group < last; ++group) {
+    const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
+    for (int v = 0; v < ALL; ++v) {
+      prefetch(codes + AHEAD + v * LANES);
+      const vi code = load(codes + v * LANES);
+#pragma GCC unroll 16
+      for (int step = 0; step < STEPS; ++step) {
+        store(out + ((group - first) * STEPS + step) * TILE + v * LANES,
+              decoder.operand(code, step));
+      }
     }
-    each<2 * ROWS>([&](auto i) INLINE_LAMBDA {
-      constexpr int row = i / 2;
-      const int at_n = at0 + i % 2 * LANES;
-      float* total = totals + row * TILE + at_n;
-      const sum_t sum = at<i>(part);
-      store(total, add(load(total), sum));
-    });
   }
 }
 
-void many_rows(int height, const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
-               const float* scale, const float* zeros, float* totals) {
-  switch (height) {
-    case 12: return many_rows<12>(w, steps, x, sums, scale, zeros, totals);
-    case 8: return many_rows<8>(w, steps, x, sums, scale, zeros, totals);
-    case 4: return many_rows<4>(w, steps, x, sums, scale, zeros, totals);
+// --- the tile unit: eight registers of up to 16 rows of 64 bytes ---
+
+template <int TO> INLINE void tile_load(const void* from, int64_t stride) {
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(TO) : "memory");
+}
+template <int FROM> INLINE void tile_store(void* to, int64_t stride) {
+  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(FROM) : "memory");
+}
+template <int AT> INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" : : "i"(AT)); }
+// sums[row][n] += steps [row] of X times steps [..][n] of W.
+template <int SUMS, int X, int W> INLINE void tile_dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(X), "i"(W));
+}
+
+// A thread's unit: how many rows each register has. To change it takes as long as ten products.
+struct TileUnit {
+  struct alignas(64) {
+    uint8_t palette = 1, start = 0, none[14] = {};
+    uint16_t bytes[16] = {};
+    uint8_t rows[16] = {};
+  } now;
+
+  void take(const uint8_t (&rows)[8]) {
+    if (std::memcmp(rows, now.rows, sizeof rows) == 0) return;
+    for (int i = 0; i < 8; ++i) now.rows[i] = rows[i], now.bytes[i] = rows[i] ? 64 : 0;
+    asm volatile("ldtilecfg %0" : : "m"(now));
+  }
+  // What is left to others in this thread is a unit as they would find it.
+  ~TileUnit() { asm volatile("tilerelease"); }
+};
+
+// A panel against COUNT registers of the weight, tmm4 and on: the sums of each block.
+template <int COUNT, int EACH, int SUMS, int X>
+INLINE void narrow_dots(const x_t* x, int height, sum_of_one_t* parts) {
+  each<COUNT>([&](auto i) INLINE_LAMBDA {
+    if constexpr (i % EACH == 0) tile_zero<SUMS>();
+    tile_load<X>(x + i * 16 * height, 64);
+    tile_dot<SUMS, X, 4 + i>();
+    if constexpr (i % EACH == EACH - 1 || i == COUNT - 1)
+      tile_store<SUMS>(parts + i / EACH * 16 * LANES, 64);
+  });
+}
+
+// Panels against steps of a decoded tile, 16 outputs after 16: totals[row][64] += .
+template <int COUNT>
+ALONE void narrow_panels(const uint32_t* w, const x_t* x, int64_t rows, int64_t first_step,
+                         int64_t block, const xsum_t* all_sums, const float* scales,
+                         const float* zeros, float* totals) {
+  (void)zeros;
+  constexpr int EACH = std::min<int>(COUNT, BLOCK / PER_STEP / 16);
+  constexpr int PARTS = (COUNT + EACH - 1) / EACH;
+  alignas(64) sum_of_one_t parts[PARTS * 16 * LANES];
+  for (int n = 0; n < TILE; n += LANES) {
+    Sums<PARTS, vf> scale;
+    each<PARTS>([&](auto b) INLINE_LAMBDA { at<b>(scale) = load(scales + b * TILE + n); });
+    each<COUNT>([&](auto i) INLINE_LAMBDA { tile_load<4 + i>(w + i * 16 * TILE + n, 4 * TILE); });
+    for (int64_t row = 0; row < rows; row += 16) {
+      const int height = int(std::min<int64_t>(rows - row, 16));
+      const x_t* panel = x + row * ALL_STEPS + first_step * height;
+      const xsum_t* sums = all_sums + row * BLOCKS + block * height;
+      (void)sums;
+      if (height == 16)
+        narrow_dots<COUNT, EACH, 0, 1>(panel, height, parts);
+      else
+        narrow_dots<COUNT, EACH, 2, 3>(panel, height, parts);
+#pragma GCC unroll 4
+      for (int r = 0; r < height; ++r) {
+        float* to = totals + (row + r) * TILE + n;
+        vf total = load(to);
+        each<PARTS>([&](auto b) INLINE_LAMBDA {
+          const sum_of_one_t* part = parts + (b * 16 + r) * LANES;
+          total = fma(to_float(load(part)), at<b>(scale), total);
+        });
+        store(to, total);
+      }
+    }
+  }
+}
+
+// One tile of outputs against some panels, with scales applied to sums: totals[row][64].
+void narrow_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
+                 int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
+  const int64_t e = tile / N_TILES, first_row = first_panel * 16, at = e * rows + first_row;
+  const int64_t count = std::min(rows, last_panel * 16) - first_row;
+  const x_t* panels = call.panels + at * ALL_STEPS;
+  const xsum_t* sums = call.sums + at * BLOCKS;
+  const uint8_t rest = uint8_t((count - 1) % 16 + 1);
+  unit.take({16, 16, rest, rest, 16, 16, 16, 16});
+  std::memset(totals, 0, count * TILE * sizeof(float));
+  Scales scales(w, tile);
+  for (int64_t first = 0; first < GROUPS; first += GROUPS_HELD) {
+    const int64_t last = std::min(first + GROUPS_HELD, GROUPS), block = first / GROUPS_OF_BLOCK;
+    decode_levels(w, tile, first, last, own);
+    const uint32_t* operands = own;
+    const float *scale = scales.at(block), *zeros = nullptr;
+    for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);
+    narrow_panels<4>(operands, panels, count, first * STEPS, block, sums, scale, zeros, totals);
+  }
+}
+
+// Two panels, the second one as high as is said, against steps of half of a decoded tile:
+// sums[row][32] += , or = where they begin.
+template <bool ASKS_AHEAD>
+ALONE void two_panels(const uint32_t* w, int64_t count, const x_t* x0, const x_t* x1, int height,
+                      sum_of_one_t* sums, bool begin) {
+  if (begin) {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  } else {
+    tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
+    tile_load<2>(sums + 16 * TILE, 4 * TILE), tile_load<3>(sums + 16 * TILE + 16, 4 * TILE);
+  }
+  for (int64_t i = 0; i < count; ++i, w += 16 * TILE) {
+    tile_load<4>(x0 + i * 256, 64), tile_load<6>(w, 4 * TILE);
+    tile_dot<0, 4, 6>();
+    tile_load<7>(w + 16, 4 * TILE);
+    tile_dot<1, 4, 7>();
+    tile_load<5>(x1 + i * 16 * height, 64);
+    tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+  }
+  tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
+  tile_store<2>(sums + 16 * TILE, 4 * TILE), tile_store<3>(sums + 16 * TILE + 16, 4 * TILE);
+}
+
+// One panel against all outputs of the tile.
+template <bool ASKS_AHEAD>
+ALONE void one_panel(const uint32_t* w, int64_t count, const x_t* x, int height,
+                     sum_of_one_t* sums, bool begin) {
+  if (begin) {
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+  } else {
+    tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
+    tile_load<2>(sums + 32, 4 * TILE), tile_load<3>(sums + 48, 4 * TILE);
+  }
+  for (int64_t i = 0; i < count; ++i, w += 16 * TILE) {
+    tile_load<4>(x + i * 16 * height, 64), tile_load<6>(w, 4 * TILE);
+    tile_dot<0, 4, 6>();
+    tile_load<7>(w + 16, 4 * TILE);
+    tile_dot<1, 4, 7>();
+    tile_load<6>(w + 32, 4 * TILE);
+    tile_dot<2, 4, 6>();
+    tile_load<7>(w + 48, 4 * TILE);
+    tile_dot<3, 4, 7>();
+  }
+  tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
+  tile_store<2>(sums + 32, 4 * TILE), tile_store<3>(sums + 48, 4 * TILE);
+}
+
+// Panels against steps of a decoded tile: sums[row][64] += , or = where they begin.
+void wide_panels(const uint32_t* w, int64_t first_step, int64_t steps, const x_t* x, int64_t rows,
+                 sum_of_one_t* sums, bool begin, TileUnit& unit) {
+  const int64_t count = steps / 16, pairs = (rows + 15) / 32 * 32;
+  // Half of the operands stays near while all rows are gone through.
+  for (int n = 0; n < TILE; n += 32)
+    for (int64_t row = 0; row < pairs; row += 32) {
+      const uint8_t height = uint8_t(std::min<int64_t>(rows - row - 16, 16));
+      const x_t* first = x + row * ALL_STEPS + first_step * 16;
+      const x_t* second = x + (row + 16) * ALL_STEPS + first_step * height;
+      unit.take({16, 16, height, height, 16, height, 16, 16});
+      (row ? two_panels<false> : two_panels<true>)(w + n, count, first, second, height,
+                                                   sums + row * TILE + n, begin);
+    }
+  if (pairs < rows) {
+    const uint8_t height = uint8_t(std::min<int64_t>(rows - pairs, 16));
+    const x_t* last = x + pairs * ALL_STEPS + first_step * height;
+    unit.take({height, height, height, height, height, height, 16, 16});
+    sums += pairs * TILE;
+    (pairs ? one_panel<false> : one_panel<true>)(w, count, last, height, sums, begin);
+  }
+}
+
+// One tile of outputs against some panels, scales in the weight: totals[row][64].
+void wide_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
+               int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
+  const int64_t e = tile / N_TILES, first_row = first_panel * 16;
+  const int64_t count = std::min(rows, last_panel * 16) - first_row;
+  const x_t* panels = call.panels + (e * rows + first_row) * ALL_STEPS;
+  Scales scales(w, tile);
+  for (int64_t chunk = 0; chunk < CHUNKS; ++chunk) {
+    const int64_t first = chunk * GROUPS_OF_CHUNK;
+    const int64_t last = std::min(first + GROUPS_OF_CHUNK, GROUPS);
+    decode_chunk(w, scales, tile, first, last, own);
+    wide_panels(own, first * STEPS, (last - first) * STEPS, panels, count, totals, chunk == 0,
+                unit);
   }
 }
 
 // One tile of outputs against some panels: totals[row][64].
 void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
-               int64_t last_panel, uint32_t* decoded, float* totals) {
-  const int64_t e = tile / N_TILES, base = e * padded(rows, MANY_HEIGHTS);
-  const int64_t first_row = first_panel * MANY_HEIGHTS[0];
-  const int64_t last_row = std::min(rows, last_panel * MANY_HEIGHTS[0]);
-  std::memset(totals, 0, (last_row - first_row + MANY_HEIGHTS[0]) * TILE * sizeof(float));
-  Scales scales(w, tile);
-  for (int64_t chunk = 0; chunk < CHUNKS; ++chunk) {
-    const int64_t first = chunk * GROUPS_OF_CHUNK;
-    const int64_t last = std::min(first + GROUPS_OF_CHUNK, GROUPS);
-    const int64_t block = first / GROUPS_OF_BLOCK;
-    decode_chunk(w, scales, tile, first, last, decoded);
-    const uint32_t* operands = decoded;
-    const float *scale = nullptr, *zeros = nullptr;
-    for (int64_t panel = first_panel; panel < last_panel; ++panel) {
-      const int64_t row = panel * MANY_HEIGHTS[0], at = base + row;
-      const int height = height_of(rows - row, MANY_HEIGHTS);
-      many_rows(height, operands, (last - first) * STEPS,
-                call.panels + at * ALL_STEPS + first * STEPS * height,
-                call.sums + at * BLOCKS + block * height, scale, zeros,
-                totals + (row - first_row) * TILE);
-    }
-  }
+               int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
+  if (rows <= NARROW_ROWS)  // of all panels: results do not depend on the number of threads
+    narrow_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
+  else
+    wide_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
 }
 
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
@@ -720,9 +867,10 @@ void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const Share of(omp_get_thread_num(), omp_get_num_threads());
-    pack(call, super_first, rows, MANY_HEIGHTS, of);
+    pack<true>(call, super_first, rows, MANY_HEIGHTS, of);
     uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
     float* totals = reinterpret_cast<float*>(decoded + DECODED);
+    TileUnit unit;
     const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
     const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
     const auto items = of.part(E * N_TILES * parts);
@@ -732,7 +880,8 @@ void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
       const int64_t first_row = first * MANY_HEIGHTS[0];
       const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
       for (int i = 0; i < WEIGHTS; ++i)
-        many_tile(call, call.weights[i], tile, rows, first, last, decoded, totals + i * TOTALS);
+        many_tile(call, call.weights[i], tile, rows, first, last, decoded,
+                  totals + i * TOTALS, unit);
       finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
     }
   }
