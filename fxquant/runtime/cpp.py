@@ -253,7 +253,8 @@ class CppKernel:
             raise errors.kernel_operand(
                 self.spec.name, "the number of operands", len(self._extra), len(extra)
             )
-        kept, pointers = [], []
+        kept: list[Tensor] = []
+        pointers: list[int] = []
         for tensor, (dtype, size, per_row) in zip(extra, self._extra, strict=True):
             wanted = size * rows if per_row else size
             if tensor.numel() != wanted or tensor.dtype is not dtype or not tensor.is_cpu:
