@@ -69,11 +69,10 @@ def _apart(graph: fx.Graph) -> list[Decision]:
         specs = [_spec(node) for node in nodes]
         if len(nodes) < 2:
             continue
-        if any(spec.outliers is not None for spec in specs):
-            reason = "each finds its outlier columns itself"
-        elif len({spec.weight for spec in specs}) > 1:
-            sizes = ", ".join(dict.fromkeys(f"{s.weight.n}x{s.weight.k}" for s in specs))
-            reason = f"a kernel takes weights of one form, and these are {sizes}"
+        if len({spec.weight for spec in specs}) > 1:
+            sizes = list(dict.fromkeys(f"{s.weight.n}x{s.weight.k}" for s in specs))
+            found = f"are {', '.join(sizes)}" if len(sizes) > 1 else "are encoded in several ways"
+            reason = f"a kernel takes weights of one form, and these {found}"
         else:
             continue
         sites = tuple(site for node in nodes for site in node.meta[SITES])

@@ -74,6 +74,28 @@ def test_ops_of_neighbouring_sums_lie_inside(name):
     assert found.excess(plain[spec.epilogue.result] + 9).all(), "anything lies inside"
 
 
+@pytest.mark.parametrize(
+    "op", ["maximum.default", "atan2.default", "fmod.Tensor", "pow.Tensor_Tensor"]
+)
+def test_numbers_where_aten_wants_tensors(op):
+    exact = torch.linspace(0.2, 3, 16, dtype=torch.float64)
+    values = {"%acc": around(exact, 1e-6 * exact)}
+    found = call(EpilogueNode(f"aten.{op}", ("%acc", 0.7)), values)
+    name, overload = op.split(".")
+    right = getattr(getattr(torch.ops.aten, name), overload)(exact.float(), torch.tensor(0.7))
+    assert not found.excess(right).any()
+    assert found.excess(right + 9).all()
+
+
+def test_which_zero_a_sum_is_stays_open():
+    values = {"%acc": around(torch.zeros(2).double(), torch.zeros(2).double())}
+    angle = call(EpilogueNode("aten.atan2.default", ("%acc", -1.0)), values)
+    assert not angle.excess(torch.tensor([3.1415927, -3.1415927])).any()
+    sign = call(EpilogueNode("aten.signbit.default", ("%acc",)), values)
+    assert not sign.low.any()
+    assert sign.high.all()
+
+
 def test_uncertain_comparisons_allow_both_choices_and_certain_ones_one():
     values = {"%acc": around(torch.tensor([0.0, 1.0, -1.0]), torch.full((3,), 0.1))}
     for number, node in enumerate(

@@ -139,6 +139,18 @@ def test_a_chain_with_operands_of_every_shape() -> None:
     assert decision.reason == "add, gelu, mul, where"
 
 
+def test_tensors_of_one_number_are_numbers() -> None:
+    product = Product()
+
+    def fn(x):
+        out = torch.maximum(product(x), torch.full((1,), -0.3))
+        return torch.where(out > 0.5, torch.atan2(out, torch.full((), 0.7)), torch.full((), -1.0))
+
+    (spec,), _, left = check([product], fn, *tensors((5, K)))
+    assert left == set()
+    assert not spec.epilogue.operands
+
+
 def test_casts_and_dropout_at_inference() -> None:
     product = Product()
 
@@ -208,22 +220,28 @@ def test_query_key_and_value_are_one_kernel() -> None:
     assert [decision.kind for decision in decisions if decision.done] == ["join"]
 
 
-@pytest.mark.parametrize(
-    ("products", "said"),
-    [
-        ([Product(N, 0), Product(N + 4, 1)], "these are 12x8, 16x8"),
-        ([Product(N, n, outliers=True) for n in (0, 1)], "finds its outlier columns itself"),
-    ],
-)
-def test_what_is_not_joined(products: Sequence[Product], said: str) -> None:
-    specs, decisions, _ = check(
-        products, lambda x: [product(x) for product in products], *tensors((5, K))
-    )
+def test_weights_of_two_forms_are_not_joined() -> None:
+    products = [Product(N, 0), Product(N + 4, 1)]
+
+    def fn(x):
+        return [product(x) for product in products]
+
+    specs, decisions, _ = check(products, fn, *tensors((5, K)))
     assert [spec.weights for spec in specs] == [1, 1]
     (decision,) = [decision for decision in decisions if decision.kind == "join"]
     assert not decision.done
     assert decision.sites == (0, 1)
-    assert said in decision.reason
+    assert "these are 12x8, 16x8" in decision.reason
+
+
+def test_outliers_are_looked_for_once() -> None:
+    products = [Product(site=number, outliers=True) for number in range(2)]
+
+    def fn(x):
+        return [product(x) for product in products]
+
+    (spec,), _, _ = check(products, fn, *tensors((5, K)))
+    assert spec.weights == 2
 
 
 def test_a_product_of_another_ones_result_is_not_joined() -> None:
