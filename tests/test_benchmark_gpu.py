@@ -64,6 +64,12 @@ def test_what_there_is_no_time_for_is_named(rehearse):
     assert found["left_out"] == ["64x128, M=1", "64x128, M=32"]
 
 
+def test_only_tests_measure_nothing(tmp_path):
+    path = tmp_path / "gpu.json"
+    assert command.main(["--rehearse", "--only-tests", "--output", str(path)]) == 1
+    assert not path.exists()
+
+
 def test_without_a_gpu_it_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert command.main([]) == command.MISSING_DEVICE

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=31, help="times every contender is called")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for everything")
     parser.add_argument("--skip-tests", action="store_true", help="measure only")
+    parser.add_argument("--only-tests", action="store_true", help="measure nothing")
     parser.add_argument("--skip-decoder", action="store_true", help="products only")
     parser.add_argument("--tune", type=Path, help="choose tiles by timing, and write them here")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU; measures nothing")

@@ -26,6 +26,7 @@ from fxquant.codegen.triton import (
     words,
 )
 from fxquant.codegen.triton.gpu import ANY, Gpu
+from fxquant.codegen.triton.int8_decode import Int8Decode
 from fxquant.codegen.triton.plan import Plan, plan_for
 from fxquant.codegen.triton.printer import Lines
 
@@ -64,10 +65,15 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header, gpu: Gpu = ANY) -> s
         _print_words(out, spec, index, variants)
     else:
         decode.print_constants(out, decode.tables(spec.weight.encoding).values())
-        decode.print_decode(out, spec.weight, index, variants, spec.compute_dtype)
+        whole = None
+        if variants.form.scaling == "output":
+            whole = Int8Decode(out, spec.weight, index, variants, "int8")
+            whole.print()
+        else:
+            decode.print_decode(out, spec.weight, index, variants, spec.compute_dtype)
         kernels.print_finish(out, spec, variants)
-        kernels.print_gemv(out, spec, variants)
-        kernels.print_gemm(out, spec, variants)
+        kernels.print_gemv(out, spec, variants, whole)
+        kernels.print_gemm(out, spec, variants, whole)
     if variants.decodes:
         dequantize.print_kernel(out, spec, index, variants)
     if variants.splits:

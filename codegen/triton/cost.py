@@ -213,4 +213,4 @@ def _decoding(spec: KernelSpec, words: str) -> float:
     encoding = spec.weight.encoding
     if spec.compute_dtype == "int8":
         return 0.1 if is_stored(spec) else 5.0
-    return 4.0 if levels(encoding) is None and encoding.bits == 8 else 13.0
+    return 3.0 if levels(encoding) is None and encoding.bits == 8 else 13.0

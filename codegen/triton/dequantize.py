@@ -22,7 +22,7 @@ _DECODE = "decode_tile"
 def print_kernel(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> None:
     """The kernel ``dequantize``, and what it decodes with unless that is there already."""
     weight, name = spec.weight, "decode"
-    if plan.form.words:
+    if plan.form.scaling != "elements":
         name = _DECODE
         decode.Decode(out, weight, index, plan, spec.compute_dtype, name).print()
     pointers = decode.parameters(weight.encoding)

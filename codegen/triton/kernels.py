@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import decode
+from fxquant.codegen.triton.int8_decode import Int8Decode
 from fxquant.codegen.triton.ops import PRELUDE, TritonOps
 from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines, call, wrap_items
@@ -11,6 +12,7 @@ from fxquant.codegen.triton.printer import Lines, call, wrap_items
 JIT = '(do_not_specialize=["rows"])'
 _CONSTEXPRS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT")
 REDUCE_BLOCK = 128
+GEMV_STAGES = 3
 
 COMBINE = {
     "add": '''
@@ -121,8 +123,11 @@ def _is_wrapped(text: str) -> bool:
     return False
 
 
-def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
-    """Few rows: products in registers, summed over the inputs at the end."""
+def print_gemv(out: Lines, spec: KernelSpec, plan: Plan, whole: Int8Decode | None = None) -> None:
+    """Few rows: products in registers, summed over the inputs at the end.
+
+    `whole` is what prints levels that are whole numbers, whose sums are scaled.
+    """
     out.add("", *COMBINE["add"].splitlines())
     doc = "Few rows: every program streams its share of BLOCK_N outputs' weights once."
     with out.function(f"{spec.name}_gemv", with_constants(parameters(spec)), doc, JIT):
@@ -134,7 +139,8 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
                 for mark in marks(spec)
             ),
         )
-        with out.block(loop(spec)):
+        # Triton issues loads ahead by itself only where they go into a dot.
+        with out.block(loop(spec, stages=GEMV_STAGES)):
             out.add("k = k0 + tl.arange(0, BLOCK_K)[None, None, :]")
             mask = "(m < rows)[:, None, None]" + (
                 "" if plan.whole_k else f" & (k < {spec.weight.k})"
@@ -143,14 +149,15 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan) -> None:
             if round_x(spec):
                 out.add(f"x_tile = x_tile{round_x(spec)}")
             lift = "" if spec.compute_dtype == "float32" else ".to(tl.float32)"
+            raised = lift if whole is None else ".to(tl.float32)"
             for mark in marks(spec):
-                _print_decode_call(out, spec, mark)
-                out.add(f"sums{mark} += x_tile{lift} * w[None, :, :]{lift}")
+                _print_decode_call(out, spec, mark, whole)
+                out.add(f"sums{mark} += x_tile{lift} * w[None, :, :]{raised}")
         out.add(*(f"acc{mark} = tl.reduce(sums{mark}, 2, add)" for mark in marks(spec)))
-        print_end(out, spec, plan, "m[:, None]", "n[None, :]")
+        _print_end(out, spec, plan, ("m[:, None]", "n[None, :]"), whole)
 
 
-def print_gemm(out: Lines, spec: KernelSpec, plan: Plan) -> None:
+def print_gemm(out: Lines, spec: KernelSpec, plan: Plan, whole: Int8Decode | None = None) -> None:
     """Many rows: the transposed product, so that the decoded weight stays in registers."""
     doc = "Many rows: weight tile by activation tile on tensor cores, acc is [outputs, rows]."
     with out.function(f"{spec.name}_gemm", with_constants(parameters(spec)), doc, JIT):
@@ -164,10 +171,11 @@ def print_gemm(out: Lines, spec: KernelSpec, plan: Plan) -> None:
             mask = "(m < rows)[None, :]" + ("" if plan.whole_k else f" & (k < {spec.weight.k})")
             out.add(f"x_tile = tl.load(x_rows + k, mask={mask}, other=0.0){round_x(spec)}")
             exact = ', input_precision="ieee"' if spec.compute_dtype == "float32" else ""
+            w = "w" if whole is None else f"w.to(tl.{spec.compute_dtype})"
             for mark in marks(spec):
-                _print_decode_call(out, spec, mark)
-                out.add("# dot", f"acc{mark} = tl.dot(w, x_tile, acc{mark}{exact})")
-        print_end(out, spec, plan, "m[None, :]", "n[:, None]")
+                _print_decode_call(out, spec, mark, whole)
+                out.add("# dot", f"acc{mark} = tl.dot({w}, x_tile, acc{mark}{exact})")
+        _print_end(out, spec, plan, ("m[None, :]", "n[:, None]"), whole)
 
 
 def print_reduce(out: Lines, spec: KernelSpec) -> None:
@@ -261,12 +269,25 @@ def _matrix(spec: KernelSpec) -> str:
     return "x + e * x_stride_e" if spec.batch else "x"
 
 
-def loop(spec: KernelSpec) -> str:
-    """The head of the loop over a share's inputs, which lie side by side."""
-    return f"for k0 in range(first_k, tl.minimum(first_k + SHARE, {spec.weight.k}), BLOCK_K):"
+def loop(spec: KernelSpec, stages: int = 0) -> str:
+    """The head of the loop over a share's inputs, which lie side by side.
+
+    Args:
+        spec: The product.
+        stages: Depth of a pipeline that the loop asks for itself.
+    """
+    steps = f"first_k, tl.minimum(first_k + SHARE, {spec.weight.k}), BLOCK_K"
+    return (
+        f"for k0 in tl.range({steps}, num_stages={stages}):"
+        if stages
+        else f"for k0 in range({steps}):"
+    )
 
 
-def _print_decode_call(out: Lines, spec: KernelSpec, mark: str) -> None:
+def _print_decode_call(out: Lines, spec: KernelSpec, mark: str, whole: Int8Decode | None) -> None:
+    if whole is not None:
+        out.add("# load and decode", f"w = {whole.call_tile(mark)}")
+        return
     args = [*decode.parameters(spec.weight.encoding, [mark]), *decode.batch_index(spec.weight)]
     args += ["n0", "k0", "BLOCK_N", "BLOCK_K"]
     out.add("# load and decode", f"w = {call('decode', args)}")
@@ -277,9 +298,14 @@ def round_x(spec: KernelSpec) -> str:
     return "" if spec.x_dtype == spec.compute_dtype else f".to(tl.{spec.compute_dtype})"
 
 
-def print_end(out: Lines, spec: KernelSpec, plan: Plan, m: str, n: str) -> None:
+def _print_end(
+    out: Lines, spec: KernelSpec, plan: Plan, place: tuple[str, str], whole: Int8Decode | None
+) -> None:
     """Makes rows and outputs broadcast, as the sums lie, and prints `print_store`."""
-    out.add("# epilogue", "n = n0 + tl.arange(0, BLOCK_N)", f"m, n = {m}, {n}")
+    out.add("n = n0 + tl.arange(0, BLOCK_N)", f"m, n = {', '.join(place)}")
+    if whole is not None:
+        out.add("# scale", *(f"acc{mark} *= {whole.call_scale(mark)}" for mark in marks(spec)))
+    out.add("# epilogue")
     print_store(out, spec, plan)
 
 

@@ -84,7 +84,9 @@ def plan_for(spec: KernelSpec, index: WeightIndex, gpu: Gpu = ANY) -> Plan:
     variants: dict[int, tuple[Tile, ...]] = {}
     if not form.words and spec.compute_dtype != "int8":
         programs = 4 * gpu.processors
-        variants = {rows: (gemv_tile(spec, rows, form.axis, programs),) for rows in GEMV_ROWS}
+        # Sums of four rows take the registers of programs whose loads would be under way.
+        few = GEMV_ROWS if spec.compute_dtype == "float32" else GEMV_ROWS[:-1]
+        variants = {rows: (gemv_tile(spec, rows, form.axis, programs),) for rows in few}
     for rows in BUCKETS:
         variants[rows] = _ranked(spec, form, gpu, rows)
     tiles = [tile for found in variants.values() for tile in found]
@@ -135,7 +137,15 @@ def form_of(spec: KernelSpec, index: WeightIndex, vendor: str) -> Form:
         scaling, run = _scaling(spec, index)
         # Turning a tile of bytes takes registers.
         return Form(axis, scaling, "", min(run, 64) if axis == N else run)
-    return Form(axis, "elements", "", 32 if spec.compute_dtype == "float32" else 64)
+    scaling = "output" if _is_whole(spec, index) else "elements"
+    return Form(axis, scaling, "", 32 if spec.compute_dtype == "float32" else 64)
+
+
+def _is_whole(spec: KernelSpec, index: WeightIndex) -> bool:
+    """Whether levels are whole numbers that every dtype has, and an output has one scale."""
+    encoding = spec.weight.encoding
+    plain = levels(encoding) is None and not encoding.zero_point
+    return plain and index.run_of_block(K, _INPUTS) == 0
 
 
 def _word_inputs(spec: KernelSpec, index: WeightIndex) -> int:

@@ -171,7 +171,7 @@ def gemv_tile(spec: KernelSpec, rows: int, axis: sympy.Symbol | None, programs: 
         n = min(most // k, fit(weight.n, 1))
     tiles = (spec.batch or 1) * -(-weight.n // n)
     splits = [split for split in _splits(spec, k, 1) if split == 1 or tiles * split < 2 * programs]
-    return Tile("gemv", rows, n, k, splits[-1], 4, 2)
+    return Tile("gemv", rows, n, k, splits[-1], 4)
 
 
 def is_stored(spec: KernelSpec) -> bool:

@@ -6,6 +6,18 @@ that belong to it. So a thread's word holds exactly what the matrix unit wants o
 nothing moves between threads on the way. Levels are rounded to the dtype of the product and scales
 are multiplied with its sums, a block of inputs at a time.
 
+There is no kernel for a single row. A GEMV decodes as much and multiplies on top of that: a level
+has to be widened to float32 and multiplied, two instructions a weight, where the matrix unit takes
+one for 16 rows and 1024 weights, and 16 rows cost it no more than one. Counted in machine code for
+sm_90, the loop with tiles of 16 rows has 5.0 instructions a weight, 2.8 of them on the pipe of 64
+lanes a cycle that permutations take. On an H100 that is 13 us for 8192 x 8192 weights, whose bytes
+take 10: decoding, not memory, is what would have to be shortened. Five programs with four stages
+under way hold 80 KB, and 20 KB are what the bandwidth brings to a processor in the time of a load.
+
+Activations come in pairs of inputs, 4 bytes a copy instead of 16. With 128 rows of a tile that is
+16 copies of a thread a step; a step's products take the matrix unit longer than those take the load
+pipe, so there is no permuted copy of x.
+
 How a word becomes numbers is one function, ``decode``, in two variants. On NVIDIA's GPUs it is
 inline assembly: ``prmt`` picks four bytes out of eight by the codes themselves, so that the lower
 and the upper bytes of 16 levels take four of them for four codes. Elsewhere, and in Triton's

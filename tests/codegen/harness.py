@@ -66,6 +66,14 @@ def build_for(module: ModuleType, rows: int) -> Build:
     return Build(f"{kernel.__name__}_{most}", kernel, constants, options)
 
 
+def split(module: ModuleType) -> None:
+    """Makes programs of all tiles share their inputs, whatever the cost model says."""
+    shares = min(count for count in module.REDUCTIONS if count > 1)
+    for most, (kernel, constants, options) in list(module.VARIANTS.items()):
+        if "SPLIT" in constants:
+            module.VARIANTS[most] = kernel, {**constants, "SPLIT": shares}, options
+
+
 def stored(encoding: Encoding, shape: tuple[int, ...], seed: int = 0) -> list[Tensor]:
     """A packed random weight."""
     generator = torch.Generator().manual_seed(seed)

@@ -87,16 +87,16 @@ def fp4_linear_33x77_odd_gemv(
     first_k = share * SHARE
     x_rows = x + m[:, None, None] * x_stride_m
     sums = tl.full((BLOCK_M, BLOCK_N, BLOCK_K), 0.0, tl.float32)
-    for k0 in range(first_k, tl.minimum(first_k + SHARE, 77), BLOCK_K):
+    for k0 in tl.range(first_k, tl.minimum(first_k + SHARE, 77), BLOCK_K, num_stages=3):
         k = k0 + tl.arange(0, BLOCK_K)[None, None, :]
         x_tile = tl.load(x_rows + k, mask=(m < rows)[:, None, None] & (k < 77), other=0.0)
         # load and decode
         w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
         sums += x_tile * w[None, :, :]
     acc = tl.reduce(sums, 2, add)
-    # epilogue
     n = n0 + tl.arange(0, BLOCK_N)
     m, n = m[:, None], n[None, :]
+    # epilogue
     if SPLIT == 1:
         finish(acc, out, m, n, rows)
     else:
@@ -124,9 +124,9 @@ def fp4_linear_33x77_odd_gemm(
         w = decode(codes, scales, n0, k0, BLOCK_N, BLOCK_K)
         # dot
         acc = tl.dot(w, x_tile, acc, input_precision="ieee")
-    # epilogue
     n = n0 + tl.arange(0, BLOCK_N)
     m, n = m[None, :], n[:, None]
+    # epilogue
     if SPLIT == 1:
         finish(acc, out, m, n, rows)
     else:
@@ -145,17 +145,17 @@ VARIANTS = {
     1: (
         fp4_linear_33x77_odd_gemv,
         {"BLOCK_M": 1, "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 2},
+        {"num_warps": 4, "num_stages": 3},
     ),
     2: (
         fp4_linear_33x77_odd_gemv,
         {"BLOCK_M": 2, "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 2},
+        {"num_warps": 4, "num_stages": 3},
     ),
     4: (
         fp4_linear_33x77_odd_gemv,
         {"BLOCK_M": 4, "BLOCK_N": 16, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 2},
+        {"num_warps": 4, "num_stages": 3},
     ),
     2048: (
         fp4_linear_33x77_odd_gemm,
