@@ -10,10 +10,9 @@ def many(plan: Plan) -> str:
     """The text of the skeleton for many rows."""
     whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
     if plan.uses_tiles:
-        levels = (
-            [_levels("decode_levels", _DECODER)] if plan.path == "bf16" and plan.scales_sums else []
-        )
-        parts = [_decode(plan), *levels, tiles(plan), _RUN]
+        parts = [_decode(plan), tiles(plan), _RUN]
+        if plan.path == "bf16" and plan.scales_sums:
+            parts.insert(1, _levels("decode_levels", _DECODER))
         unit, given = "\n    TileUnit unit;", ", unit"
         text = "\n".join(parts).replace("pack(call", "pack<true>(call")
     else:
