@@ -168,7 +168,8 @@ _DECODE_LEVELS = """\
       const vi code = load(codes + v * LANES);
 #pragma GCC unroll 16
       for (int step = 0; step < STEPS; ++step) {
-        store(out + @PLACE@, decoder.operand(code, step));
+        store(out + @PLACE@,
+              decoder.operand(code, step));
       }
     }
   }

@@ -67,10 +67,10 @@ constexpr int64_t GROUPS_HELD = 16;  // that registers of the tile unit hold
 constexpr int64_t CHUNKS = 8;  // in a row
 constexpr int64_t DECODED = 8192;  // dwords of a decoded chunk
 constexpr int64_t NARROW_ROWS = 64;  // up to which scales are applied to sums
-constexpr int64_t SUPER_ROWS = 768;  // rows that are worked off at a time
-constexpr int64_t TOTALS = 50176;  // floats of the sums of one weight, for many rows
+constexpr int64_t SUPER_ROWS = 320;  // rows that are worked off at a time
+constexpr int64_t TOTALS = 21504;  // floats of the sums of one weight, for many rows
 constexpr int64_t NEAR_TOTALS = 8192;  // the same that few rows make before they are read
-constexpr int64_t OWN_BYTES = 434176;  // a thread
+constexpr int64_t OWN_BYTES = 204800;  // a thread
 constexpr int64_t AHEAD = 2048;  // dwords of codes that are asked for in advance
 constexpr int STEPS = 4;  // instructions that use up a group
 constexpr int MOST_SUMS = 24;  // registers of sums
@@ -659,7 +659,8 @@ void decode_levels(const Weight& w, int64_t tile, int64_t first, int64_t last, u
       const vi code = load(codes + v * LANES);
 #pragma GCC unroll 16
       for (int step = 0; step < STEPS; ++step) {
-        store(out + ((v * (last - first) + group - first) * STEPS + step) * LANES, decoder.operand(code, step));
+        store(out + ((v * (last - first) + group - first) * STEPS + step) * LANES,
+              decoder.operand(code, step));
       }
     }
   }
