@@ -1,6 +1,7 @@
 """What the machine can do: its DRAM read rate and the rates of its dot-product instructions.
 
-The loops are in `machine.cpp`, built with the compiler that builds the kernels.
+The loops are in `machine.cpp`, built with the compiler that builds the kernels; what a tile unit
+does is what the cost model of the kernels reckons with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from fxquant.runtime import toolchain
+from fxquant.runtime import rates, toolchain
 
 UNITS = ("float32", "bfloat16", "int8")
 """What the operands of a dot product can be."""
@@ -85,7 +86,17 @@ class Machine:
 
     def rates(self) -> Rates:
         """Measures; takes less than a second."""
-        return Rates(_median(self.evict), {unit: self._dots(unit) for unit in UNITS})
+        dots = {unit: self._dots(unit) for unit in UNITS}
+        return Rates(_median(self.evict), {**dots, **self._tiles()})
+
+    def _tiles(self) -> dict[str, float]:
+        """Multiply-adds of the tile unit, where kernels use one."""
+        chain = toolchain.toolchain()
+        if chain is None or not chain.isa.has_tiles:
+            return {}
+        found = rates.rates(chain, self.threads).many
+        each = {"bfloat16": 2 * found["bf16"], "int8": 4 * found["int8"]}
+        return {unit: rate * chain.isa.lanes * self.threads for unit, rate in each.items()}
 
     def _dots(self, unit: str) -> float:
         loop = getattr(self._library, f"dot_{unit}")

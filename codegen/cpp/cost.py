@@ -16,8 +16,7 @@ import sympy
 
 from fxquant.codegen.cpp.isa import Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
-from fxquant.codegen.cpp.plan import CHUNK, TILE, TILE_ROWS, Plan
-from fxquant.codegen.cpp.printer import SUPER_ROWS
+from fxquant.codegen.cpp.plan import CHUNK, SUPER_ROWS, TILE, TILE_ROWS, Plan
 from fxquant.codegen.cpp.tiles import NARROW_ROWS
 
 M, THREADS = sympy.symbols("m threads", integer=True, positive=True)
@@ -143,8 +142,8 @@ def many_cost(plan: Plan) -> Cost:
 
 def _tiles_cost(plan: Plan) -> Cost:
     """Of `tiles`: eight rows take half a product's time; scales are of weights, or of sums."""
-    rows, supers = 8 * sympy.ceiling(M / 8), sympy.ceiling(M / SUPER_ROWS)
-    panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS, evaluate=False) / TILE_ROWS)
+    rows, supers = 8 * sympy.ceiling(M / 8), sympy.ceiling(M / plan.super_rows)
+    panels = sympy.ceiling(sympy.Min(M, plan.super_rows, evaluate=False) / TILE_ROWS)
     tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
     wanted = sympy.Min(sympy.ceiling(4 * THREADS / tiles), panels, evaluate=False)
     parts = sympy.Max(1, wanted, evaluate=False)

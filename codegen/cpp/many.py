@@ -10,10 +10,9 @@ def many(plan: Plan) -> str:
     """The text of the skeleton for many rows."""
     whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
     if plan.uses_tiles:
-        levels = (
-            [_levels("decode_levels", _DECODER)] if plan.path == "bf16" and plan.scales_sums else []
-        )
-        parts = [_decode(plan), *levels, tiles(plan), _RUN]
+        parts = [_decode(plan), tiles(plan), _RUN]
+        if plan.path == "bf16" and plan.scales_sums:
+            parts.insert(1, _levels(plan, "decode_levels", _DECODER))
         unit, given = "\n    TileUnit unit;", ", unit"
         text = "\n".join(parts).replace("pack(call", "pack<true>(call")
     else:
@@ -46,12 +45,12 @@ def _panels(plan: Plan) -> str:
 def _decode(plan: Plan) -> str:
     if plan.path == "int8":
         decoder = _SIGNED if signed(plan) else _DECODER
-        return "" if plan.encoding.bits == 8 else _levels("decode_chunk", decoder)
+        return "" if plan.encoding.bits == 8 else _levels(plan, "decode_chunk", decoder)
     if plan.is_regular:
         zeros = "load(scales.zeros_at(block) + v * LANES)" if plan.encoding.zero_point else "vf{}"
-        text = _DECODE_REGULAR.replace("@ZEROS@", zeros)
+        text = _placed(plan, _DECODE_REGULAR.replace("@ZEROS@", zeros), "g")
     else:
-        text = _DECODE_GATHERED
+        text = _placed(plan, _DECODE_GATHERED, "group")
     if plan.path == "bf16":
         body = f"store(out_at, pair({_scaled(plan, '')},\n{' ' * 27}{_scaled(plan, ' + STEPS')}));"
     else:
@@ -59,10 +58,20 @@ def _decode(plan: Plan) -> str:
     return text.replace("@BODY@", body)
 
 
-def _levels(name: str, decoder: str) -> str:
+def _levels(plan: Plan, name: str, decoder: str) -> str:
     """A function that decodes without scales, and how it makes its decoder."""
     head = f"void {name}(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out)"
-    return _DECODE_LEVELS.replace("@HEAD@", head).replace("@DECODER@", decoder)
+    text = _DECODE_LEVELS.replace("@HEAD@", head).replace("@DECODER@", decoder)
+    return _placed(plan, text, "group")
+
+
+def _placed(plan: Plan, text: str, group: str) -> str:
+    """A function that decodes, with where the operands of a step and a vector go to."""
+    laid, place = "[step][64]", f"(({group} - first) * STEPS + step) * TILE + v * LANES"
+    if plan.uses_tiles:
+        laid = "[output / 16][step][16]"
+        place = f"((v * (last - first) + {group} - first) * STEPS + step) * LANES"
+    return text.replace("@LAID@", laid).replace("@PLACE@", place)
 
 
 def _scaled(plan: Plan, half: str) -> str:
@@ -88,7 +97,7 @@ def _chunk(plan: Plan) -> str:
 
 _DECODE_REGULAR = """\
 
-// Groups of a tile to operands, scales applied: out[step][64].
+// Groups of a tile to operands, scales applied: out@LAID@.
 void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, int64_t last,
                   uint32_t* out) {
   const Decoder decoder;
@@ -106,7 +115,7 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
       const vi code = load(codes + v * LANES);
 #pragma GCC unroll 16
         for (int step = 0; step < STEPS; ++step) {
-          uint32_t* out_at = out + ((g - first) * STEPS + step) * TILE + v * LANES;
+          uint32_t* out_at = out + @PLACE@;
           @BODY@
         }
       }
@@ -118,7 +127,7 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
 
 _DECODE_GATHERED = """\
 
-// Groups of a tile to operands, scales applied: out[step][64].
+// Groups of a tile to operands, scales applied: out@LAID@.
 void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, int64_t last,
                   uint32_t* out) {
   const Decoder decoder;
@@ -131,7 +140,7 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
 #pragma GCC unroll 16
       for (int step = 0; step < STEPS; ++step) {
         const int64_t k = group * PER_DWORD + step * PER_STEP;
-        uint32_t* out_at = out + ((group - first) * STEPS + step) * TILE + v * LANES;
+        uint32_t* out_at = out + @PLACE@;
         @BODY@
       }
     }
@@ -149,7 +158,7 @@ _SIGNED = """\
 """
 
 _DECODE_LEVELS = """\
-// Groups of a tile to operands, without scales: out[step][64].
+// Groups of a tile to operands, without scales: out@LAID@.
 @HEAD@ {
 @DECODER@  constexpr int ALL = TILE / LANES;
   for (int64_t group = first; group < last; ++group) {
@@ -159,7 +168,7 @@ _DECODE_LEVELS = """\
       const vi code = load(codes + v * LANES);
 #pragma GCC unroll 16
       for (int step = 0; step < STEPS; ++step) {
-        store(out + ((group - first) * STEPS + step) * TILE + v * LANES,
+        store(out + @PLACE@,
               decoder.operand(code, step));
       }
     }

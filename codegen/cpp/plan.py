@@ -24,6 +24,12 @@ TILE = 64
 CHUNK = 256
 """Inputs of a tile that are worked off at a time: 32 KiB of bfloat16."""
 
+SUPER_ROWS = 768
+"""Rows that are worked off at a time, at most: what is decoded serves so many."""
+
+NEAR_BYTES = 5 << 18
+"""Of the activation that stay in the second-level cache of a processor with a tile unit."""
+
 TILE_ROWS = 16
 """Rows of a register of the tile unit, and the steps that it multiplies at once."""
 
@@ -187,6 +193,18 @@ class Plan:
     def many_heights(self) -> tuple[int, ...]:
         """Rows of a panel that is multiplied with a decoded tile, the most first."""
         return tuple(range(TILE_ROWS, 0, -1)) if self.uses_tiles else self.isa.many_heights
+
+    @property
+    def super_rows(self) -> int:
+        """Rows that are worked off at a time.
+
+        All are read again for every tile of outputs. The tile unit is faster than the third-level
+        cache, so to decode twice costs it less than more rows than the second holds.
+        """
+        if not self.uses_tiles:
+            return SUPER_ROWS
+        near = NEAR_BYTES // (4 * self.k_padded // self.per_step)
+        return min(SUPER_ROWS, max(64, near // 32 * 32))
 
     # --- levels ---
 

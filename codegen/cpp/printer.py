@@ -22,9 +22,6 @@ from fxquant.codegen.cpp.unused import without_unused
 from fxquant.codegen.header import Header
 from fxquant.codegen.spec import KernelSpec
 
-SUPER_ROWS = 768
-"""Rows that are worked off at a time: what is decoded serves so many."""
-
 
 def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
     """The C++ source of a spec's kernel for an instruction set.
@@ -86,7 +83,7 @@ def _sizes(plan: Plan) -> str:
     per_step = {"f32": "float", "bf16": "uint32_t", "int8": "uint32_t"}[plan.path]
     stored = plan.path == "int8" and plan.encoding.bits == 8
     decoded = 0 if stored else chunk // plan.per_step * TILE
-    totals = (SUPER_ROWS + plan.many_heights[0]) * TILE
+    totals = (plan.super_rows + plan.many_heights[0]) * TILE
     if plan.uses_tiles and plan.path == "int8" and not plan.scales_sums:
         decoded += totals  # sums of bytes are kept until a block ends
     heights = (*plan.few_heights, *plan.many_heights)
@@ -127,7 +124,7 @@ def _sizes(plan: Plan) -> str:
         ("CHUNKS", -(-plan.k_padded // chunk), "in a row"),
         ("DECODED", decoded, "dwords of a decoded chunk"),
         ("NARROW_ROWS", tiles.NARROW_ROWS, "up to which scales are applied to sums"),
-        ("SUPER_ROWS", SUPER_ROWS, "rows that are worked off at a time"),
+        ("SUPER_ROWS", plan.super_rows, "rows that are worked off at a time"),
         ("TOTALS", totals, "floats of the sums of one weight, for many rows"),
         ("NEAR_TOTALS", 8192, "the same that few rows make before they are read"),
         ("OWN_BYTES", 4 * (decoded + spec.weights * totals), "a thread"),

@@ -1,11 +1,11 @@
 """Many rows on the tile unit (AMX): panels of 16 rows against registers of 16 steps by 16 outputs.
 
-A decoded tile, ``out[step][64]``, is what the unit takes as it is, and so are codes of 8 bits that
-are multiplied as they are stored. There are two ways through it. The wide one sums 32 rows by 32
-outputs at a time and keeps the sums in memory from chunk to chunk; scales are in the operands, or
-follow where a block ends. The narrow one leaves a part of the weight in registers for one panel
-after another and scales the sums of each block: levels are cheaper to decode than weights, which
-pays until there are many sums.
+Weights are decoded to ``[output / 16][step][16]``, what a register takes together; codes of 8 bits
+that are multiplied as they are stored are what the unit takes, too. There are two ways through it.
+The wide one sums 32 rows by 32 outputs at a time and keeps the sums in memory from chunk to chunk;
+scales are in the operands, or follow where a block ends. The narrow one leaves a part of the weight
+in registers for one panel after another and scales the sums of each block: levels are cheaper to
+decode than weights, which pays until there are many sums.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def tiles(plan: Plan) -> str:
     dot = "tdpbf16ps"
     if is_int8:
         dot = "tdpbsud" if _is_stored(plan) else "tdpbssd"
-    parts = [unit(dot)]
+    parts = [unit(dot), _IN_PLACE if _is_stored(plan) else _APART]
     parts += [_narrow(plan)] if narrow else []
     parts += [_wide(plan)] if wide else []
     given = "call, w, tile, rows, first_panel, last_panel, own, totals, unit"
@@ -84,7 +84,7 @@ def _narrow(plan: Plan) -> str:
 def _wide(plan: Plan) -> str:
     ahead = ("", "")
     if _is_stored(plan):
-        ahead = (_AHEAD.replace("@WIDTH@", "TILE / 2"), _AHEAD.replace("@WIDTH@", "TILE"))
+        ahead = (_AHEAD.replace("@WIDTH@", "32"), _AHEAD.replace("@WIDTH@", "TILE"))
     panels = _PANELS.replace("@AHEAD_OF_TWO@", ahead[0]).replace("@AHEAD_OF_ONE@", ahead[1])
     if plan.path != "int8":
         return panels + _WIDE_FLOATS
@@ -128,6 +128,18 @@ struct TileUnit {
 };
 """
 
+_APART = """\
+// Operands are decoded 16 outputs after 16: what a register takes lies together.
+constexpr int64_t OF_ROW = 64, OF_TILE = 256;             // bytes, dwords
+constexpr int64_t apart(int64_t steps) { return steps; }  // dwords from one output to the next
+"""
+
+_IN_PLACE = """\
+// Operands are multiplied where they are stored.
+constexpr int64_t OF_ROW = 4 * TILE, OF_TILE = 16 * TILE;  // bytes, dwords
+constexpr int64_t apart(int64_t) { return 1; }             // dwords from one output to the next
+"""
+
 _NARROW = """\
 // A panel against COUNT registers of the weight, tmm4 and on: the sums of each block.
 template <int COUNT, int EACH, int SUMS, int X>
@@ -153,7 +165,8 @@ ALONE void narrow_panels(const uint32_t* w, const x_t* x, int64_t rows, int64_t 
   for (int n = 0; n < TILE; n += LANES) {
     Sums<PARTS, vf> scale;
     each<PARTS>([&](auto b) INLINE_LAMBDA { at<b>(scale) = load(scales + b * TILE + n); });
-    each<COUNT>([&](auto i) INLINE_LAMBDA { tile_load<4 + i>(w + i * 16 * TILE + n, 4 * TILE); });
+    const uint32_t* ws = w + n * apart(COUNT * 16);
+    each<COUNT>([&](auto i) INLINE_LAMBDA { tile_load<4 + i>(ws + i * OF_TILE, OF_ROW); });
     for (int64_t row = 0; row < rows; row += 16) {
       const int height = int(std::min<int64_t>(rows - row, 16));
       const x_t* panel = x + row * ALL_STEPS + first_step * height;
@@ -204,16 +217,17 @@ _PANELS = """\
 template <bool ASKS_AHEAD>
 ALONE void two_panels(const uint32_t* w, int64_t count, const x_t* x0, const x_t* x1, int height,
                       sum_of_one_t* sums, bool begin) {
+  const uint32_t* next = w + 16 * apart(count * 16);
   if (begin) {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
   } else {
     tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
     tile_load<2>(sums + 16 * TILE, 4 * TILE), tile_load<3>(sums + 16 * TILE + 16, 4 * TILE);
   }
-  for (int64_t i = 0; i < count; ++i, w += 16 * TILE) {
-@AHEAD_OF_TWO@    tile_load<4>(x0 + i * 256, 64), tile_load<6>(w, 4 * TILE);
+  for (int64_t i = 0; i < count; ++i, w += OF_TILE, next += OF_TILE) {
+@AHEAD_OF_TWO@    tile_load<4>(x0 + i * 256, 64), tile_load<6>(w, OF_ROW);
     tile_dot<0, 4, 6>();
-    tile_load<7>(w + 16, 4 * TILE);
+    tile_load<7>(next, OF_ROW);
     tile_dot<1, 4, 7>();
     tile_load<5>(x1 + i * 16 * height, 64);
     tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
@@ -226,20 +240,21 @@ ALONE void two_panels(const uint32_t* w, int64_t count, const x_t* x0, const x_t
 template <bool ASKS_AHEAD>
 ALONE void one_panel(const uint32_t* w, int64_t count, const x_t* x, int height,
                      sum_of_one_t* sums, bool begin) {
+  const int64_t more = 16 * apart(count * 16);
   if (begin) {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
   } else {
     tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
     tile_load<2>(sums + 32, 4 * TILE), tile_load<3>(sums + 48, 4 * TILE);
   }
-  for (int64_t i = 0; i < count; ++i, w += 16 * TILE) {
-@AHEAD_OF_ONE@    tile_load<4>(x + i * 16 * height, 64), tile_load<6>(w, 4 * TILE);
+  for (int64_t i = 0; i < count; ++i, w += OF_TILE) {
+@AHEAD_OF_ONE@    tile_load<4>(x + i * 16 * height, 64), tile_load<6>(w, OF_ROW);
     tile_dot<0, 4, 6>();
-    tile_load<7>(w + 16, 4 * TILE);
+    tile_load<7>(w + more, OF_ROW);
     tile_dot<1, 4, 7>();
-    tile_load<6>(w + 32, 4 * TILE);
+    tile_load<6>(w + 2 * more, OF_ROW);
     tile_dot<2, 4, 6>();
-    tile_load<7>(w + 48, 4 * TILE);
+    tile_load<7>(w + 3 * more, OF_ROW);
     tile_dot<3, 4, 7>();
   }
   tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
@@ -257,8 +272,8 @@ void wide_panels(const uint32_t* w, int64_t first_step, int64_t steps, const x_t
       const x_t* first = x + row * ALL_STEPS + first_step * 16;
       const x_t* second = x + (row + 16) * ALL_STEPS + first_step * height;
       unit.take({16, 16, height, height, 16, height, 16, 16});
-      (row ? two_panels<false> : two_panels<true>)(w + n, count, first, second, height,
-                                                   sums + row * TILE + n, begin);
+      (row ? two_panels<false> : two_panels<true>)(w + n * apart(steps), count, first, second,
+                                                   height, sums + row * TILE + n, begin);
     }
   if (pairs < rows) {
     const uint8_t height = uint8_t(std::min<int64_t>(rows - pairs, 16));

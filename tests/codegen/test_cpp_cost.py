@@ -23,8 +23,7 @@ from fxquant.codegen.cpp.cost import (
 )
 from fxquant.codegen.cpp.isa import AMX, AVX2, AVX512, ISAS, PORTABLE, Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
-from fxquant.codegen.cpp.plan import Plan
-from fxquant.codegen.cpp.printer import SUPER_ROWS
+from fxquant.codegen.cpp.plan import SUPER_ROWS, Plan
 from fxquant.codegen.cpp.tiles import NARROW_ROWS
 from fxquant.codegen.epilogue import Epilogue, EpilogueResult
 from fxquant.codegen.spec import KernelSpec, WeightOperand

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from fxquant.codegen import KernelSpec, bounds, reference
 from fxquant.codegen.cpp.isa import ISAS
-from fxquant.codegen.cpp.plan import Plan
-from fxquant.codegen.cpp.printer import SUPER_ROWS
+from fxquant.codegen.cpp.plan import SUPER_ROWS, Plan
 from fxquant.codegen.epilogue import FLOAT_DTYPES
 from fxquant.codegen.spec import WeightOperand
 from fxquant.formats import pack

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from fxquant.codegen import Header, KernelSpec, QuantizeSpec, bounds, cpp, quantize, reference
 from fxquant.codegen.cpp.isa import ISAS, Isa
-from fxquant.codegen.cpp.plan import Plan
-from fxquant.codegen.cpp.printer import SUPER_ROWS
+from fxquant.codegen.cpp.plan import SUPER_ROWS, Plan
 from fxquant.runtime import toolchain
 from tests.bounds import assert_close_within
 from tests.codegen import cpp_harness, cpp_joined, cpp_specs, harness

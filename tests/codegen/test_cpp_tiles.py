@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fxquant.codegen import Header, KernelSpec, bounds, cpp, reference
 from fxquant.codegen.cpp.isa import AMX, AVX512
-from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.plan import SUPER_ROWS, Plan
 from fxquant.codegen.cpp.tiles import NARROW_ROWS
 from fxquant.codegen.spec import Outliers
 from fxquant.formats import Encoding
@@ -32,7 +32,8 @@ SPECS = {
     one.name: one
     for one in (
         spec("levels", NF4, (80, 448), compute="bfloat16"),
-        spec("channels_bf16", CHANNELS, (70, 320), compute="bfloat16"),
+        # More inputs than a second-level cache holds of many rows.
+        spec("channels_bf16", CHANNELS, (33, 10304), compute="bfloat16"),
         spec("short_blocks", Encoding(4, block=(1, 32)), (70, 192), compute="bfloat16"),
         spec("shorter_blocks", Encoding(4, block=(1, 16)), (70, 192), compute="bfloat16"),
         spec("zeros", Encoding(4, block=(1, 64), zero_point=True), (64, 320), compute="bfloat16"),
@@ -95,6 +96,14 @@ def test_the_text_goes_the_way_that_is_meant(name: str) -> None:
     if plan.path == "bf16":
         assert plan.scales_sums == (name in NARROW)
     assert "tile_load" not in cpp.render(SPECS[name], Header(), AVX512)
+
+
+def test_rows_that_are_worked_off_at_a_time_stay_near() -> None:
+    assert Plan(SPECS["channels_bf16"], AMX).super_rows == 64 < ROWS[-1]
+    assert Plan(SPECS["levels"], AMX).super_rows == SUPER_ROWS
+    assert Plan(SPECS["channels_bf16"], AVX512).super_rows == SUPER_ROWS
+    # 5/4 MiB of rows of 8 KiB.
+    assert Plan(spec("wide", NF4, (64, 4096), compute="bfloat16"), AMX).super_rows == 160
 
 
 def test_what_the_unit_does_not_multiply_is_the_text_of_vectors() -> None:

@@ -67,10 +67,10 @@ constexpr int64_t GROUPS_HELD = 16;  // that registers of the tile unit hold
 constexpr int64_t CHUNKS = 8;  // in a row
 constexpr int64_t DECODED = 8192;  // dwords of a decoded chunk
 constexpr int64_t NARROW_ROWS = 64;  // up to which scales are applied to sums
-constexpr int64_t SUPER_ROWS = 768;  // rows that are worked off at a time
-constexpr int64_t TOTALS = 50176;  // floats of the sums of one weight, for many rows
+constexpr int64_t SUPER_ROWS = 320;  // rows that are worked off at a time
+constexpr int64_t TOTALS = 21504;  // floats of the sums of one weight, for many rows
 constexpr int64_t NEAR_TOTALS = 8192;  // the same that few rows make before they are read
-constexpr int64_t OWN_BYTES = 434176;  // a thread
+constexpr int64_t OWN_BYTES = 204800;  // a thread
 constexpr int64_t AHEAD = 2048;  // dwords of codes that are asked for in advance
 constexpr int STEPS = 4;  // instructions that use up a group
 constexpr int MOST_SUMS = 24;  // registers of sums
@@ -620,7 +620,7 @@ void run_few(Call& call, int64_t super_first, int64_t rows, int threads) {
   }
 }
 
-// Groups of a tile to operands, scales applied: out[step][64].
+// Groups of a tile to operands, scales applied: out[output / 16][step][16].
 void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, int64_t last,
                   uint32_t* out) {
   const Decoder decoder;
@@ -638,7 +638,7 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
       const vi code = load(codes + v * LANES);
 #pragma GCC unroll 16
         for (int step = 0; step < STEPS; ++step) {
-          uint32_t* out_at = out + ((g - first) * STEPS + step) * TILE + v * LANES;
+          uint32_t* out_at = out + ((v * (last - first) + g - first) * STEPS + step) * LANES;
           store(out_at, pair(mul(decoder.value(code, step), s),
                            mul(decoder.value(code, step + STEPS), s)));
         }
@@ -648,7 +648,7 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
   }
 }
 
-// Groups of a tile to operands, without scales: out[step][64].
+// Groups of a tile to operands, without scales: out[output / 16][step][16].
 void decode_levels(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out) {
   const Decoder decoder;
   constexpr int ALL = TILE / LANES;
@@ -659,7 +659,7 @@ void decode_levels(const Weight& w, int64_t tile, int64_t first, int64_t last, u
       const vi code = load(codes + v * LANES);
 #pragma GCC unroll 16
       for (int step = 0; step < STEPS; ++step) {
-        store(out + ((group - first) * STEPS + step) * TILE + v * LANES,
+        store(out + ((v * (last - first) + group - first) * STEPS + step) * LANES,
               decoder.operand(code, step));
       }
     }
@@ -697,6 +697,10 @@ struct TileUnit {
   ~TileUnit() { asm volatile("tilerelease"); }
 };
 
+// Operands are decoded 16 outputs after 16: what a register takes lies together.
+constexpr int64_t OF_ROW = 64, OF_TILE = 256;             // bytes, dwords
+constexpr int64_t apart(int64_t steps) { return steps; }  // dwords from one output to the next
+
 // A panel against COUNT registers of the weight, tmm4 and on: the sums of each block.
 template <int COUNT, int EACH, int SUMS, int X>
 INLINE void narrow_dots(const x_t* x, int height, sum_of_one_t* parts) {
@@ -721,7 +725,8 @@ ALONE void narrow_panels(const uint32_t* w, const x_t* x, int64_t rows, int64_t 
   for (int n = 0; n < TILE; n += LANES) {
     Sums<PARTS, vf> scale;
     each<PARTS>([&](auto b) INLINE_LAMBDA { at<b>(scale) = load(scales + b * TILE + n); });
-    each<COUNT>([&](auto i) INLINE_LAMBDA { tile_load<4 + i>(w + i * 16 * TILE + n, 4 * TILE); });
+    const uint32_t* ws = w + n * apart(COUNT * 16);
+    each<COUNT>([&](auto i) INLINE_LAMBDA { tile_load<4 + i>(ws + i * OF_TILE, OF_ROW); });
     for (int64_t row = 0; row < rows; row += 16) {
       const int height = int(std::min<int64_t>(rows - row, 16));
       const x_t* panel = x + row * ALL_STEPS + first_step * height;
@@ -771,16 +776,17 @@ void narrow_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, 
 template <bool ASKS_AHEAD>
 ALONE void two_panels(const uint32_t* w, int64_t count, const x_t* x0, const x_t* x1, int height,
                       sum_of_one_t* sums, bool begin) {
+  const uint32_t* next = w + 16 * apart(count * 16);
   if (begin) {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
   } else {
     tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
     tile_load<2>(sums + 16 * TILE, 4 * TILE), tile_load<3>(sums + 16 * TILE + 16, 4 * TILE);
   }
-  for (int64_t i = 0; i < count; ++i, w += 16 * TILE) {
-    tile_load<4>(x0 + i * 256, 64), tile_load<6>(w, 4 * TILE);
+  for (int64_t i = 0; i < count; ++i, w += OF_TILE, next += OF_TILE) {
+    tile_load<4>(x0 + i * 256, 64), tile_load<6>(w, OF_ROW);
     tile_dot<0, 4, 6>();
-    tile_load<7>(w + 16, 4 * TILE);
+    tile_load<7>(next, OF_ROW);
     tile_dot<1, 4, 7>();
     tile_load<5>(x1 + i * 16 * height, 64);
     tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
@@ -793,20 +799,21 @@ ALONE void two_panels(const uint32_t* w, int64_t count, const x_t* x0, const x_t
 template <bool ASKS_AHEAD>
 ALONE void one_panel(const uint32_t* w, int64_t count, const x_t* x, int height,
                      sum_of_one_t* sums, bool begin) {
+  const int64_t more = 16 * apart(count * 16);
   if (begin) {
     tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
   } else {
     tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
     tile_load<2>(sums + 32, 4 * TILE), tile_load<3>(sums + 48, 4 * TILE);
   }
-  for (int64_t i = 0; i < count; ++i, w += 16 * TILE) {
-    tile_load<4>(x + i * 16 * height, 64), tile_load<6>(w, 4 * TILE);
+  for (int64_t i = 0; i < count; ++i, w += OF_TILE) {
+    tile_load<4>(x + i * 16 * height, 64), tile_load<6>(w, OF_ROW);
     tile_dot<0, 4, 6>();
-    tile_load<7>(w + 16, 4 * TILE);
+    tile_load<7>(w + more, OF_ROW);
     tile_dot<1, 4, 7>();
-    tile_load<6>(w + 32, 4 * TILE);
+    tile_load<6>(w + 2 * more, OF_ROW);
     tile_dot<2, 4, 6>();
-    tile_load<7>(w + 48, 4 * TILE);
+    tile_load<7>(w + 3 * more, OF_ROW);
     tile_dot<3, 4, 7>();
   }
   tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
@@ -824,8 +831,8 @@ void wide_panels(const uint32_t* w, int64_t first_step, int64_t steps, const x_t
       const x_t* first = x + row * ALL_STEPS + first_step * 16;
       const x_t* second = x + (row + 16) * ALL_STEPS + first_step * height;
       unit.take({16, 16, height, height, 16, height, 16, 16});
-      (row ? two_panels<false> : two_panels<true>)(w + n, count, first, second, height,
-                                                   sums + row * TILE + n, begin);
+      (row ? two_panels<false> : two_panels<true>)(w + n * apart(steps), count, first, second,
+                                                   height, sums + row * TILE + n, begin);
     }
   if (pairs < rows) {
     const uint8_t height = uint8_t(std::min<int64_t>(rows - pairs, 16));
