@@ -155,7 +155,7 @@ def triton_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> str:
         raise errors.not_printed("triton", "compute_dtype 'int8'")
 
-    monkeypatch.setitem(RENDERERS, "triton", refuse)
+    monkeypatch.setattr(launch.triton, "render", refuse)
     monkeypatch.setattr(launch, "usual_target", lambda _: "triton")
     monkeypatch.setattr(launch, "obstacle", lambda *_: "")
     targets._warn.cache_clear()
@@ -184,7 +184,7 @@ def test_other_failures_of_a_target_are_errors(monkeypatch: pytest.MonkeyPatch) 
     def fail(*_: object) -> str:
         raise errors.no_pointwise_op("aten.sort", "triton", [])
 
-    monkeypatch.setitem(RENDERERS, "triton", fail)
+    monkeypatch.setattr(launch.triton, "render", fail)
     spec = QuantizeSpec(K, "float32", name="quantize_fails")
     with pytest.raises(errors.KernelError, match=r"aten\.sort"):
         targets.build(
