@@ -149,7 +149,11 @@ def _pointwise(target: Any, args: Any, kwargs: Any) -> Interval:
         return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
     if target in (prims.convert_element_type.default, aten._to_copy.default):
-        return args[0].interval
+        value = args[0].interval
+        is_flag = kwargs.get("dtype", args[-1]) is torch.bool
+        if value.low.dtype != torch.bool or is_flag:
+            return value
+        return Interval(value.low.double(), value.high.double())
     if target in (aten.clone.default, aten.copy.default, aten.lift_fresh_copy.default):
         return args[-1 if target is aten.copy.default else 0].interval
     if target is aten.copy_.default:

@@ -7,7 +7,7 @@ import torch
 
 from fxquant.runtime import toolchain
 from tests.property import enclosing, fuzz
-from tests.property.random_graphs import RandomGraph, draw, given
+from tests.property.random_graphs import BINARY, UNARY, Op, Plan, RandomGraph, draw, given
 from tests.runtime import broken
 
 pytestmark = pytest.mark.skipif(toolchain.compiler() is None, reason=toolchain.NOT_FOUND)
@@ -54,3 +54,18 @@ def test_eager_results_lie_inside(seed: int) -> None:
     found = enclosing.enclose(model, enclosing.weights_of(model), x)
     for got, enclosure in zip(results, found, strict=True):
         assert not enclosure.excess(got).any()
+
+
+@pytest.mark.parametrize("kind", ["unary", "binary"])
+def test_every_op_of_graphs_lies_inside(kind: str) -> None:
+    for number in range(len({"unary": UNARY, "binary": BINARY}[kind])):
+        which = (0, number) if kind == "unary" else (number, 1)
+        products = [Op("product", source, 0, 0, 32, bias=True) for source in (-1, 0)]
+        ops = (*products, Op(kind, -1, *which, 32, bias=False))
+        plan = Plan(number, 32, False, ops, "float32", "nf4", (9,))
+        model, x = RandomGraph(plan), given(plan, 9)
+        results = model(x)
+        found = enclosing.enclose(model, enclosing.weights_of(model), x)
+        for got, enclosure in zip(results, found, strict=True):
+            assert not enclosure.excess(got).any(), (kind, number)
+            assert enclosure.excess(got + 9 + 2 * got.abs()).any(), (kind, number)
