@@ -194,7 +194,8 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     if not form.words:
         copied += tile.n * tile.k // 8
         sums += sums // 4  # turned into floats, or what the epilogue makes of them
-    registers = 30 + (sums + copied + (0 if is_stored(spec) else decoded)) // lanes
+    beside = 30 if spec.outliers is None else 46
+    registers = beside + (sums + copied + (0 if is_stored(spec) else decoded)) // lanes
     codes = tile.n * tile.k * spec.weight.encoding.bits // 8 * spec.weights
     x_bytes = 1 if spec.compute_dtype == "int8" else 4 if spec.compute_dtype == "float32" else 2
     return registers, tile.stages * (codes + tile.rows * tile.k * x_bytes)
