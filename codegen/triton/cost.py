@@ -89,9 +89,8 @@ def time() -> sympy.Expr:
 def decoded_time() -> sympy.Expr:
     """Seconds of decoding to memory `BN` outputs at a time, and of the vendor's products.
 
-    They are taken to compute 128 x 128 tiles. Chunks other than the whole weight stay in the cache.
-    `SCALE` is 1 where sums go through memory to an epilogue, `RESIDENT` 1 where chunks are read
-    from the cache.
+    They are taken to compute 128 x 128 tiles. `SCALE` is 1 where sums go through memory to an
+    epilogue, `RESIDENT` 1 where a chunk stays in the cache.
     """
     chunks = sympy.ceiling(N / BN)
     moved = RESIDENT * 2 * BN * K / CACHE + (1 - RESIDENT) * 2 * BN * K / BANDWIDTH
