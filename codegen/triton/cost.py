@@ -89,9 +89,8 @@ def time() -> sympy.Expr:
 def decoded_time() -> sympy.Expr:
     """Seconds of decoding to memory `BN` outputs at a time, and of the vendor's products.
 
-    They are taken to compute 128 x 128 tiles. Chunks other than the whole weight stay in the cache.
-    `SCALE` is 1 where sums go through memory to an epilogue, `RESIDENT` 1 where chunks are read
-    from the cache.
+    They are taken to compute 128 x 128 tiles. `SCALE` is 1 where sums go through memory to an
+    epilogue, `RESIDENT` 1 where a chunk stays in the cache.
     """
     chunks = sympy.ceiling(N / BN)
     moved = RESIDENT * 2 * BN * K / CACHE + (1 - RESIDENT) * 2 * BN * K / BANDWIDTH
@@ -194,7 +193,8 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     if not form.words:
         copied += tile.n * tile.k // 8
         sums += sums // 4  # turned into floats, or what the epilogue makes of them
-    registers = 30 + (sums + copied + (0 if is_stored(spec) else decoded)) // lanes
+    beside = 30 if spec.outliers is None else 46
+    registers = beside + (sums + copied + (0 if is_stored(spec) else decoded)) // lanes
     codes = tile.n * tile.k * spec.weight.encoding.bits // 8 * spec.weights
     x_bytes = 1 if spec.compute_dtype == "int8" else 4 if spec.compute_dtype == "float32" else 2
     return registers, tile.stages * (codes + tile.rows * tile.k * x_bytes)

@@ -114,7 +114,7 @@ def each(
         for entry in entries:
             module.VARIANTS.clear()
             module.VARIANTS[most] = entry
-            with contextlib.suppress(RuntimeError):  # what cannot be built, tuning passes over
+            with contextlib.suppress(Exception):  # what cannot be built, tuning passes over
                 call()
     finally:
         module.VARIANTS.clear()

@@ -135,7 +135,7 @@ def test_gate_and_up_with_splits(tmp_path, encoding, compute):
     spec = KernelSpec(harness.whole(encoding, 64, 1024), x, compute, x, GATED, "gate_up", weights=2)
     module = harness.load(spec, tmp_path, interpreted=True)
     harness.split(module)
-    for rows in (1, 17, 130):
+    for rows in (1, 17, 70):
         check(spec, module, rows)
 
 
