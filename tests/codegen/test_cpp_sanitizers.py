@@ -37,6 +37,7 @@ CASES = [
         for name in ("int2_f16_value_of_qkv", "int8_int8_given_outliers", "codes_int8")
     ),
     *(("gate_nf4_bf16", BEST), ("operands", SECOND)),
+    *(("qkv_found", "portable"), ("qkv_given", SECOND)),
 ]
 QUANTIZE_CASES = [
     (QuantizeSpec(77, "float32"), BEST),
