@@ -98,12 +98,14 @@ def pieces(
             own.append(further[0][rows])
         elif found is not None and one.outliers is not None:
             dtype = getattr(torch, one.outliers.dtype)
-            own += [
-                found,
-                reference.operand(one.weight, tensors, dtype)[:, found.long()].contiguous(),
-            ]
+            each = len(tensors) // spec.weights
+            own.append(found)
+            for at in range(0, len(tensors), each):
+                dense = reference.operand(one.weight, tensors[at : at + each], dtype)
+                own.append(dense[:, found.long()].contiguous())
         elif spec.outliers is not None and found is None:
-            own += [further[0], further[1][e]]
+            columns, *aparts = further
+            own += [columns, *(apart[e] for apart in aparts)]
         yield Piece(rows, one, x[rows], own)
 
 

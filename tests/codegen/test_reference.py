@@ -122,7 +122,9 @@ def test_several_weights_are_several_products_and_one_epilogue(spec):
     got = results(reference.run(spec, x, [t for one in stored for t in one], extra))
     operands = len(spec.epilogue.operands)
     alone = dataclasses.replace(spec, weights=1, epilogue=Epilogue(), out_dtype="float32")
-    sums = [reference.run(alone, x, one, extra[operands:]) for one in stored]
+    columns, aparts = extra[operands : operands + 1], extra[operands + 1 :]
+    beside = [[*columns, *aparts[i : i + 1]] for i in range(spec.weights)]
+    sums = [reference.run(alone, x, *each) for each in zip(stored, beside, strict=True)]
     graph = fx.GraphModule(torch.nn.Module(), graphs.to_fx(spec.epilogue))
     want = results(graph(*sums[: spec.epilogue.sums], *(t.float() for t in extra[:operands])))
     dtypes = [spec.out_dtype, *(result.dtype for result in spec.epilogue.more)]
