@@ -27,6 +27,7 @@ def few(plan: Plan) -> str:
         .replace("@END@", end)
         .replace("@ZEROS@", zeros)
         .replace("@HEIGHTS@", heights)
+        .replace("@ASKS@", _ASKS_AT_TIMES if plan.isa.looks_ahead else _ASKS)
         .replace("@TILES@", _TILES if plan.spec.weights == 1 else _TILES_OF_SEVERAL)
     )
 
@@ -82,6 +83,15 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
 }
 """
 
+_ASKS_AT_TIMES = """\
+  // Where reading in order is all there is to do, processors look ahead better by themselves.
+  constexpr bool ASKS_AHEAD = VECTORS * LANES < TILE || ROWS * STEPS > 4;
+"""
+
+_ASKS = """\
+  constexpr bool ASKS_AHEAD = true;
+"""
+
 _FEW = """\
 // Vectors of outputs whose sums are kept at once.
 constexpr int vectors_of(int rows, int all) {
@@ -95,9 +105,7 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
                     float* totals) {
   // Few sums would wait for each other: they are made in turns.
   constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && STEPS > 1 ? 2 : 1;
-  // Where reading in order is all there is to do, processors look ahead better by themselves.
-  constexpr bool ASKS_AHEAD = VECTORS * LANES < TILE || ROWS * STEPS > 4;
-  (void)ahead, (void)sums, (void)once, (void)zeros;
+@ASKS@  (void)ahead, (void)sums, (void)once, (void)zeros;
   const Decoder decoder;
   Sums<VECTORS * ROWS> part, turn;
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {

@@ -22,6 +22,7 @@ class Isa:
         dot_bf16: There is an instruction for dot products of bfloat16 pairs.
         dot_int8: There is an instruction for dot products of four bytes.
         holds_totals: There are registers for totals beside the sums that are added to them.
+        looks_ahead: Its processors read ahead by themselves as well as by being asked.
         has_tiles: There is a unit that multiplies tiles of bfloat16 pairs and of bytes, once the
             kernel of the system permits a process to use it.
     """
@@ -37,6 +38,7 @@ class Isa:
     dot_bf16: bool = False
     dot_int8: bool = False
     holds_totals: bool = False
+    looks_ahead: bool = True
     has_tiles: bool = False
 
 
@@ -64,6 +66,7 @@ AMX = replace(
     name="amx",
     flags=(*AVX512.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     features=(*AVX512.features, "amx_tile", "amx_bf16", "amx_int8"),
+    looks_ahead=False,
     has_tiles=True,
 )
 AVX2 = Isa(

@@ -511,8 +511,7 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
                     float* totals) {
   // Few sums would wait for each other: they are made in turns.
   constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && STEPS > 1 ? 2 : 1;
-  // Where reading in order is all there is to do, processors look ahead better by themselves.
-  constexpr bool ASKS_AHEAD = VECTORS * LANES < TILE || ROWS * STEPS > 4;
+  constexpr bool ASKS_AHEAD = true;
   (void)ahead, (void)sums, (void)once, (void)zeros;
   const Decoder decoder;
   Sums<VECTORS * ROWS> part, turn;
