@@ -112,7 +112,7 @@ def test_what_the_unit_does_not_multiply_is_the_text_of_vectors() -> None:
         spec("short_int8", Encoding(8, block=(1, 32)), (70, 192), compute="int8", x="float32"),
     ):
         assert not Plan(one, AMX).uses_tiles
-        vectors = dataclasses.replace(AVX512, looks_ahead=AMX.looks_ahead)
+        vectors = replace(AVX512, looks_ahead=AMX.looks_ahead)
         assert cpp.render(one, Header(), AMX) == cpp.render(one, Header(), vectors)
 
 
