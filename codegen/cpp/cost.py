@@ -170,7 +170,7 @@ def _tiles_cost(plan: Plan) -> Cost:
 def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     """The most rows for which the skeleton for few rows is chosen.
 
-    Where both wait for memory alike the one with less work is: weights may be in a cache.
+    It is where both wait for memory alike, too: it reads codes in one stream, and asks ahead.
 
     Args:
         plan: Of the kernel.
@@ -205,23 +205,15 @@ def prediction(plan: Plan, rates: Rates, threads: int) -> Callable[[int], float]
     path = plan.path
     many = _seconds(many_cost(plan), rates, rates.many[path], threads)
     if not plan.is_regular:
-        return lambda rows: many(rows)[0]
+        return many
     few = _seconds(few_cost(plan), rates, rates.few[path], threads)
-    return lambda rows: min(few(rows), many(rows))[0]
+    return lambda rows: min(few(rows), many(rows))
 
 
-def _seconds(
-    cost: Cost, rates: Rates, dots: float, threads: int
-) -> Callable[[int], tuple[float, float]]:
-    """A cost's time on a machine, and the work in it, of the number of rows."""
-    names, values = [M, THREADS, BANDWIDTH, DOTS, VECTORS], (rates.bandwidth, dots, rates.vectors)
-    compiled = sympy.lambdify(names, [cost.time, cost.work], modules="math")
-
-    def seconds(rows: int) -> tuple[float, float]:
-        time, work = compiled(rows, threads, *values)
-        return float(time), float(work)
-
-    return seconds
+def _seconds(cost: Cost, rates: Rates, dots: float, threads: int) -> Callable[[int], float]:
+    """A cost's time on a machine, of the number of rows."""
+    compiled = sympy.lambdify([M, THREADS, BANDWIDTH, DOTS, VECTORS], cost.time, modules="math")
+    return lambda rows: float(compiled(rows, threads, rates.bandwidth, dots, rates.vectors))
 
 
 def _tiles(plan: Plan) -> int:
