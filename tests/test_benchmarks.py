@@ -77,7 +77,9 @@ def test_models(tmp_path):
     for case in ("sentence", "minilm", "sentence"):  # what is measured again is replaced
         found = run("models", tmp_path / "models.json", *arguments, case)
     many, one = (case["contenders"][0] for case in found["cases"])
-    assert many["median_ms"] > one["median_ms"] > 0
+    for line in (many, one):
+        low, high = line["quartiles_ms"]
+        assert 0 < low <= line["median_ms"] <= high
     assert 0.99 < one["cosine"] < 1
     assert {line["met"] for line in found["targets"]} == {None}
 
