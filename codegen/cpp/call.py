@@ -5,23 +5,28 @@ from __future__ import annotations
 from fxquant.codegen.cpp import groups
 from fxquant.codegen.cpp.plan import CTYPES, Plan
 from fxquant.codegen.cpp.quantize import signature
-from fxquant.codegen.cpp.rows import members
+from fxquant.codegen.cpp.rows import Member, members, shared_members
 
 
 def helpers(plan: Plan) -> str:
     """The text of ``pack`` and of what it needs, to be printed before the skeletons."""
     spec, direct, parts = plan.spec, plan.reads_directly, {}
     outliers = spec.outliers
+    text = _HELPERS
     if outliers is not None:
-        parts["@OUTLIERS@"] = _STATIC if outliers.columns is not None else _RUN_TIME
-        parts["@FLAGS@"] = "    const uint8_t* flags = call.flags + e * K;\n"
-        parts["@APART@"] = "    pack_outliers(call, e, x, call.apart + (e * rows + row) * K);\n"
+        text += _MARK_GIVEN if outliers.columns is not None else _MARK
+        parts["@FLAGS@"] = "  const bits_t* flags = call.flags + e * K;\n"
+        parts["@APART@"] = "  pack_outliers(call, e, x, call.apart + (e * rows + row) * K);\n"
     # Codes have scales, and mostly sums, even where they are lines as they are.
     if direct and not plan.is_int8:
         parts["@NOTHING@"] = "  if (call.is_line && is_single) return;\n"
         parts["@UNLESS@"] = "!call.is_line && "
+        parts["@MADE_UNLESS@"] = "if (!call.is_line) "
     if direct:
         parts["@IN_PLACE@"] = _IN_PLACE
+        parts["@LINE@"] = _LINE_IN_PLACE
+    else:
+        parts["@LINE@"] = "const x_t* line = own;"
     given = ["call", "x", "line"]
     if outliers is not None:
         given.insert(1, "flags")
@@ -35,65 +40,60 @@ def helpers(plan: Plan) -> str:
         unit = " * LEVEL_UNIT" if plan.level_unit != 1 else ""
         parts["@SCALE@"] = _GIVEN_SCALE.replace("@UNIT@", unit)
     if direct and plan.is_int8:
-        made = f"if (call.is_line)\n      sum_blocks(x, sums, height);\n    else\n      {made}"
-    parts["@MAKE@"] = f"    {made}"
-    text = _pack(plan)
+        made = f"if (call.is_line)\n    sum_blocks(x, sums, height);\n  else\n    {made}"
+    parts["@MAKE@"] = f"  {made}"
+    # Behind others, one row is a panel: what it is read from holds those.
+    parts["@ALL@"] = "rows" if spec.grouped else "call.m"
+    text += _MAKE_LINE + _PACK + (_PACK_TILES if plan.uses_tiles else "")
     for name in _HOLES:
         text = text.replace(name, parts.get(name, ""))
-    return _HELPERS + text
-
-
-def _pack(plan: Plan) -> str:
-    """``pack`` with the holes that `helpers` fills."""
-    template, single, tiled = "template <int COUNT>", "", ""
-    if plan.uses_tiles:
-        template, single = "template <bool IN_TILES = false, int COUNT>", "!IN_TILES && "
-        tiled = _TILED
-    return (
-        _PACK.replace("template <int COUNT>", template)
-        .replace("@UNTILED@", single)
-        .replace("@TILED@", tiled)
-        # Behind others, one row is a panel: what it is read from holds those.
-        .replace("@ALL@", "rows" if plan.spec.grouped else "call.m")
-    )
+    return text
 
 
 _HOLES = (
-    *("@OUTLIERS@", "@NOTHING@", "@UNLESS@", "@FLAGS@", "@SUMS@", "@SCALE@"),
-    *("@MAKE@", "@APART@", "@IN_PLACE@"),
+    *("@NOTHING@", "@UNLESS@", "@MADE_UNLESS@", "@FLAGS@", "@SUMS@", "@SCALE@", "@MAKE@"),
+    *("@APART@", "@IN_PLACE@", "@LINE@", "@ALL@"),
 )
 
 
 def entry(plan: Plan) -> str:
     """The text of the exported functions, to be printed last."""
-    k = plan.spec.weight.k
-    direct = ""
-    if plan.reads_directly:
-        direct = _DIRECT.replace(
-            "@BATCH@", "" if plan.matrices == 1 else f" && (m > 1 || x_e == {k})"
-        )
     several, more = plan.spec.weights > 1, plan.result_dtypes[1:]
     results = ["  call.out = static_cast<out_t*>(out);"]
     if more:
         results = ["  call.out = static_cast<out_t*>(outs[0]);"]
     for number, dtype in enumerate(more, start=1):
         results.append(f"  call.out{number} = static_cast<{CTYPES[dtype]}*>(outs[{number}]);")
-    taken = "\n".join(
-        f"  call.{one.name} = memory.take<{one.ctype}>({one.count});" for one in members(plan)
-    )
-    run = _RUN_EITHER if plan.is_regular else "    run_many(call, first, rows, threads);\n"
-    return (
-        _ENTRY.replace("@TAKEN@", taken)
+    shared = _taken(shared_members(plan))
+    has_shared = bool(shared)
+    run = _RUN_EITHER if plan.is_regular else _RUN_MANY
+    if plan.reads_directly:
+        k = plan.spec.weight.k
+        batch = "" if plan.matrices == 1 else f" && (m > 1 || x_e == {k})"
+        results.append(_DIRECT.replace("@BATCH@", batch).rstrip())
+    text = (
+        _ENTRY.replace("@SHARED@", _SHARED.replace("@TAKEN@", shared) if has_shared else "")
+        .replace("@TAKEN@", _taken(members(plan)))
+        .replace("@TAKE_SHARED@", "  take_shared(call, memory, threads);\n" if has_shared else "")
         .replace("@HEAD@", signature('extern "C" void fxquant_run', _parameters(plan)))
         .replace("@WEIGHTS@", _WEIGHTS if several else _WEIGHT)
         .replace("@RESULTS@", "\n".join(results))
-        .replace("@DIRECT@", direct)
-        .replace("@LOOP@", groups.loop(plan, run) if plan.spec.grouped else _loop(plan, run))
     )
+    if plan.spec.grouped:
+        text = text.replace("@SPLIT@", "").replace("@COUNT@", groups.COUNT)
+        text = text.replace("@LOOP@", groups.loop(plan, run))
+    else:
+        text = text.replace("@SPLIT@", _SPLIT).replace("@COUNT@", _COUNT)
+        text = text.replace("@LOOP@", _LOOP.replace("@RUN@", run))
+        text = text.replace("@CHOICE@", _CHOICE if plan.is_regular else "")
+        text = text.replace("@LINE@", _LINE if plan.is_regular else "")
+    text = text.replace("@DIRECT@", _LINES if plan.reads_directly else "")
+    return text.replace("@MARK@", "    mark_outliers(call, all);\n" if has_shared else "")
 
 
-def _loop(plan: Plan, run: str) -> str:
-    return _LOOP.replace("@CHOICE@", _CHOICE if plan.is_regular else "").replace("@RUN@", run)
+def _taken(found: list[Member]) -> str:
+    """What makes members of scratch memory."""
+    return "\n".join(f"  call.{one.name} = memory.take<{one.ctype}>({one.count});" for one in found)
 
 
 def _parameters(plan: Plan) -> list[str]:
@@ -119,6 +119,11 @@ struct Share {
   Range part(int64_t count) const {
     return {count * thread / threads, count * (thread + 1) / threads};
   }
+  // Until the others are here, too.
+  void wait() const {
+    if (threads == 1) return;
+#pragma omp barrier
+  }
 };
 
 // Panels: all but the last have the largest height, the last the smallest that will do.
@@ -138,32 +143,39 @@ template <int COUNT> INLINE int64_t padded(int64_t rows, const int (&heights)[CO
 
 """
 
-_RUN_TIME = """\
-  if (super_first == 0) {
-    const auto columns = of.part(K);
-    for (int64_t e = 0; e < E; ++e) find_outliers(call, e, columns.first, columns.last);
-#pragma omp barrier
-    for (int64_t e = of.thread; e < E; e += of.threads) list_outliers(call, e);
-#pragma omp barrier
+_MARK = """\
+// Finds the outliers of all rows: every thread looks at some.
+void mark_outliers(const Call& call, const Share& of) {
+  const int64_t parts = std::max<int64_t>(1, std::min(of.threads, call.m / 16));
+  if (of.thread < parts) {
+    const auto rows = Share(of.thread, parts).part(call.m);
+    for (int64_t e = 0; e < E; ++e)
+      find_outliers(call, e, rows.first, rows.last, call.flags + (of.thread * E + e) * K);
   }
+  of.wait();
+  for (int64_t e = of.thread; e < E; e += of.threads) list_outliers(call, e, parts);
+  of.wait();
+}
+
 """
 
-_STATIC = """\
-  if (super_first == 0) {
-    for (int64_t e = of.thread; e < E; e += of.threads) list_outliers(call, e);
-#pragma omp barrier
-  }
+_MARK_GIVEN = """\
+void mark_outliers(const Call& call, const Share& of) {
+  for (int64_t e = of.thread; e < E; e += of.threads) list_outliers(call, e);
+  of.wait();
+}
+
 """
 
 _ROW_SUMS = """\
-    const int64_t panel_row = row / heights[0] * heights[0];
-    xsum_t* sums = call.sums + (e * all + panel_row) * BLOCKS + (row - panel_row);
-    const int height = height_of(rows - panel_row, heights);
+  const int64_t panel_row = row / heights[0] * heights[0];
+  xsum_t* sums = call.sums + (e * padded(rows, heights) + panel_row) * BLOCKS + (row - panel_row);
+  const int height = height_of(rows - panel_row, heights);
 """
 
 _GIVEN_SCALE = """\
-    const float* amax = static_cast<const float*>(call.extra[OPERANDS]);
-    call.row_scales[item] = amax[e * call.m + super_first + row] / 127.0f@UNIT@;
+  const float* amax = static_cast<const float*>(call.extra[OPERANDS]);
+  call.row_scales[item] = amax[e * call.m + super_first + row] / 127.0f@UNIT@;
 """
 
 _IN_PLACE = """\
@@ -172,20 +184,35 @@ _IN_PLACE = """\
                                                   (super_first + line) * call.x_row);
 """
 
+_LINE_IN_PLACE = """\
+const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
+    const x_t* line = call.is_line ? reinterpret_cast<const x_t*>(x) : own;"""
+
+_MAKE_LINE = """\
+// Makes the line of a row under work, the item-th of all matrices, and what else is kept of it.
+template <int COUNT>
+INLINE void make_line(const Call& call, int64_t super_first, int64_t rows, int64_t item,
+                      const int (&heights)[COUNT], bool is_last, x_t* line) {
+  const int64_t e = item / rows, row = item % rows;
+  const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
+  if (call.x_col == 1 && !is_last) ask_ahead(x + call.x_row);
+@FLAGS@@SUMS@@SCALE@@MAKE@@APART@}
+
+"""
+
 _PACK = """\
 // Panels of the rows that are under work; every thread makes some.
 template <int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
-  const bool is_single = @UNTILED@@ALL@ == 1 && height_of(1, heights) == 1;
-@NOTHING@@OUTLIERS@  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
-  for (int64_t item = of.thread; @UNLESS@item < E * rows; item += of.threads) {
-    const int64_t e = item / rows, row = item % rows;
-    const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
-    x_t* line = call.lines + item * ALL_STEPS;
-@FLAGS@@SUMS@@SCALE@@MAKE@@APART@  }
-#pragma omp barrier
+  const bool is_single = @ALL@ == 1 && height_of(1, heights) == 1;
+@NOTHING@  const auto mine = of.part(E * rows);
+  for (int64_t item = mine.first; @UNLESS@item < mine.last; ++item)
+    make_line(call, super_first, rows, item, heights, item + 1 == mine.last,
+              call.lines + item * ALL_STEPS);
+  of.wait();
   if (is_single) return;
+  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
   const int64_t parts = panels < of.threads ? of.threads : 1;
   for (int64_t item = of.thread; item < E * panels * parts; item += of.threads) {
     const int64_t e = item / parts / panels, panel_row = item / parts % panels * heights[0];
@@ -198,42 +225,58 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
 @IN_PLACE@    }
     x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
     // A cache line of a row at a time: rows are often apart by what evicts each other.
-    for (int64_t first = part.first * 16; first < part.last * 16; first += 16) {
-@TILED@      for (int row = 0; row < height; ++row)
+    for (int64_t first = part.first * 16; first < part.last * 16; first += 16)
+      for (int row = 0; row < height; ++row)
         for (int64_t step = first; step < first + 16; ++step)
           panel[step * height + row] = lines[row][step];
-    }
   }
-#pragma omp barrier
+  of.wait();
 }
 
 """
 
-_TILED = """\
-      if (IN_TILES) {  // the 16 steps of one row behind those of another, as the unit loads them
-        for (int row = 0; row < height; ++row)
-          std::memcpy(panel + first * height + row * 16, lines[row] + first, 64);
-        continue;
-      }
+_PACK_TILES = """\
+// The same for the tile unit: 16 steps of one row lie behind those of another, as it loads them.
+void pack_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+  const auto mine = of.part(E * rows);
+  x_t* own = call.lines + mine.first * ALL_STEPS;  // stays near from row to row
+  for (int64_t item = mine.first; item < mine.last; ++item) {
+    const int64_t e = item / rows, row = item % rows, panel_row = row / 16 * 16;
+    @MADE_UNLESS@make_line(call, super_first, rows, item, MANY_HEIGHTS, item + 1 == mine.last, own);
+    @LINE@
+    const int64_t height = std::min<int64_t>(rows - panel_row, 16);
+    x_t* panel = call.panels + (e * rows + panel_row) * ALL_STEPS + (row - panel_row) * 16;
+    for (int64_t step = 0; step < ALL_STEPS; step += 16)
+      std::memcpy(panel + step * height, line + step, 64);
+  }
+  of.wait();
+}
+
 """
 
 _DIRECT = """\
   const uint64_t places = reinterpret_cast<uint64_t>(x) | x_e * sizeof(stored_t) |
                           x_row * sizeof(stored_t);
   call.is_line = x_col == 1 && places % sizeof(x_t) == 0@BATCH@;
-  if (call.is_line) call.lines = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
+"""
+
+_LINES = """\
+    if (call.is_line) own.lines = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
 """
 
 _CHOICE = """\
   const bool is_few = variant == 0;
-  if (is_few && m == 1) call.panels = call.lines;  // a panel of one row is a line
 """
 
 _RUN_EITHER = """\
-    if (is_few)
-      run_few(call, first, rows, threads);
-    else
-      run_many(call, first, rows, threads);
+      if (is_few)
+        run_few(own, first, rows, of);
+      else
+        run_many(own, first, rows, of);
+"""
+
+_RUN_MANY = """\
+      run_many(own, first, rows, of);
 """
 
 _WEIGHT = """\
@@ -258,17 +301,17 @@ struct Memory {
   }
 };
 
-int64_t set_up(Call& call, unsigned char* base, int64_t m, int threads) {
-  Memory memory{base};
-  const int64_t rows = std::min(m, SUPER_ROWS);
+@SHARED@// What is kept of the rows under work.
+void take_own(Call& call, Memory& memory, int64_t rows, int64_t threads) {
   const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
 @TAKEN@
-  return memory.used;
 }
 
+@SPLIT@
 extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
+  Memory memory{nullptr};
   Call call{};
-  return set_up(call, nullptr, m, threads);
+@TAKE_SHARED@@COUNT@  return memory.used;
 }
 
 @HEAD@
@@ -277,12 +320,61 @@ extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
   call.x_e = x_e, call.x_row = x_row, call.x_col = x_col, call.m = m;
 @RESULTS@
   call.extra = extra;
-  set_up(call, static_cast<unsigned char*>(scratch), m, threads);
-@DIRECT@@LOOP@}
+  Memory memory{static_cast<unsigned char*>(scratch)};
+@TAKE_SHARED@@LOOP@}
+"""
+
+_SHARED = """\
+// What is kept of all rows.
+void take_shared(Call& call, Memory& memory, int64_t threads) {
+@TAKEN@
+}
+
+"""
+
+_SPLIT = """\
+// Which rows are worked off at a time: by all threads, or, where there are blocks of them for every
+// thread, by one, for which what it makes of them stays in its own caches.
+struct Split {
+  int64_t rows;  // of a block, the same for any number of threads, which results do not depend on
+  bool is_apart;
+
+  Split(int64_t m, int64_t threads) {
+    constexpr int64_t HEIGHT = 2 * MANY_HEIGHTS[0];
+    const int64_t least = std::max<int64_t>(1, (m + SUPER_ROWS - 1) / SUPER_ROWS);
+    const int64_t even = least + least % 2, each = (m + even - 1) / even;
+    rows = std::min(SUPER_ROWS, least > 1 ? (each + HEIGHT - 1) / HEIGHT * HEIGHT : m);
+    is_apart = threads > 1 && least >= threads;
+  }
+};
+"""
+
+_COUNT = """\
+  const Split split(m, threads);
+  for (int64_t thread = 0; thread < (split.is_apart ? threads : 1); ++thread)
+    take_own(call, memory, split.rows, split.is_apart ? 1 : threads);
 """
 
 _LOOP = """\
-@CHOICE@  for (int64_t first = 0; first < m; first += SUPER_ROWS) {
-    const int64_t rows = std::min(SUPER_ROWS, m - first);
-@RUN@  }
+@CHOICE@  const Split split(m, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    const Share all(omp_get_thread_num(), omp_get_num_threads());
+    const Share of = split.is_apart ? Share(0, 1) : all;
+@MARK@    Call own = call;
+    Memory mine = memory;
+    for (int64_t thread = 0; thread < (split.is_apart ? all.thread + 1 : 1); ++thread)
+      take_own(own, mine, split.rows, split.is_apart ? 1 : threads);
+@DIRECT@@LINE@    const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
+    const auto some = split.is_apart ? all.part(blocks) : Share::Range{0, blocks};
+    for (int64_t first = some.first * split.rows; first < std::min(some.last * split.rows, m);
+         first += split.rows) {
+      const int64_t rows = std::min(split.rows, m - first);
+@RUN@      of.wait();  // for those who still read what is made anew
+    }
+  }
+"""
+
+_LINE = """\
+    if (is_few && m == 1) own.panels = own.lines;  // a panel of one row is a line
 """

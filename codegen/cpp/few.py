@@ -173,12 +173,8 @@ void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsu
 }
 
 @TILES@
-void run_few(Call& call, int64_t super_first, int64_t rows, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    const Share of(omp_get_thread_num(), omp_get_num_threads());
-    pack(call, super_first, rows, FEW_HEIGHTS, of);
-    few_tiles(call, super_first, rows, of);
-  }
+void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+  pack(call, super_first, rows, FEW_HEIGHTS, of);
+  few_tiles(call, super_first, rows, of);
 }
 """

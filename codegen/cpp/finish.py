@@ -24,8 +24,8 @@ def finish(plan: Plan) -> str:
     sums = f"const float{' *' if several else '* '}sums = totals + row * TILE"
     sums += "".join(f", *sums{mark} = sums{before} + apart" for before, mark in each)
     given = ["sums", *(f"sums{mark}" for mark in several)]
-    if plan.is_int8 and not has_outliers:
-        given.append("row_scales[row]")
+    if plan.is_int8:
+        given.append("is_scaled ? 1.0f : row_scales[row]" if has_outliers else "row_scales[row]")
     text = (
         _FINISH.replace("@APART@", ", int64_t apart" if several else "")
         .replace("@LIE@", " The\n// totals of each further weight lie apart." if several else "")
@@ -54,8 +54,7 @@ def prelude(plan: Plan) -> set[str]:
 def _row(plan: Plan) -> str:
     spec = plan.spec
     pointers, names = [], []
-    scaled = plan.is_int8 and spec.outliers is None
-    scale = " * scale" if scaled else ""
+    scale = " * scale" if plan.is_int8 else ""
     loads = [f"const float acc{mark} = sums{mark}[i]{scale};" for mark in plan.sum_marks]
     for number, operand in enumerate(spec.epilogue.operands):
         ctype, name = CTYPES[operand.dtype], f"in{number}"
@@ -77,7 +76,7 @@ def _row(plan: Plan) -> str:
         lines.append(f"{out}[i] = {f'{_TO[dtype]}({result})' if dtype in _TO else result};")
     taken = ["const Call& call", "int64_t e", "int64_t row", "int64_t n0", "int64_t count"]
     taken += [f"const float* sums{mark}" for mark in plan.sum_marks]
-    taken += ["float scale"] if scaled else []
+    taken += ["float scale"] if plan.is_int8 else []
     return (
         _ROW.replace("@HEAD@", signature("INLINE void finish_row", taken))
         .replace("@POINTERS@", "".join(f"  {line}\n" for line in pointers))
@@ -186,9 +185,9 @@ void outlier_weights(const Call& call@WHICH@, int64_t tile, int64_t first, int64
 
 _APART = """\
 
-// Adds the products that are left to floats.
-void add_outliers(const Call& call@WHICH@, int64_t tile, const float* x, int64_t rows,
-                  float* totals) {
+// Scales the sums of integers and adds the products that are left to floats.
+void add_outliers(const Call& call@WHICH@, int64_t tile, const float* x, const float* row_scales,
+                  int64_t rows, float* totals) {
   constexpr int64_t SOME = 64;
   constexpr int ALL = TILE / LANES;
   alignas(64) float weights[SOME * TILE];
@@ -197,9 +196,10 @@ void add_outliers(const Call& call@WHICH@, int64_t tile, const float* x, int64_t
     const int64_t last = std::min(first + SOME, count);
     outlier_weights(call@GIVEN@, tile, first, last, weights);
     for (int64_t row = 0; row < rows; ++row) {
+      const vf scale = spread(first ? 1.0f : row_scales[row]);
       vf sum[ALL];
 #pragma GCC unroll 8
-      for (int v = 0; v < ALL; ++v) sum[v] = load(totals + row * TILE + v * LANES);
+      for (int v = 0; v < ALL; ++v) sum[v] = mul(load(totals + row * TILE + v * LANES), scale);
       for (int64_t column = first; column < last; ++column) {
         const vf factor = spread(x[row * K + column]);
 #pragma GCC unroll 8
@@ -228,18 +228,16 @@ _ROW_SCALES = """\
 """
 
 _ADD_OUTLIERS = """\
-  for (int64_t row = 0; row < rows; ++row)
-    for (int i = 0; i < TILE; ++i) totals[row * TILE + i] *= row_scales[row];
-  add_outliers(call, tile, call.apart + (e * all_rows + panel_row) * K, rows, totals);
+  const float* apart_x = call.apart + (e * all_rows + panel_row) * K;
+  const bool is_scaled = call.outliers[e] > 0;
+  if (is_scaled) add_outliers(call, tile, apart_x, row_scales, rows, totals);
 """
 
 _ADD_OUTLIERS_TO_EACH = """\
-  for (int i = 0; i < WEIGHTS; ++i) {
-    float* own = totals + i * apart;
-    for (int64_t row = 0; row < rows; ++row)
-      for (int n = 0; n < TILE; ++n) own[row * TILE + n] *= row_scales[row];
-    add_outliers(call, i, tile, call.apart + (e * all_rows + panel_row) * K, rows, own);
-  }
+  const float* apart_x = call.apart + (e * all_rows + panel_row) * K;
+  const bool is_scaled = call.outliers[e] > 0;
+  for (int i = 0; is_scaled && i < WEIGHTS; ++i)
+    add_outliers(call, i, tile, apart_x, row_scales, rows, totals + i * apart);
 """
 
 _FINISH = """\

@@ -19,40 +19,54 @@ def loop(plan: Plan, run: str) -> str:
         run: Works off some of the rows.
     """
     given = ["sums"] * plan.spec.weights
-    given += ["1.0f"] if plan.is_int8 and plan.spec.outliers is None else []
-    line = "call.lines"
+    given += ["1.0f"] if plan.is_int8 else []
+    line = "own.lines"
     if plan.reads_directly:
         # What is a line as it is lies where it was given.
         here = "call.x + first * call.x_row"
-        line = f"call.is_line ? const_cast<x_t*>(reinterpret_cast<const x_t*>({here})) : call.lines"
+        line = f"call.is_line ? const_cast<x_t*>(reinterpret_cast<const x_t*>({here})) : own.lines"
     choice = _CHOICE.replace("@LINE@", line) if plan.is_regular else ""
     return (
-        _LOOP.replace("@PANELS@", "  x_t* const panels = call.panels;\n" if choice else "")
+        _LOOP.replace("@PANELS@", "    x_t* const panels = own.panels;\n" if choice else "")
         .replace("@CHOICE@", choice)
         .replace("@RUN@", textwrap.indent(run, "  "))
         .replace("@GIVEN@", ", ".join(given))
     )
 
 
+COUNT = """\
+  take_own(call, memory, std::min(m, SUPER_ROWS), threads);
+"""
+"""Scratch memory of a call: its rows are worked off by all threads, some at a time."""
+
 _CHOICE = """\
-      const bool is_few = end - start <= most_few, is_line = is_few && rows == 1;
-      call.panels = panels;  // a panel of one row is a line
-      if (is_line) call.panels = @LINE@;
+        const bool is_few = end - start <= most_few, is_line = is_few && rows == 1;
+        own.panels = panels;  // a panel of one row is a line
+        if (is_line) own.panels = @LINE@;
 """
 
 _LOOP = """\
-@PANELS@  const int32_t* ends = static_cast<const int32_t*>(extra[ENDS]);
+  const int32_t* ends = static_cast<const int32_t*>(extra[ENDS]);
   int64_t start = 0;
-  for (int64_t expert = 0; expert < EXPERTS; ++expert) {
-    const int64_t end = std::min(std::max<int64_t>(ends[expert], start), m);
-    call.first_tile = expert * N_TILES;
-    for (int64_t first = start; first < end; first += SUPER_ROWS) {
-      const int64_t rows = std::min(SUPER_ROWS, end - first);
-@CHOICE@@RUN@    }
-    start = end;
+#pragma omp parallel num_threads(threads) firstprivate(start)
+  {
+    const Share of(omp_get_thread_num(), omp_get_num_threads());
+@MARK@    Call own = call;
+    Memory mine = memory;
+    take_own(own, mine, std::min(m, SUPER_ROWS), threads);
+@DIRECT@@PANELS@    for (int64_t expert = 0; expert < EXPERTS; ++expert) {
+      const int64_t end = std::min(std::max<int64_t>(ends[expert], start), m);
+      own.first_tile = expert * N_TILES;
+      for (int64_t first = start; first < end; first += SUPER_ROWS) {
+        const int64_t rows = std::min(SUPER_ROWS, end - first);
+@CHOICE@@RUN@        of.wait();  // for those who still read what is made anew
+      }
+      start = end;
+    }
+    const float sums[TILE] = {};
+    if (of.thread == 0)
+      for (int64_t row = start; row < m; ++row)
+        for (int64_t n0 = 0; n0 < N; n0 += TILE)
+          finish_row(call, 0, row, n0, std::min(TILE, N - n0), @GIVEN@);
   }
-  const float sums[TILE] = {};
-  for (int64_t row = start; row < m; ++row)
-    for (int64_t n0 = 0; n0 < N; n0 += TILE)
-      finish_row(call, 0, row, n0, std::min(TILE, N - n0), @GIVEN@);
 """

@@ -13,12 +13,18 @@ def many(plan: Plan) -> str:
         parts = [_decode(plan), tiles(plan), _RUN]
         if plan.path == "bf16" and plan.scales_sums:
             parts.insert(1, _levels(plan, "decode_levels", _DECODER))
-        unit, given = "\n    TileUnit unit;", ", unit"
-        text = "\n".join(parts).replace("pack(call", "pack<true>(call")
+        text, unit, given = "\n".join(parts), "\n  TileUnit unit;", ", unit"
+        pack = "pack_tiles(call, super_first, rows, of)"
     else:
         parts = [_decode(plan), _panels(plan), _TILES.replace("@CHUNK@", _chunk(plan)), _RUN]
         text, unit, given = "\n".join(parts), "", ""
-    text = text.replace("@WHOLE@", whole).replace("@UNIT@", unit).replace("@GIVEN@", given)
+        pack = "pack(call, super_first, rows, MANY_HEIGHTS, of)"
+    text = (
+        text.replace("@WHOLE@", whole)
+        .replace("@UNIT@", unit)
+        .replace("@GIVEN@", given)
+        .replace("@PACK@", pack)
+    )
     return plan.placed(text)
 
 
@@ -256,15 +262,15 @@ void many_rows(int height, const uint32_t* w, int64_t steps, const x_t* x, const
 """
 
 _WHOLE = """\
-      many_tile(call, call.weight, tile, rows, first, last, decoded, totals@GIVEN@);
-      finish(call, tile, super_first, first_row, count, rows, totals);
+    many_tile(call, call.weight, tile, rows, first, last, decoded, totals@GIVEN@);
+    finish(call, tile, super_first, first_row, count, rows, totals);
 """
 
 _WHOLE_OF_SEVERAL = """\
-      for (int i = 0; i < WEIGHTS; ++i)
-        many_tile(call, call.weights[i], tile, rows, first, last, decoded,
-                  totals + i * TOTALS@GIVEN@);
-      finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
+    for (int i = 0; i < WEIGHTS; ++i)
+      many_tile(call, call.weights[i], tile, rows, first, last, decoded,
+                totals + i * TOTALS@GIVEN@);
+    finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
 """
 
 _TILES = """\
@@ -296,24 +302,20 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
 
 _RUN = """\
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
-void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
+void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+  @PACK@;
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
-#pragma omp parallel num_threads(threads)
-  {
-    const Share of(omp_get_thread_num(), omp_get_num_threads());
-    pack(call, super_first, rows, MANY_HEIGHTS, of);
-    uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
-    float* totals = reinterpret_cast<float*>(decoded + DECODED);@UNIT@
-    const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
-    const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
-    const auto items = of.part(E * N_TILES * parts);
-    for (int64_t item = items.first; item < items.last; ++item) {
-      const int64_t tile = @FIRST@item / parts, part = item % parts;
-      const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
-      const int64_t first_row = first * MANY_HEIGHTS[0];
-      const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
-@WHOLE@    }
-  }
+  uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
+  float* totals = reinterpret_cast<float*>(decoded + DECODED);@UNIT@
+  const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
+  const auto items = of.part(E * N_TILES * parts);
+  for (int64_t item = items.first; item < items.last; ++item) {
+    const int64_t tile = @FIRST@item / parts, part = item % parts;
+    const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
+    const int64_t first_row = first * MANY_HEIGHTS[0];
+    const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
+@WHOLE@  }
 }
 """
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
+
 from fxquant.codegen.cpp import (
     call,
     decode,
@@ -144,9 +148,33 @@ def _sizes(plan: Plan) -> str:
         _constant("int", "BYTE_BIAS", str(plan.byte_bias), "makes bytes of the weight unsigned"),
         _constant("float", "LEVEL_UNIT", constant(plan.level_unit), "what one of a byte is"),
     ]
-    if spec.outliers is not None and spec.outliers.threshold is not None:
-        lines.append(_constant("float", "THRESHOLD", constant(spec.outliers.threshold), ""))
+    if spec.outliers is not None:
+        lines += _bits(spec.x_dtype, spec.outliers.threshold)
     return "\n".join(lines)
+
+
+def _bits(dtype: str, threshold: float | None) -> list[str]:
+    """What outliers are told by: the bits of an activation, and those of the least one."""
+    half = dtype != "float32"
+    ctype, digits = ("uint16_t", 4) if half else ("uint32_t", 8)
+    lines = [f"using bits_t = {ctype};  // of a number of the activation"]
+    if threshold is None:
+        counts = [("ALL_ONES", 2 ** (4 * digits) - 1, "")]
+    else:
+        least = torch.tensor([threshold, math.inf]).to(getattr(torch, dtype))
+        found, infinite = least.view(torch.int16 if half else torch.int32).tolist()
+        # The nearest one may be below the threshold, which is taken to float32 here as there.
+        found += bool(least[0].float() < torch.tensor(threshold))
+        counts = [
+            ("ALL_ONES", 2 ** (4 * digits) - 1, ""),
+            ("MAGNITUDE", 2 ** (4 * digits - 1) - 1, ""),
+            ("INFINITE_X", infinite, ""),
+            ("LEAST_OUTLIER", found, f"{threshold} or what follows it"),
+        ]
+    return lines + [
+        _constant("bits_t", name, f"0x{value:0{digits}x}u", comment)
+        for name, value, comment in counts
+    ]
 
 
 def _constant(ctype: str, name: str, value: str | tuple[int, ...], comment: str) -> str:

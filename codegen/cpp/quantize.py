@@ -21,7 +21,7 @@ def row_text(*, flagged: bool = False, scope: str = "token", clipped: bool = Fal
     """The functions that round a row: ``quantize_row`` gives its largest magnitude.
 
     Args:
-        flagged: Columns with a flag, in ``const uint8_t* flags``, are taken for zeros.
+        flagged: Columns with a flag, in ``const bits_t* flags``, are taken for zeros.
         scope: Of the largest magnitude, as in `QuantizeSpec`.
         clipped: Whether there is a limit to it.
     """
@@ -33,9 +33,9 @@ def row_text(*, flagged: bool = False, scope: str = "token", clipped: bool = Fal
         text += _STATIC_ROW
     text = text.replace("@TAKEN@", f"flags[k] ? 0.0f : {plain}" if flagged else plain)
     taken = ["const stored_t* x", "int64_t x_col", "float factor", "int8_t* q"]
-    flags = ["const uint8_t* flags"] if flagged else []
+    flags = ["const bits_t* flags"] if flagged else []
     text = text.replace("@ROUND_ROW@", signature("INLINE void round_row", flags + taken))
-    text = text.replace("@FLAGS@", "const uint8_t* flags, " if flagged else "")
+    text = text.replace("@FLAGS@", "const bits_t* flags, " if flagged else "")
     return text.replace("@GIVEN@", "flags, " if flagged else "")
 
 

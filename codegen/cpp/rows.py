@@ -29,8 +29,21 @@ class Member:
     comment: str
 
 
+def shared_members(plan: Plan) -> list[Member]:
+    """What a call keeps in scratch memory for all of its rows."""
+    outliers = plan.spec.outliers
+    if outliers is None:
+        return []
+    parts = "E" if outliers.columns is not None else "threads * E"
+    return [
+        Member("bits_t", "flags", f"{parts} * K", "[e][k]: all ones if a column is an outlier"),
+        Member("int32_t", "columns", "E * K", "[e][..], the outliers"),
+        Member("int64_t", "outliers", "E", "[e], how many there are"),
+    ]
+
+
 def members(plan: Plan) -> list[Member]:
-    """What a call keeps in scratch memory."""
+    """What is kept in scratch memory of the rows that are under work."""
     sums = "E * all * BLOCKS" if plan.keeps_sums else "0"
     found = [
         Member("x_t", "lines", "E * rows * ALL_STEPS", "[e][row][step]"),
@@ -46,12 +59,9 @@ def members(plan: Plan) -> list[Member]:
         found.append(Member("float", "row_scales", "E * all", "[e][row]"))
     if plan.spec.outliers is not None:
         found += [
-            Member("uint8_t", "flags", "E * K", "[e][k], whether a column is an outlier"),
-            Member("int32_t", "columns", "E * K", "[e][..], the outliers"),
-            Member("int64_t", "outliers", "E", "[e], how many there are"),
             Member(
                 *("float", "apart", "E * rows * K"),
-                "[e][row][k]: the activation in them, the first ones of a row in use",
+                "[e][row][k]: the activation in outliers, the first ones of a row in use",
             ),
         ]
     return [*found, Member("unsigned char", "own", "threads * OWN_BYTES", "of each thread")]
@@ -59,12 +69,13 @@ def members(plan: Plan) -> list[Member]:
 
 def rows(plan: Plan) -> str:
     """The text of ``struct Call`` and of the functions that make lines of its rows."""
-    parts, outliers = [_call(plan)], plan.spec.outliers
+    parts, outliers = [_call(plan), _ASK_AHEAD], plan.spec.outliers
     if outliers is not None and outliers.columns is not None:
         parts.append(_LISTED)
     elif outliers is not None:
-        several = plan.spec.weights > 1
-        parts.append(_FLAG.replace("@COUNT@", _COUNT_EACH if several else _COUNT))
+        bits = "bits_of(x)" if plan.spec.x_dtype == "float32" else "x"
+        text = _FLAG.replace("@COUNT@", _COUNT_EACH if plan.spec.weights > 1 else _COUNT)
+        parts.append(text.replace("@BITS@", bits))
     if plan.quantizes_x:
         parts.append(row_text(flagged=outliers is not None))
     parts.append(_lines(plan))
@@ -81,7 +92,10 @@ def rounded(dtype: str, value: str) -> str:
 
 
 def _call(plan: Plan) -> str:
-    lines = [f"  {one.ctype}* {one.name};  // {one.comment}" for one in members(plan)]
+    lines = [
+        f"  {one.ctype}* {one.name};  // {one.comment}"
+        for one in (*shared_members(plan), *members(plan))
+    ]
     if plan.reads_directly:
         lines.append("  bool is_line;  // rows are lines as they are")
     if plan.spec.grouped:
@@ -101,7 +115,7 @@ def _lines(plan: Plan) -> str:
     given = ["x", "@COL@", "line"]
     title = "A row as a line."
     if plan.quantizes_x and plan.spec.outliers is not None:
-        taken.insert(0, "const uint8_t* flags")
+        taken.insert(0, "const bits_t* flags")
         given.insert(0, "flags")
     if plan.keeps_sums:
         taken += ["xsum_t* sums", "int height"]
@@ -172,27 +186,45 @@ struct Call {
 };
 """
 
+_ASK_AHEAD = """\
+// A row on its way to the second-level cache: what is read row by row would wait for each of them.
+INLINE void ask_ahead(const stored_t* row) {
+  constexpr int64_t OF_LINE = 64 / sizeof(stored_t);
+  for (int64_t k = 0; k < K; k += OF_LINE) __builtin_prefetch(row + k, 0, 2);
+}
+"""
+
 _FLAG = """\
-// Marks the columns in which any row is large, and lists them.
-INLINE void find_outliers(const Call& call, int64_t e, int64_t x_col, int64_t first, int64_t last) {
-  uint8_t* flags = call.flags + e * K;
-  for (int64_t k = first; k < last; ++k) flags[k] = 0;
-  for (int64_t row = 0; row < call.m; ++row) {
-    const stored_t* x = call.x + e * call.x_e + row * call.x_row;
-    for (int64_t k = first; k < last; ++k)
-      flags[k] |= std::fabs(x_of(x[k * x_col])) >= THRESHOLD;
+// Marks the columns in which any of some rows is large. Magnitudes are in the order of their bits;
+// what is above infinity is NaN, and not large.
+INLINE void find_outliers(const stored_t* rows, int64_t x_row, int64_t x_col, int64_t count,
+                          bits_t* flags) {
+  std::memset(flags, 0, K * sizeof(bits_t));
+  for (int64_t row = 0; row < count; ++row) {
+    const stored_t* line = rows + row * x_row;
+    if (x_col == 1 && row + 1 < count) ask_ahead(line + x_row);
+    for (int64_t k = 0; k < K; ++k) {
+      const stored_t x = line[k * x_col];
+      const bits_t size = @BITS@ & MAGNITUDE;
+      flags[k] |= bits_t(size - LEAST_OUTLIER) <= bits_t(INFINITE_X - LEAST_OUTLIER) ? ALL_ONES : 0;
+    }
   }
 }
 
-void find_outliers(const Call& call, int64_t e, int64_t first, int64_t last) {
+void find_outliers(const Call& call, int64_t e, int64_t first, int64_t last, bits_t* flags) {
+  const stored_t* x = call.x + e * call.x_e + first * call.x_row;
+  // With the stride a constant the usual case becomes vector instructions.
   if (call.x_col == 1)
-    find_outliers(call, e, 1, first, last);
+    find_outliers(x, call.x_row, 1, last - first, flags);
   else
-    find_outliers(call, e, call.x_col, first, last);
+    find_outliers(x, call.x_row, call.x_col, last - first, flags);
 }
 
-void list_outliers(const Call& call, int64_t e) {
+// Lists the columns that any of some parts of the rows marked, and marks them in the first part.
+void list_outliers(const Call& call, int64_t e, int64_t parts) {
   int64_t count = 0;
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t k = 0; k < K; ++k) call.flags[e * K + k] |= call.flags[(part * E + e) * K + k];
   for (int64_t k = 0; k < K; ++k)
     if (call.flags[e * K + k]) call.columns[e * K + count++] = int32_t(k);
   call.outliers[e] = count;
@@ -216,10 +248,10 @@ _LISTED = """\
 // Marks the columns that are given.
 void list_outliers(const Call& call, int64_t e) {
   const int32_t* columns = static_cast<const int32_t*>(call.extra[OPERANDS]);
-  std::memset(call.flags + e * K, 0, K);
+  std::memset(call.flags + e * K, 0, K * sizeof(bits_t));
   for (int64_t i = 0; i < OUTLIERS; ++i) {
     call.columns[e * K + i] = columns[i];
-    call.flags[e * K + columns[i]] = 1;
+    call.flags[e * K + columns[i]] = ALL_ONES;
   }
   call.outliers[e] = OUTLIERS;
 }

@@ -91,7 +91,10 @@ def _wide(plan: Plan) -> str:
     end = _end(plan, "part + n", "sums[r]", "zeros + n")
     zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "nullptr"
     operands = _STORED if _is_stored(plan) else _DECODED.replace("@DECODE@", "decode_chunk")
-    text = _WIDE_BYTES.replace("@END@", end).replace("@ZEROS@", zeros)
+    single = plan.blocks == 1
+    text = _WIDE_BYTES.replace("@BEGIN@", "" if single else _BEGIN)
+    text = text.replace("@TOTAL@", _ONLY_BLOCK if single else _EACH_BLOCK)
+    text = text.replace("@END@", end).replace("@ZEROS@", zeros)
     return panels + text.replace("@OPERANDS@", operands.replace("\n", "\n  "))
 
 
@@ -316,8 +319,7 @@ void wide_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
   const int64_t e = @MATRIX@, first_row = first_panel * 16, at = e * rows + first_row;
   const int64_t count = std::min(rows, last_panel * 16) - first_row;
   uint32_t* parts = own + DECODED - TOTALS;
-  std::memset(totals, 0, count * TILE * sizeof(float));
-  Scales scales(w, tile);
+@BEGIN@  Scales scales(w, tile);
   for (int64_t block = 0; block < BLOCKS; ++block) {
     const int64_t start = block * GROUPS_OF_BLOCK, end = std::min(start + GROUPS_OF_BLOCK, GROUPS);
     for (int64_t first = start; first < end; first += GROUPS_OF_CHUNK) {
@@ -335,12 +337,18 @@ void wide_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
       const uint32_t* part = parts + row * TILE;
       for (int n = 0; n < TILE; n += LANES) {
         float* total = totals + row * TILE + n;
-        store(total, fma(@END@, load(scale + n), load(total)));
+        @TOTAL@
       }
     }
   }
 }
 """
+
+_BEGIN = """\
+  std::memset(totals, 0, count * TILE * sizeof(float));
+"""
+_ONLY_BLOCK = "store(total, mul(@END@, load(scale + n)));"
+_EACH_BLOCK = "store(total, fma(@END@, load(scale + n), load(total)));"
 
 _DECODED = """\
     @DECODE@(w, tile, first, last, own);
