@@ -130,7 +130,7 @@ def test_outliers_of_three_products_are_looked_for_once_and_counted_for_each() -
     (kernel,) = kernels
     assert isinstance(kernel.spec, KernelSpec)
     assert (kernel.spec.weights, kernel.spec.outliers is not None) == (3, True)
-    assert kernel.source.count("void find_outliers(const Call& call, int64_t e, int64_t x_col") == 1
+    assert kernel.source.count("void mark_outliers(const Call& call") == 1
     for calls in (1, 2):
         notes = [row.notes for row in fxquant.report(model).rows]
         assert notes == [(f"outlier columns: 2.0 a call in {calls} calls",)] * 3

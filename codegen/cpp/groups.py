@@ -50,7 +50,8 @@ _LOOP = """\
   int64_t start = 0;
 #pragma omp parallel num_threads(threads) firstprivate(start)
   {
-    const Share of(omp_get_thread_num(), omp_get_num_threads());
+    const Share all(omp_get_thread_num(), omp_get_num_threads());
+    const Share& of = all;
 @MARK@    Call own = call;
     Memory mine = memory;
     take_own(own, mine, std::min(m, SUPER_ROWS), threads);

@@ -245,7 +245,7 @@ def _key(chain: Toolchain, source: str) -> str:
 
 
 class _CompilerError(Exception):
-    """The compiler failed; the first lines that it said."""
+    """The compiler failed; the first lines that it said of an error."""
 
 
 def _command(chain: Toolchain, source: Path) -> list[str]:
@@ -269,7 +269,9 @@ def _compile(chain: Toolchain, folder: Path, source: str) -> None:
         raise _CompilerError(error) from error
     if done.returncode != 0 or not path.with_suffix(".so").exists():
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        said = " | ".join(lines[:3]).replace(str(path), path.name)
+        # Warnings may come first, which are not why.
+        first = next((at for at, line in enumerate(lines) if "error" in line), 0)
+        said = " | ".join(lines[first : first + 3]).replace(str(path), path.name)
         raise _CompilerError(said or f"nothing, with exit code {done.returncode}")
 
 

@@ -336,6 +336,12 @@ struct Call {
   bool is_line;  // rows are lines as they are
 };
 
+// A row on its way to the second-level cache: what is read row by row would wait for each of them.
+INLINE void ask_ahead(const stored_t* row) {
+  constexpr int64_t OF_LINE = 64 / sizeof(stored_t);
+  for (int64_t k = 0; k < K; k += OF_LINE) __builtin_prefetch(row + k, 0, 2);
+}
+
 // A row as a line.
 INLINE void line_of(const stored_t* x, int64_t x_col, x_t* line) {
   half_t* half = reinterpret_cast<half_t*>(line);
@@ -360,6 +366,11 @@ struct Share {
   Range part(int64_t count) const {
     return {count * thread / threads, count * (thread + 1) / threads};
   }
+  // Until the others are here, too.
+  void wait() const {
+    if (threads == 1) return;
+#pragma omp barrier
+  }
 };
 
 // Panels: all but the last have the largest height, the last the smallest that will do.
@@ -377,21 +388,29 @@ template <int COUNT> INLINE int64_t padded(int64_t rows, const int (&heights)[CO
   return whole == rows ? rows : whole + height_of(rows - whole, heights);
 }
 
+// Makes the line of a row under work, the item-th of all matrices, and what else is kept of it.
+template <int COUNT>
+INLINE void make_line(const Call& call, int64_t super_first, int64_t rows, int64_t item,
+                      const int (&heights)[COUNT], bool is_last, x_t* line) {
+  const int64_t e = item / rows, row = item % rows;
+  const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
+  if (call.x_col == 1 && !is_last) ask_ahead(x + call.x_row);
+  line_of(call, x, line);
+}
+
 // Panels of the rows that are under work; every thread makes some.
 template <int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
   const bool is_single = call.m == 1 && height_of(1, heights) == 1;
   if (call.is_line && is_single) return;
-  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
-  for (int64_t item = of.thread; !call.is_line && item < E * rows; item += of.threads) {
-    const int64_t e = item / rows, row = item % rows;
-    const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
-    x_t* line = call.lines + item * ALL_STEPS;
-    line_of(call, x, line);
-  }
-#pragma omp barrier
+  const auto mine = of.part(E * rows);
+  for (int64_t item = mine.first; !call.is_line && item < mine.last; ++item)
+    make_line(call, super_first, rows, item, heights, item + 1 == mine.last,
+              call.lines + item * ALL_STEPS);
+  of.wait();
   if (is_single) return;
+  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
   const int64_t parts = panels < of.threads ? of.threads : 1;
   for (int64_t item = of.thread; item < E * panels * parts; item += of.threads) {
     const int64_t e = item / parts / panels, panel_row = item / parts % panels * heights[0];
@@ -407,13 +426,12 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
     }
     x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
     // A cache line of a row at a time: rows are often apart by what evicts each other.
-    for (int64_t first = part.first * 16; first < part.last * 16; first += 16) {
+    for (int64_t first = part.first * 16; first < part.last * 16; first += 16)
       for (int row = 0; row < height; ++row)
         for (int64_t step = first; step < first + 16; ++step)
           panel[step * height + row] = lines[row][step];
-    }
   }
-#pragma omp barrier
+  of.wait();
 }
 
 // One row of a tile: epilogue and rounding.
@@ -550,13 +568,9 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
   }
 }
 
-void run_few(Call& call, int64_t super_first, int64_t rows, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    const Share of(omp_get_thread_num(), omp_get_num_threads());
-    pack(call, super_first, rows, FEW_HEIGHTS, of);
-    few_tiles(call, super_first, rows, of);
-  }
+void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+  pack(call, super_first, rows, FEW_HEIGHTS, of);
+  few_tiles(call, super_first, rows, of);
 }
 
 // Groups of a tile to operands, scales applied: out[step][64].
@@ -657,25 +671,21 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
 }
 
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
-void run_many(Call& call, int64_t super_first, int64_t rows, int threads) {
+void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+  pack(call, super_first, rows, MANY_HEIGHTS, of);
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
-#pragma omp parallel num_threads(threads)
-  {
-    const Share of(omp_get_thread_num(), omp_get_num_threads());
-    pack(call, super_first, rows, MANY_HEIGHTS, of);
-    uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
-    float* totals = reinterpret_cast<float*>(decoded + DECODED);
-    const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
-    const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
-    const auto items = of.part(E * N_TILES * parts);
-    for (int64_t item = items.first; item < items.last; ++item) {
-      const int64_t tile = item / parts, part = item % parts;
-      const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
-      const int64_t first_row = first * MANY_HEIGHTS[0];
-      const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
-      many_tile(call, call.weight, tile, rows, first, last, decoded, totals);
-      finish(call, tile, super_first, first_row, count, rows, totals);
-    }
+  uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
+  float* totals = reinterpret_cast<float*>(decoded + DECODED);
+  const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
+  const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
+  const auto items = of.part(E * N_TILES * parts);
+  for (int64_t item = items.first; item < items.last; ++item) {
+    const int64_t tile = item / parts, part = item % parts;
+    const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
+    const int64_t first_row = first * MANY_HEIGHTS[0];
+    const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
+    many_tile(call, call.weight, tile, rows, first, last, decoded, totals);
+    finish(call, tile, super_first, first_row, count, rows, totals);
   }
 }
 
@@ -749,20 +759,37 @@ struct Memory {
   }
 };
 
-int64_t set_up(Call& call, unsigned char* base, int64_t m, int threads) {
-  Memory memory{base};
-  const int64_t rows = std::min(m, SUPER_ROWS);
+// What is kept of the rows under work.
+void take_own(Call& call, Memory& memory, int64_t rows, int64_t threads) {
   const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
   call.lines = memory.take<x_t>(E * rows * ALL_STEPS);
   call.panels = memory.take<x_t>(E * all * ALL_STEPS);
   call.sums = memory.take<xsum_t>(0);
   call.own = memory.take<unsigned char>(threads * OWN_BYTES);
-  return memory.used;
 }
 
+// Which rows are worked off at a time: by all threads, or, where there are blocks of them for every
+// thread, by one, for which what it makes of them stays in its own caches.
+struct Split {
+  int64_t rows;  // of a block, the same for any number of threads, which results do not depend on
+  bool is_apart;
+
+  Split(int64_t m, int64_t threads) {
+    constexpr int64_t HEIGHT = 2 * MANY_HEIGHTS[0];
+    const int64_t least = std::max<int64_t>(1, (m + SUPER_ROWS - 1) / SUPER_ROWS);
+    const int64_t even = least + least % 2, each = (m + even - 1) / even;
+    rows = std::min(SUPER_ROWS, least > 1 ? (each + HEIGHT - 1) / HEIGHT * HEIGHT : m);
+    is_apart = threads > 1 && least >= threads;
+  }
+};
+
 extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
+  Memory memory{nullptr};
   Call call{};
-  return set_up(call, nullptr, m, threads);
+  const Split split(m, threads);
+  for (int64_t thread = 0; thread < (split.is_apart ? threads : 1); ++thread)
+    take_own(call, memory, split.rows, split.is_apart ? 1 : threads);
+  return memory.used;
 }
 
 extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, int64_t x_row,
@@ -773,19 +800,33 @@ extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, in
   call.x = static_cast<const stored_t*>(x);
   call.x_e = x_e, call.x_row = x_row, call.x_col = x_col, call.m = m;
   call.out = static_cast<out_t*>(out);
-  call.extra = extra;
-  set_up(call, static_cast<unsigned char*>(scratch), m, threads);
   const uint64_t places = reinterpret_cast<uint64_t>(x) | x_e * sizeof(stored_t) |
                           x_row * sizeof(stored_t);
   call.is_line = x_col == 1 && places % sizeof(x_t) == 0;
-  if (call.is_line) call.lines = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
+  call.extra = extra;
+  Memory memory{static_cast<unsigned char*>(scratch)};
   const bool is_few = variant == 0;
-  if (is_few && m == 1) call.panels = call.lines;  // a panel of one row is a line
-  for (int64_t first = 0; first < m; first += SUPER_ROWS) {
-    const int64_t rows = std::min(SUPER_ROWS, m - first);
-    if (is_few)
-      run_few(call, first, rows, threads);
-    else
-      run_many(call, first, rows, threads);
+  const Split split(m, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    const Share all(omp_get_thread_num(), omp_get_num_threads());
+    const Share of = split.is_apart ? Share(0, 1) : all;
+    Call own = call;
+    Memory mine = memory;
+    for (int64_t thread = 0; thread < (split.is_apart ? all.thread + 1 : 1); ++thread)
+      take_own(own, mine, split.rows, split.is_apart ? 1 : threads);
+    if (call.is_line) own.lines = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
+    if (is_few && m == 1) own.panels = own.lines;  // a panel of one row is a line
+    const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
+    const auto some = split.is_apart ? all.part(blocks) : Share::Range{0, blocks};
+    for (int64_t first = some.first * split.rows; first < std::min(some.last * split.rows, m);
+         first += split.rows) {
+      const int64_t rows = std::min(split.rows, m - first);
+      if (is_few)
+        run_few(own, first, rows, of);
+      else
+        run_many(own, first, rows, of);
+      of.wait();  // for those who still read what is made anew
+    }
   }
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -109,3 +110,24 @@ def test_outliers_are_counted_for_their_weight() -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: made.run(x, second, [bias]), range(200)))
     assert made.outlier_counts(second[0]) == (201, 402)
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.1, 3.3, 70000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_as_large_as_the_threshold_is_an_outlier(
+    dtype: torch.dtype, threshold: float
+) -> None:
+    """Told by its bits: the numbers around a threshold, which need not be one of the dtype."""
+    name = str(dtype).removeprefix("torch.")
+    spec = dataclasses.replace(FOUND, x_dtype=name, outliers=Outliers(name, threshold))
+    near = torch.tensor([threshold, 0.0, torch.inf, torch.nan, -torch.inf]).to(dtype)
+    above, below = near.nextafter(near[2]), near.nextafter(near[4])
+    numbers = torch.cat([near, -near, above, below, -above, -below])
+    x = torch.zeros(40, K, dtype=dtype)
+    x[torch.arange(len(numbers)) % 40, torch.arange(len(numbers))] = numbers
+    expected = int((x.float().abs() >= threshold).any(0).sum())
+    assert 0 < expected < len(numbers)
+    made, tensors = kernel(spec), weight()
+    for layout in (x, x.t().contiguous().t()):
+        made.run(layout, tensors, [torch.zeros(N)])
+    assert made.outlier_counts(tensors[0]) == (2, 2 * expected)
