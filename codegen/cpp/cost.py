@@ -148,7 +148,7 @@ def _tiles_cost(plan: Plan) -> Cost:
     wanted = sympy.Min(sympy.ceiling(4 * THREADS / tiles), panels, evaluate=False)
     parts = sympy.Max(1, wanted, evaluate=False)
     stored = plan.path == "int8" and plan.encoding.bits == 8
-    levels = _LOAD + (0 if stored else _operand(plan) + _STORE)
+    levels = _LOAD_STORED if stored else _operand(plan) + _STORE + _LOAD
     sums, scales = M * tiles * _vectors(plan), parts * tiles * plan.blocks * _scales(plan)
     ends = max(plan.blocks, plan.k_padded // plan.held)
     # Rows are loaded for each product, and sums are stored and loaded to be scaled.
@@ -170,7 +170,7 @@ def _tiles_cost(plan: Plan) -> Cost:
 def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     """The most rows for which the skeleton for few rows is chosen.
 
-    It is where both wait for memory alike, too: it reads codes in one stream, and asks ahead.
+    Where both wait for memory alike, the one with less work is: it is not all done meanwhile.
 
     Args:
         plan: Of the kernel.
@@ -183,12 +183,13 @@ def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     if not plan.is_regular:
         return 0
     path = plan.path
-    few = _seconds(few_cost(plan), rates, rates.few[path], threads)
-    many = _seconds(many_cost(plan), rates, rates.many[path], threads)
+    costs = (few_cost(plan), rates.few[path]), (many_cost(plan), rates.many[path])
+    few, many = (_seconds(cost.time, rates, dots, threads) for cost, dots in costs)
+    few_work, many_work = (_seconds(cost.work, rates, dots, threads) for cost, dots in costs)
     height, found = plan.few_heights[0], 0
     # Only whole panels are worth a look: a started one is decoded as a whole.
     for rows in (*range(1, height), *range(height, SUPER_ROWS + 1, height)):
-        if few(rows) > many(rows):
+        if (few(rows), few_work(rows)) > (many(rows), many_work(rows)):
             return found
         found = rows
     return ALL_ROWS
@@ -203,16 +204,16 @@ def prediction(plan: Plan, rates: Rates, threads: int) -> Callable[[int], float]
         threads: That the kernel runs on.
     """
     path = plan.path
-    many = _seconds(many_cost(plan), rates, rates.many[path], threads)
+    many = _seconds(many_cost(plan).time, rates, rates.many[path], threads)
     if not plan.is_regular:
         return many
-    few = _seconds(few_cost(plan), rates, rates.few[path], threads)
+    few = _seconds(few_cost(plan).time, rates, rates.few[path], threads)
     return lambda rows: min(few(rows), many(rows))
 
 
-def _seconds(cost: Cost, rates: Rates, dots: float, threads: int) -> Callable[[int], float]:
-    """A cost's time on a machine, of the number of rows."""
-    compiled = sympy.lambdify([M, THREADS, BANDWIDTH, DOTS, VECTORS], cost.time, modules="math")
+def _seconds(time: sympy.Expr, rates: Rates, dots: float, threads: int) -> Callable[[int], float]:
+    """A time on a machine, of the number of rows."""
+    compiled = sympy.lambdify([M, THREADS, BANDWIDTH, DOTS, VECTORS], time, modules="math")
     return lambda rows: float(compiled(rows, threads, rates.bandwidth, dots, rates.vectors))
 
 
@@ -250,6 +251,9 @@ _STORE = 4
 
 _LOAD = 1
 """A register of the tile unit takes a vector of operands."""
+
+_LOAD_STORED = 12
+"""The same of codes as they are stored: not even those that were asked for are near enough."""
 
 
 def _value(plan: Plan) -> int:

@@ -123,10 +123,10 @@ def test_one_row_is_few_and_the_choice_is_the_cheaper(isa: Isa, compute: str) ->
     values = {BANDWIDTH: found.bandwidth, VECTORS: found.vectors, THREADS: 2}
     path = one.path
 
-    def seconds(rows: int) -> list[float]:
+    def seconds(rows: int) -> list[tuple[float, float]]:
         both = ((few_cost(one), found.few[path]), (many_cost(one), found.many[path]))
         at = [(cost, {**values, DOTS: dots, M: rows}) for cost, dots in both]
-        return [float(cost.time.subs(v)) for cost, v in at]
+        return [(float(cost.time.subs(v)), float(cost.work.subs(v))) for cost, v in at]
 
     few, many = seconds(most)
     assert few <= many
