@@ -242,7 +242,8 @@ void pack_tiles(const Call& call, int64_t super_first, int64_t rows, const Share
   x_t* own = call.lines + mine.first * ALL_STEPS;  // stays near from row to row
   for (int64_t item = mine.first; item < mine.last; ++item) {
     const int64_t e = item / rows, row = item % rows, panel_row = row / 16 * 16;
-    @MADE_UNLESS@make_line(call, super_first, rows, item, MANY_HEIGHTS, item + 1 == mine.last, own);
+    const bool is_last = item + 1 == mine.last;
+    @MADE_UNLESS@make_line(call, super_first, rows, item, MANY_HEIGHTS, is_last, own);
     @LINE@
     const int64_t height = std::min<int64_t>(rows - panel_row, 16);
     x_t* panel = call.panels + (e * rows + panel_row) * ALL_STEPS + (row - panel_row) * 16;
@@ -367,10 +368,10 @@ _LOOP = """\
       take_own(own, mine, split.rows, split.is_apart ? 1 : threads);
 @DIRECT@@LINE@    const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
     const auto some = split.is_apart ? all.part(blocks) : Share::Range{0, blocks};
-    for (int64_t first = some.first * split.rows; first < std::min(some.last * split.rows, m);
-         first += split.rows) {
+    const int64_t last = std::min(some.last * split.rows, m);
+    for (int64_t first = some.first * split.rows; first < last; first += split.rows) {
       const int64_t rows = std::min(split.rows, m - first);
-@RUN@      of.wait();  // for those who still read what is made anew
+@RUN@      if (first + rows < last) of.wait();  // for those who still read what is made anew
     }
   }
 """

@@ -488,7 +488,8 @@ void pack_tiles(const Call& call, int64_t super_first, int64_t rows, const Share
   x_t* own = call.lines + mine.first * ALL_STEPS;  // stays near from row to row
   for (int64_t item = mine.first; item < mine.last; ++item) {
     const int64_t e = item / rows, row = item % rows, panel_row = row / 16 * 16;
-    if (!call.is_line) make_line(call, super_first, rows, item, MANY_HEIGHTS, item + 1 == mine.last, own);
+    const bool is_last = item + 1 == mine.last;
+    if (!call.is_line) make_line(call, super_first, rows, item, MANY_HEIGHTS, is_last, own);
     const stored_t* x = call.x + e * call.x_e + (super_first + row) * call.x_row;
     const x_t* line = call.is_line ? reinterpret_cast<const x_t*>(x) : own;
     const int64_t height = std::min<int64_t>(rows - panel_row, 16);
@@ -1046,14 +1047,14 @@ extern "C" void fxquant_run(void* const* prepared, const void* x, int64_t x_e, i
     if (is_few && m == 1) own.panels = own.lines;  // a panel of one row is a line
     const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
     const auto some = split.is_apart ? all.part(blocks) : Share::Range{0, blocks};
-    for (int64_t first = some.first * split.rows; first < std::min(some.last * split.rows, m);
-         first += split.rows) {
+    const int64_t last = std::min(some.last * split.rows, m);
+    for (int64_t first = some.first * split.rows; first < last; first += split.rows) {
       const int64_t rows = std::min(split.rows, m - first);
       if (is_few)
         run_few(own, first, rows, of);
       else
         run_many(own, first, rows, of);
-      of.wait();  // for those who still read what is made anew
+      if (first + rows < last) of.wait();  // for those who still read what is made anew
     }
   }
 }

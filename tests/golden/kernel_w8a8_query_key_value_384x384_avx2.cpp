@@ -670,14 +670,14 @@ extern "C" void fxquant_run(void* const* prepared, const void* x, int64_t x_e, i
     if (is_few && m == 1) own.panels = own.lines;  // a panel of one row is a line
     const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
     const auto some = split.is_apart ? all.part(blocks) : Share::Range{0, blocks};
-    for (int64_t first = some.first * split.rows; first < std::min(some.last * split.rows, m);
-         first += split.rows) {
+    const int64_t last = std::min(some.last * split.rows, m);
+    for (int64_t first = some.first * split.rows; first < last; first += split.rows) {
       const int64_t rows = std::min(split.rows, m - first);
       if (is_few)
         run_few(own, first, rows, of);
       else
         run_many(own, first, rows, of);
-      of.wait();  // for those who still read what is made anew
+      if (first + rows < last) of.wait();  // for those who still read what is made anew
     }
   }
 }
