@@ -50,7 +50,8 @@ def few_heights() -> Iterator[None]:
     """Kernels with panels of three heights, which take compilers less than half as long.
 
     For modules about what surrounds kernels. Those of all heights are the business of
-    ``tests/codegen``, and run in the models of ``tests/models``.
+    ``tests/codegen``; they run under the backend in ``tests/models/test_activations.py``, and
+    wherever a test starts a process.
     """
     from fxquant.runtime import toolchain
     from tests.codegen.cpp_harness import with_few_heights

@@ -13,7 +13,7 @@ from fxquant.runtime import cache, launch, precompiled, targets, toolchain
 from fxquant.testing import run_and_get_kernels
 from tests.helpers import TwoLayers, compile_, decoded, frozen
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 FINDS_SOURCE = 'for a in "$@"; do case "$a" in *.cpp) source="$a";; esac; done\n'
 
 
