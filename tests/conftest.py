@@ -13,6 +13,9 @@ import pytest
 # Set before anything imports torch or transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("FXQUANT_DUMP", None)
+# More threads than cores: whoever spins at the end of a loop keeps those that it waits for from
+# running, which makes small loops a hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Workers of pytest-xdist share the cache of the process that started them.
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_WORKER:
