@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if any(contender in contenders for contender in everyone[: len(ours())]):
         require_kernels()
     console = results.console()
-    machine = Machine(torch.get_num_threads())
+    machine = Machine(torch.get_num_threads(), quick=options.quick)
     rates = machine.rates()
     console.print(_about(machine, rates), highlight=False)
     cases = []
@@ -91,7 +91,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--contenders", nargs="+", default=["*"], help="patterns of names, as 'torch*'"
     )
     parser.add_argument("--rounds", type=int, default=None, help=f"default {ROUNDS}")
-    parser.add_argument("--quick", action="store_true", help="one shape, two row counts, 5 rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="one shape, two row counts, 5 rounds, warmer caches"
+    )
     parser.add_argument(
         "--output", type=Path, default=results.FOLDER / "linear.json", help="where to write"
     )

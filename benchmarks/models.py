@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if any(name.startswith("fxquant") for name in names):
         require_kernels()
     console = results.console()
-    machine = Machine(torch.get_num_threads())
+    machine = Machine(torch.get_num_threads(), quick=options.quick)
     timed: list[dict[str, Any]] = []
     for case in options.models:
         options.turns = options.rounds or (5 if options.quick else ROUNDS[case])
@@ -140,7 +140,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     listed = ", ".join(f"{case} {count}" for case, count in ROUNDS.items())
     parser.add_argument("--rounds", type=int, help=f"default: {listed}")
     parser.add_argument("--layers", type=int, default=22, help="of the decoder (default 22)")
-    parser.add_argument("--quick", action="store_true", help="5 rounds, small cases")
+    parser.add_argument("--quick", action="store_true", help="5 rounds, small cases, warmer caches")
     parser.add_argument(
         "--output", type=Path, default=results.FOLDER / "models.json", help="where to write"
     )

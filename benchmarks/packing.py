@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = []
     for count in sorted({1, threads}):
         torch.set_num_threads(count)
-        cases.append(_measure(options.size, options.rounds, count))
+        machine = Machine(count, quick=options.quick)
+        cases.append(_measure(options.size, options.rounds, machine))
         console.print(_table(cases[-1]))
     torch.set_num_threads(threads)
     judged = _judge(cases)
@@ -81,7 +82,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--size", type=int, default=4096, help="rows and columns (default 4096)")
     parser.add_argument("--rounds", type=int, help="default 7")
-    parser.add_argument("--quick", action="store_true", help="3 rounds")
+    parser.add_argument("--quick", action="store_true", help="3 rounds, warmer caches")
     parser.add_argument(
         "--output", type=Path, default=results.FOLDER / "packing.json", help="where to write"
     )
@@ -90,18 +91,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _measure(size: int, rounds: int, threads: int) -> dict[str, Any]:
-    machine = Machine(threads)
+def _measure(size: int, rounds: int, machine: Machine) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(size, size, generator=generator).bfloat16() for _ in range(2)]
     runs: dict[str, list[Run]] = {
         name: [partial(run, weight) for weight in weights] for name, run in contenders().items()
     }
     with Progress(transient=True) as progress:
-        task = progress.add_task(f"packing, {threads} threads", total=rounds)
+        task = progress.add_task(f"packing, {machine.threads} threads", total=rounds)
         timed = interleave(runs, rounds, machine.evict, lambda: progress.advance(task))
     lines = [_line(name, timing, weights[0].nbytes) for name, timing in timed.items()]
-    return {"shape": [size, size], "threads": threads, "contenders": lines}
+    return {"shape": [size, size], "threads": machine.threads, "contenders": lines}
 
 
 def _line(name: str, timing: Timing, size: int) -> dict[str, Any]:

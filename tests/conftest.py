@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -12,7 +13,14 @@ import pytest
 # Set before anything imports torch or transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.pop("FXQUANT_DUMP", None)
-CACHE = os.environ["FXQUANT_CACHE_DIR"] = tempfile.mkdtemp(prefix="fxquant-test-cache-")
+# More threads than cores: whoever spins at the end of a loop keeps those that it waits for from
+# running, which makes small loops a hundred times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Workers of pytest-xdist share the cache of the process that started them.
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not IS_WORKER:
+    os.environ["FXQUANT_CACHE_DIR"] = tempfile.mkdtemp(prefix="fxquant-test-cache-")
+CACHE = os.environ["FXQUANT_CACHE_DIR"]
 
 # Compiling takes seconds, and shared machines are uneven: the timeout of pytest is the limit.
 hypothesis.settings.register_profile("fxquant", deadline=None)
@@ -36,7 +44,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionfinish() -> None:
     """Removes the kernel cache of this run."""
-    shutil.rmtree(CACHE, ignore_errors=True)
+    if not IS_WORKER:
+        shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def few_heights() -> Iterator[None]:
+    """Kernels with panels of three heights, which take compilers less than half as long.
+
+    For modules about what surrounds kernels. Those of all heights are the business of
+    ``tests/codegen``; they run under the backend in ``tests/models/test_activations.py``, and
+    wherever a test starts a process.
+    """
+    from fxquant.runtime import toolchain
+    from tests.codegen.cpp_harness import with_few_heights
+
+    few = {name: with_few_heights(isa) for name, isa in toolchain.ISAS.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toolchain, "ISAS", few)
+        yield
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from fxquant.testing import run_and_get_kernels
 from tests.bounds import assert_close_within, product_bound
 from tests.helpers import TwoLayers, compile_, decoded, frozen, packed_of
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "fp4", "int8"])

@@ -16,6 +16,8 @@ from torch import nn
 from fxquant import checkpoint, errors
 from fxquant.formats import Encoding, PackedWeight, pack
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 DYNAMIC = Encoding(8, "dynamic8", (256,), offset=True)
 ENCODINGS = {
     "nf4": Encoding(4, "nf4", (64,), scale=DYNAMIC),

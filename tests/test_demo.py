@@ -16,10 +16,13 @@ from fxquant import cli, demo, demo_models
 from fxquant.runtime import dump as kernel_dump
 
 # Looked for and not imported: the package with the model imports more than the demo needs.
-pytestmark = pytest.mark.skipif(
-    not all(importlib.util.find_spec(name) for name in demo.PACKAGES),
-    reason="needs the extra demo",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not all(importlib.util.find_spec(name) for name in demo.PACKAGES),
+        reason="needs the extra demo",
+    ),
+    pytest.mark.usefixtures("few_heights"),
+]
 
 
 def figures(text: str, name: str) -> list[float]:

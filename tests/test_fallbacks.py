@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import fxquant
-from fxquant.runtime import cache, launch, targets, toolchain
+from fxquant.runtime import cache, launch, precompiled, targets, toolchain
 from fxquant.testing import run_and_get_kernels
 from tests.helpers import TwoLayers, compile_, decoded, frozen
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 FINDS_SOURCE = 'for a in "$@"; do case "$a" in *.cpp) source="$a";; esac; done\n'
 
 
@@ -21,6 +21,8 @@ FINDS_SOURCE = 'for a in "$@"; do case "$a" in *.cpp) source="$a";; esac; done\n
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     targets._warn.cache_clear()
     monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
+    # An empty cache has none, and making them takes longer than what is built here.
+    monkeypatch.setattr(precompiled, "arguments", lambda *_: [])
 
 
 @pytest.fixture

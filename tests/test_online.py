@@ -22,7 +22,7 @@ from fxquant.report import report
 from fxquant.runtime.store import STORE
 from tests.helpers import TwoLayers, compile_, frozen, packed_of
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 
 
 class Seen:

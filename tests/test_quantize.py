@@ -14,7 +14,7 @@ from fxquant.formats import PackedWeight
 from fxquant.runtime.store import STORE
 from tests.helpers import compile_, decoded, frozen
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 
 TAKEN = {
     "linear": nn.Linear(64, 48),

@@ -12,6 +12,8 @@ from torch import nn
 import fxquant
 from fxquant.report import LEFT_ALONE, QUANTIZED, Report, Row, watch
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 
 def row(module: str, shape: tuple[int, ...], *, bits: float = 4.0, parameter: str = "") -> Row:
     return Row(module, parameter or f"{module}.weight", shape, QUANTIZED, "nf4", bits, 20.0)

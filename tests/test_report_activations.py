@@ -23,7 +23,7 @@ from fxquant.schemes import Activation, OutlierColumns, Recipe
 from fxquant.testing import run_and_get_kernels
 from tests.helpers import TwoLayers, compile_, frozen
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 PER_CHANNEL = Encoding(8, block=(1, -1))
 
 

@@ -16,6 +16,8 @@ import fxquant
 from fxquant.formats import Encoding
 from fxquant.schemes import Activation, Recipe
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 TENSOR = Recipe(Encoding(8, block=(1, -1)), Activation("tensor"))
 
 

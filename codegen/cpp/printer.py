@@ -62,11 +62,15 @@ def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
     return without_unused(text)
 
 
-def preamble(isa: Isa) -> str:
-    """What every file starts with."""
+def headers(isa: Isa) -> list[str]:
+    """Lines that include what every file needs."""
     lines = [f"#include <{name}>" for name in ("algorithm", "cmath", "cstdint", "cstring")]
     lines += ["#include <type_traits>", "#include <utility>"]
-    lines += [] if isa.vectors == "portable" else ["", "#include <immintrin.h>"]
+    return lines if isa.vectors == "portable" else [*lines, "", "#include <immintrin.h>"]
+
+
+def preamble(isa: Isa) -> str:
+    """What every file starts with."""
     omp = (
         "#ifdef _OPENMP\n#include <omp.h>\n#else\n"
         "inline int omp_get_thread_num() { return 0; }\n"
@@ -77,7 +81,7 @@ def preamble(isa: Isa) -> str:
         "#define INLINE_LAMBDA __attribute__((always_inline))\n"
         "#define ALONE [[gnu::noinline]]  // inlined, GCC would keep sums in memory"
     )
-    return "\n".join([*lines, omp, "", macros])
+    return "\n".join([*headers(isa), omp, "", macros])
 
 
 def _sizes(plan: Plan) -> str:

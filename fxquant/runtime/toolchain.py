@@ -9,13 +9,15 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fxquant import errors
 from fxquant._version import __version__
 from fxquant.codegen.cpp.isa import ISAS, Isa
-from fxquant.runtime import cache, tile_unit
+from fxquant.codegen.cpp.printer import headers
+from fxquant.runtime import cache, precompiled, tile_unit
 
 LOG = logging.getLogger("fxquant.toolchain")
 COMPILERS = ("g++", "c++", "clang++")
@@ -230,8 +232,12 @@ def build(chain: Toolchain, name: str, source: str) -> Path:
         FolderError: The kernel cache cannot be written.
     """
     key = _key(chain, source)
+
+    def compile_(path: Path) -> None:
+        _compile(chain, path, source, _precompiled(chain))
+
     try:
-        folder = cache.get_or_build("cpp", key, lambda path: _compile(chain, path, source))
+        folder = cache.get_or_build("cpp", key, compile_)
     except _CompilerError as error:
         kept = _keep(f"{name}_{key[:8]}.cpp", source)
         command = " ".join(_command(chain, kept))
@@ -244,18 +250,25 @@ def _key(chain: Toolchain, source: str) -> str:
     return cache.key_of(__version__, found.path, found.version, *chain.flags, cache.code_of(source))
 
 
+def _precompiled(chain: Toolchain) -> list[str]:
+    lines = [*headers(chain.isa), *(["#include <omp.h>"] if chain.openmp else [])]
+    command = (chain.compiler.path, *chain.flags)
+    return precompiled.arguments(command, chain.compiler.version, "\n".join(lines), LIMIT_S)
+
+
 class _CompilerError(Exception):
     """The compiler failed; the first lines that it said of an error."""
 
 
-def _command(chain: Toolchain, source: Path) -> list[str]:
-    return [chain.compiler.path, *chain.flags, str(source), "-o", str(source.with_suffix(".so"))]
+def _command(chain: Toolchain, source: Path, ahead: Sequence[str] = ()) -> list[str]:
+    result = str(source.with_suffix(".so"))
+    return [chain.compiler.path, *chain.flags, *ahead, str(source), "-o", result]
 
 
-def _compile(chain: Toolchain, folder: Path, source: str) -> None:
+def _compile(chain: Toolchain, folder: Path, source: str, ahead: Sequence[str] = ()) -> None:
     path = folder / "kernel.cpp"
     path.write_text(source, encoding="utf-8")
-    command = _command(chain, path)
+    command = _command(chain, path, ahead)
     try:
         done = subprocess.run(
             command,

@@ -36,6 +36,11 @@ def vector_isas() -> list[str]:
     return [name for name in isas() if not ISAS[name].has_tiles]
 
 
+def with_few_heights(isa: Isa) -> Isa:
+    """With panels of one row, and of more."""
+    return replace(isa, few_heights=(4, 1), many_heights=(2,))
+
+
 class Kernel:
     """A built kernel, called below the checks of `fxquant.runtime.cpp`."""
 
@@ -137,7 +142,7 @@ class Builder:
         if key not in self._asked:
             made_for = ISAS[isa]
             if (spec, isa) not in self._whole:
-                made_for = replace(made_for, few_heights=(4, 1), many_heights=(2,))
+                made_for = with_few_heights(made_for)
             self._asked[key] = self._pool.submit(Kernel, spec, made_for, openmp=openmp)
         return self._asked[key]
 

@@ -91,10 +91,11 @@ def test_every_element_decodes_to_level_times_scale_of_its_block(case, dtype) ->
             codes = torch.where(codes >= 2 ** (encoding.bits - 1), codes - 2**encoding.bits, codes)
     book = levels(encoding)
     values = codes.float() if book is None else torch.tensor(book)[codes]
-    expected = torch.empty(weight.numel())
-    for i, numbers in enumerate(blocks):
-        zero = parts["zeros"][i].float() if encoding.zero_point else 0.0
-        expected[numbers] = (values[numbers] - zero) * scales[i]
+    owner = torch.empty(weight.numel(), dtype=torch.long)
+    sizes = torch.tensor([len(numbers) for numbers in blocks])
+    owner[torch.cat(blocks)] = torch.arange(len(blocks)).repeat_interleave(sizes)
+    zeros = parts["zeros"].float()[owner] if encoding.zero_point else 0.0
+    expected = (values - zeros) * scales[owner]
     assert torch.equal(packed.dequantize(torch.float32), expected.view(shape))
     assert torch.equal(packed.dequantize(), expected.view(shape).to(dtype))
 

@@ -13,6 +13,7 @@ import fxquant
 from fxquant.runtime.store import STORE
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("few_heights")
 
 SMALL = {
     "hidden_size": 64,

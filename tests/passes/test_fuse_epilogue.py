@@ -23,6 +23,8 @@ from fxquant.passes.fuse.epilogue import epilogues, join
 from fxquant.passes.fuse.lower import begin, launches
 from fxquant.runtime import ops
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 assert ops  # imported for its registrations
 K, N = 8, 12
 INT8 = Encoding(8, block=(1, -1))

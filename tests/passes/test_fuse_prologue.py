@@ -24,6 +24,8 @@ from fxquant.passes.fuse.lower import begin, launches
 from fxquant.passes.fuse.prologue import prologues
 from fxquant.runtime import ops
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 assert ops  # imported for its registrations
 K = 24
 INT8 = Encoding(8, block=(1, -1))

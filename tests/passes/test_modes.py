@@ -12,6 +12,8 @@ from fxquant.formats import pack
 from fxquant.schemes import get_scheme
 from tests.passes.harness import Captured, compare, run
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 K, N = 64, 48
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.passes.harness import Captured, compare
+
+pytestmark = pytest.mark.usefixtures("few_heights")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

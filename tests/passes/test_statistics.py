@@ -17,6 +17,8 @@ from fxquant.passes.statistics import clipping_limit
 from fxquant.schemes import Activation, OutlierColumns, Recipe, Smoothing
 from tests.passes.harness import run
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 K = 64
 PER_CHANNEL = Encoding(8, block=(1, -1))
 

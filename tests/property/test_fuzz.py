@@ -10,7 +10,10 @@ from tests.property import enclosing, fuzz
 from tests.property.random_graphs import BINARY, UNARY, Op, Plan, RandomGraph, draw, given
 from tests.runtime import broken
 
-pytestmark = pytest.mark.skipif(toolchain.compiler() is None, reason=toolchain.NOT_FOUND)
+pytestmark = [
+    pytest.mark.skipif(toolchain.compiler() is None, reason=toolchain.NOT_FOUND),
+    pytest.mark.usefixtures("few_heights"),
+]
 
 
 def test_random_graphs_are_right(capsys: pytest.CaptureFixture[str]) -> None:

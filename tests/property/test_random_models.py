@@ -16,6 +16,8 @@ from fxquant.formats import pack
 from fxquant.runtime import toolchain
 from fxquant.schemes import get_scheme
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 UNIT = 2.0**-24
 SIZES = st.sampled_from([1, 2, 17, 32, 48, 65, 96])
 

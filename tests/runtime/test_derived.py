@@ -18,6 +18,8 @@ from fxquant.runtime.store import STORE, WeightStore
 from fxquant.schemes import Recipe, Smoothing, get_scheme
 from tests.helpers import frozen
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 ENCODING = get_scheme("int8").recipe.weight
 
 

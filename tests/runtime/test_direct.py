@@ -15,7 +15,7 @@ from tests.helpers import TwoLayers, compile_, decoded, frozen
 from tests.runtime import printed
 
 pytest.importorskip("torch._inductor.codegen.custom_extern_kernel_codegen")
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 
 
 def ops_seen(run: object, *args: Tensor) -> set[str]:

@@ -16,7 +16,7 @@ from fxquant.runtime.store import STORE
 from tests.bounds import assert_close_within, product_bound
 from tests.helpers import TwoLayers, compile_, decoded, frozen, packed_of
 
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 
 
 def test_dynamic_rows_neither_recompile_nor_repack() -> None:

@@ -24,7 +24,7 @@ from tests.codegen import harness
 from tests.helpers import compile_, frozen
 
 needs_compiler = pytest.mark.skipif(toolchain.compiler() is None, reason=toolchain.NOT_FOUND)
-pytestmark = pytest.mark.usefixtures("fresh")
+pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
 
 

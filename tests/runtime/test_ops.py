@@ -17,6 +17,8 @@ from fxquant.runtime import launch, ops
 from fxquant.schemes import get_scheme
 from tests.bounds import assert_close_within, product_bound
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 assert ops  # imported for its registrations
 
 

@@ -21,6 +21,8 @@ from fxquant.formats import Encoding, pack
 from fxquant.runtime import repacked, toolchain
 from fxquant.runtime.cpp import CppKernel
 
+pytestmark = pytest.mark.usefixtures("few_heights")
+
 N, K = 70, 128
 NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
 WHOLE = WeightOperand.whole(NF4, (N, K), transposed=False)

@@ -10,7 +10,7 @@ import pytest
 
 from fxquant import errors
 from fxquant.codegen.cpp.isa import ISAS
-from fxquant.runtime import cache, tile_unit, toolchain
+from fxquant.runtime import cache, precompiled, tile_unit, toolchain
 
 SOURCE = 'extern "C" int answer(void) { return 42; }\n'
 
@@ -20,6 +20,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.delenv("FXQUANT_ISA", raising=False)
     monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
+    # An empty cache has none, and making them takes longer than what is built here.
+    monkeypatch.setattr(precompiled, "arguments", lambda *_: [])
     return tmp_path / "cache"
 
 

@@ -26,7 +26,7 @@ from tests.helpers import compile_, decoded, frozen
 from tests.runtime import broken
 
 needs_compiler = pytest.mark.skipif(toolchain.compiler() is None, reason=toolchain.NOT_FOUND)
-pytestmark = [needs_compiler, pytest.mark.usefixtures("fresh")]
+pytestmark = [needs_compiler, pytest.mark.usefixtures("few_heights", "fresh")]
 CPU = torch.device("cpu")
 
 
