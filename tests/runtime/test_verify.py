@@ -233,6 +233,12 @@ def test_triton_kernels_are_checked_too(tmp_path: Path) -> None:
     assert done.stderr.count("is off by") == 1
     (file,) = tmp_path.glob("repro_triton_*[0-9a-f].py")
     assert 'os.environ["TRITON_INTERPRET"] = "1"' in file.read_text()
+    # Whoever gets the folder runs the script alone, elsewhere, with kernels as they should be.
+    again = subprocess.run(
+        [sys.executable, str(file)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr[-4000:]
+    assert again.stdout.endswith(": right\n")
 
 
 def test_the_option_is_a_bool() -> None:
