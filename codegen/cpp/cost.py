@@ -170,7 +170,8 @@ def _tiles_cost(plan: Plan) -> Cost:
 def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     """The most rows for which the skeleton for few rows is chosen.
 
-    Where both wait for memory alike, the one with less work is: it is not all done meanwhile.
+    Where both wait for memory alike, the one for many rows is if it has much less work: work is not
+    all done meanwhile.
 
     Args:
         plan: Of the kernel.
@@ -189,7 +190,7 @@ def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     height, found = plan.few_heights[0], 0
     # Only whole panels are worth a look: a started one is decoded as a whole.
     for rows in (*range(1, height), *range(height, SUPER_ROWS + 1, height)):
-        if (few(rows), few_work(rows)) > (many(rows), many_work(rows)):
+        if (few(rows), few_work(rows)) > (many(rows), _DOUBT * many_work(rows)):
             return found
         found = rows
     return ALL_ROWS
@@ -245,6 +246,10 @@ def _share(items: sympy.Expr | int) -> sympy.Expr:
 # --- instructions, counted in what `decode`, `scales`, `few` and `many` print -----------------
 
 
+_DOUBT = 1.5
+"""What decodes to memory, or loads the tile unit from there, suffers more from neighbours than what
+stays in registers: by this it has to be better."""
+
 _STORE = 4
 """A store of decoded operands: a chunk of them does not fit the first-level cache."""
 
@@ -252,7 +257,7 @@ _STORE = 4
 _LOAD = 1
 """A register of the tile unit takes a vector of operands."""
 
-_LOAD_STORED = 12
+_LOAD_STORED = 6
 """The same of codes as they are stored: not even those that were asked for are near enough."""
 
 
