@@ -88,7 +88,8 @@ def entry(plan: Plan) -> str:
         text = text.replace("@CHOICE@", _CHOICE if plan.is_regular else "")
         text = text.replace("@LINE@", _LINE if plan.is_regular else "")
     text = text.replace("@DIRECT@", _LINES if plan.reads_directly else "")
-    return text.replace("@MARK@", "    mark_outliers(call, all);\n" if has_shared else "")
+    team = "of" if plan.spec.grouped else "all"
+    return text.replace("@MARK@", f"    mark_outliers(call, {team});\n" if has_shared else "")
 
 
 def _taken(found: list[Member]) -> str:

@@ -23,6 +23,9 @@ M, THREADS = sympy.symbols("m threads", integer=True, positive=True)
 BANDWIDTH, DOTS, VECTORS = sympy.symbols("bandwidth dots vectors", positive=True)
 """Bytes a second of all threads, dot products and other vector instructions a second of each."""
 
+DOUBT = 1.5
+"""What decodes to memory, or loads the tile unit from there, suffers more from neighbours than what
+stays in registers: by this it has to be better."""
 ALL_ROWS = sys.maxsize
 """The threshold of a kernel for which few rows are never slower."""
 
@@ -190,7 +193,7 @@ def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     height, found = plan.few_heights[0], 0
     # Only whole panels are worth a look: a started one is decoded as a whole.
     for rows in (*range(1, height), *range(height, SUPER_ROWS + 1, height)):
-        if (few(rows), few_work(rows)) > (many(rows), _DOUBT * many_work(rows)):
+        if (few(rows), few_work(rows)) > (many(rows), DOUBT * many_work(rows)):
             return found
         found = rows
     return ALL_ROWS
@@ -245,10 +248,6 @@ def _share(items: sympy.Expr | int) -> sympy.Expr:
 
 # --- instructions, counted in what `decode`, `scales`, `few` and `many` print -----------------
 
-
-_DOUBT = 1.5
-"""What decodes to memory, or loads the tile unit from there, suffers more from neighbours than what
-stays in registers: by this it has to be better."""
 
 _STORE = 4
 """A store of decoded operands: a chunk of them does not fit the first-level cache."""

@@ -47,15 +47,14 @@ _CHOICE = """\
 
 _LOOP = """\
   const int32_t* ends = static_cast<const int32_t*>(extra[ENDS]);
-  int64_t start = 0;
-#pragma omp parallel num_threads(threads) firstprivate(start)
+#pragma omp parallel num_threads(threads)
   {
-    const Share all(omp_get_thread_num(), omp_get_num_threads());
-    const Share& of = all;
+    const Share of(omp_get_thread_num(), omp_get_num_threads());
 @MARK@    Call own = call;
     Memory mine = memory;
     take_own(own, mine, std::min(m, SUPER_ROWS), threads);
-@DIRECT@@PANELS@    for (int64_t expert = 0; expert < EXPERTS; ++expert) {
+@DIRECT@@PANELS@    int64_t start = 0;
+    for (int64_t expert = 0; expert < EXPERTS; ++expert) {
       const int64_t end = std::min(std::max<int64_t>(ends[expert], start), m);
       own.first_tile = expert * N_TILES;
       for (int64_t first = start; first < end; first += SUPER_ROWS) {

@@ -58,12 +58,8 @@ def members(plan: Plan) -> list[Member]:
     if plan.is_int8:
         found.append(Member("float", "row_scales", "E * all", "[e][row]"))
     if plan.spec.outliers is not None:
-        found += [
-            Member(
-                *("float", "apart", "E * rows * K"),
-                "[e][row][k]: the activation in outliers, the first ones of a row in use",
-            ),
-        ]
+        comment = "[e][row][k]: the activation in outliers, the first ones of a row in use"
+        found.append(Member("float", "apart", "E * rows * K", comment))
     return [*found, Member("unsigned char", "own", "threads * OWN_BYTES", "of each thread")]
 
 

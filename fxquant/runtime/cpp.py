@@ -27,7 +27,7 @@ from fxquant.runtime.repacked import Repacked, Several
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SCRATCH = Scratch()
 _FEW, _MANY = 0, 1
-MOST_SHAPES = 256
+_MOST_SHAPES = 256
 
 
 class _Shape(NamedTuple):
@@ -241,7 +241,7 @@ class CppKernel:
             if len(leading) != 2 or leading[0] != self._batch:
                 raise self._misfit("x", f"[{self._batch}, m, {self._k}]", x)
             rows = leading[1]
-        if len(self._shapes) >= MOST_SHAPES:
+        if len(self._shapes) >= _MOST_SHAPES:
             self._shapes.clear()
         out = (*leading, self._n)
         shape = self._shapes[x.shape] = _Shape(rows, out, contiguous_strides(out), {})

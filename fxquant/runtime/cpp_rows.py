@@ -14,13 +14,9 @@ from torch import Tensor
 
 from fxquant import errors
 from fxquant.codegen.quantize import QuantizeSpec
-from fxquant.runtime.cpp import MOST_SHAPES, as_rows, loaded, usable_threads
+from fxquant.runtime.cpp import as_rows, loaded, usable_threads
 from fxquant.runtime.cpp_quantize import checked_limit, count
 from fxquant.runtime.entry import Entry, contiguous_strides, empty
-
-_Ints = tuple[int, ...]
-_Layout = tuple[_Ints, _Ints, _Ints, _Ints]
-"""Sizes and strides of codes, and those of amax."""
 
 
 class CppRows:
@@ -46,7 +42,6 @@ class CppRows:
         ]
         self._first = [operand.dims for operand in operands].index("mk")
         self._more = [getattr(torch, result.dtype) for result in spec.prologue.more]
-        self._layouts: dict[torch.Size, _Layout] = {}
         words = 6 + 2 * len(operands) + len(self._more)
         self._entry = Entry(loaded(library, spec.name), "rows", words)
 
@@ -70,7 +65,7 @@ class CppRows:
             raise errors.kernel_operand(self.spec.name, what, len(self._expected), len(operands))
         limit = checked_limit(self.spec, extra) if self._has_limit or extra else None
         k, first = self._k, operands[self._first]
-        elements = first.numel()
+        shape, elements = tuple(first.shape), first.numel()
         rows, steps, kept = elements // k, [k] * len(operands), list(operands)
         for number, dims, size, dtype in self._expected:
             operand = operands[number]
@@ -85,9 +80,9 @@ class CppRows:
                 raise self._misfit(number, operand)
             if not operand.is_contiguous():
                 kept[number], steps[number] = _laid_out(operand, k if dims == "mk" else 0)
-        shape, strides, of_amax, strides_of_amax = self._layout_of(first.shape)
+        strides = contiguous_strides(shape)
         codes = empty(shape, strides, torch.int8)
-        amax = empty(of_amax, strides_of_amax, torch.float32)
+        amax = empty(shape[:-1], contiguous_strides(shape[:-1]), torch.float32)
         more = [empty(shape, strides, dtype) for dtype in self._more]
         saturated = self._entry.call(
             self._entry.pack(
@@ -106,18 +101,6 @@ class CppRows:
         if limit is not None:
             count(limit, saturated)
         return [codes, amax, *more]
-
-    def _layout_of(self, x: torch.Size) -> _Layout:
-        """Kept by shape: to find it takes as long as to allocate the results."""
-        found = self._layouts.get(x)
-        if found is None:
-            if len(self._layouts) >= MOST_SHAPES:
-                self._layouts.clear()
-            *leading, _ = shape = tuple(x)
-            of_amax = tuple(leading)
-            found = (shape, contiguous_strides(shape), of_amax, contiguous_strides(of_amax))
-            self._layouts[x] = found
-        return found
 
     def _misfit(self, number: int, got: Tensor) -> errors.KernelError:
         _, dims, _, dtype = self._expected[number]

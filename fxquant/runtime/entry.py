@@ -71,8 +71,9 @@ def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype) 
     return made
 
 
+@functools.lru_cache(maxsize=1024)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of a tensor whose elements lie in order."""
+    """Those of a tensor whose elements lie in order; kept, as calls ask for the same ones."""
     strides, step = [], 1
     for size in reversed(shape):
         strides.append(step)

@@ -49,7 +49,7 @@ def _find(
     limit_s: float,
     root: Path,  # noqa: ARG001
 ) -> Path | None:
-    """The header whose precompiled form lies beside it."""
+    """The header whose precompiled form lies beside it; one for each root of the cache."""
 
     def run(*arguments: str) -> None:
         subprocess.run([*command, *arguments], capture_output=True, check=True, timeout=limit_s)
