@@ -25,7 +25,7 @@ from fxquant.codegen import intervals, reference
 from fxquant.codegen.indexing import K, WeightIndex
 from fxquant.codegen.intervals import UNIT, Interval
 from fxquant.codegen.spec import KernelSpec, WeightOperand
-from fxquant.formats import decode_int8, int8_levels
+from fxquant.formats import decode_int8, int8_levels, levels
 
 SMALLEST_NORMAL = 2.0**-126
 LEAST_AMAX = 2.0**-100
@@ -104,19 +104,23 @@ def enclosures(
     )
 
 
-def float_sums(rows: Tensor, dense: Tensor, zeros: Tensor | None, dtype: torch.dtype) -> Sums:
+def float_sums(
+    rows: Tensor, dense: Tensor, zeros: Tensor | None, dtype: torch.dtype, roundings: int = 1
+) -> Sums:
     """The sums of a product of floats.
 
-    A kernel rounds levels to `dtype` and scales sums in float32, or rounds scaled levels: each
-    weight is off by half a unit in its last place, of numbers below the smallest normal one by
-    half of that one's, and by four roundings in float32. With zero points it may sum ``x * code``
-    and ``x * zero`` apart. Hardware for pairs of bfloat16 takes subnormal numbers for zeros.
+    A kernel rounds levels to `dtype` and scales sums in float32, or rounds scaled levels, or both:
+    each weight is off by half a unit in its last place for each rounding, of numbers below the
+    smallest normal one by half of that one's, and by four roundings in float32. With zero points it
+    may sum ``x * code`` and ``x * zero`` apart. Hardware for pairs of bfloat16 takes subnormal
+    numbers for zeros.
 
     Args:
         rows: ``[.., m, k]`` float64, what is multiplied.
         dense: ``[.., n, k]`` float64, the weight as it is decoded in float32.
         zeros: Magnitudes of ``zero * scale``, None without zero points.
         dtype: In which products are made.
+        roundings: How often a weight may be rounded to it.
     """
     k, size = rows.shape[-1], rows.abs()
     exact = rows @ dense.transpose(-1, -2)
@@ -126,7 +130,7 @@ def float_sums(rows: Tensor, dense: Tensor, zeros: Tensor | None, dtype: torch.d
     if dtype != torch.float32:
         info = torch.finfo(dtype)
         lost = size.sum(-1, keepdim=True) * (info.smallest_normal * info.eps / 2)
-        error = error + info.eps / 2 * magnitude + lost
+        error = error + roundings * (info.eps / 2 * magnitude + lost)
     if dtype == torch.bfloat16:
         error = error + SMALLEST_NORMAL * (dense.abs().sum(-1) + 2 * k).unsqueeze(-2)
     return Sums(exact, error)
@@ -183,7 +187,9 @@ def _sums(call: _Call, weight: Sequence[Tensor]) -> Sums:
     zeros = _zeros_apart(stored, weight, dense)
     if call.spec.compute_dtype != "int8":
         dtype = getattr(torch, call.spec.compute_dtype)
-        return float_sums(call.rows(call.x).to(dtype).double(), dense, zeros, dtype)
+        # Levels that are whole numbers are exact.
+        roundings = 1 if levels(stored.encoding) is None else 2
+        return float_sums(call.rows(call.x).to(dtype).double(), dense, zeros, dtype, roundings)
     if call.spec.outliers is None:
         return _int8_sums(call, weight, call.x, zeros)
     is_outlier, left = _outliers(call, dense)

@@ -1,7 +1,7 @@
 """The Triton target: for one spec a Python module with its kernels and a launcher.
 
 `tiles` chooses the variants, `decode` prints how codes become numbers (`words` eight at a time, and
-the products that take them so), `kernels` the skeletons and the epilogue, `launch` the function
+the products that take them so, `scaled` those of many rows), `kernels` the skeletons and the epilogue, `launch` the function
 ``run``, `ops` spells pointwise work. Of products in int8, `int8_decode` and `int8` print the same,
 `outliers` what is left to floats, `quantize` the kernels that take rows to int8, `steps` their
 launches, and `prologue` the one that makes the rows, too. Printing needs no Triton.
@@ -22,6 +22,7 @@ from fxquant.codegen.triton import (
     outliers,
     prologue,
     quantize,
+    scaled,
     steps,
     words,
 )
@@ -112,6 +113,8 @@ def _print_words(out: Lines, spec: KernelSpec, index: WeightIndex, variants: Pla
     words.print_constants(out, spec, variants)
     kernels.print_finish(out, spec, variants)
     words.print_gemm(out, spec, index, variants)
+    if any(tile.kernel == "scaled" for tile in variants.tiles):
+        scaled.print_gemm(out, spec, index, variants)
 
 
 def _print_int8(out: Lines, spec: KernelSpec, index: WeightIndex, variants: Plan) -> None:

@@ -22,11 +22,17 @@ from fxquant.codegen.triton.tiles import Form, Tile, is_stored
 from fxquant.codegen.work import stored_bytes
 from fxquant.formats import levels
 
-LAUNCH = 2e-6
-"""Seconds from the end of a kernel to the start of the one behind it."""
+LAUNCH = 4e-6
+"""Seconds that a further kernel takes, whatever it does: its start, first loads and end."""
 
-_SHARE = 0.8
+_SCALE = 3.0
+"""Vector instructions to scale a sum of one step: it is waited for, scaled and added."""
+
+_SHARE = 0.75
 """Of the matrix unit's throughput, what the best products reach."""
+
+_ALONE = 0.3
+"""How much longer products take where nothing else runs around a program's barriers."""
 
 _LANES = 64
 """Lanes of vector instructions that a processor works off in a cycle: bytes, shifts, logic.
@@ -37,13 +43,13 @@ CUDA's programming guide, "throughput of native arithmetic instructions"; four S
 _LEAST_WARPS = 8  # two on every part of a processor that issues instructions
 _MANY_SUMS = 128 * 128
 
-_HIDING = 12
+_HIDING = 9
 """Warps of a processor from which on vector instructions do not wait for one another."""
 
-_APART = 0.1
+_APART = 0.25
 """Of what could go on at the same time as what takes longest, the share that does not."""
 
-_STEP = 70
+_STEP = 85
 """Instructions of a warp around a step: addresses, barriers, the asynchronous copies (counted)."""
 
 M, N, K, WEIGHTS, EXPERTS = sympy.symbols("m n k weights experts", integer=True, positive=True)
@@ -68,10 +74,12 @@ def time() -> sympy.Expr:
     """
     tiles = sympy.ceiling(M / ROWS) * sympy.ceiling(N / BN) * EXPERTS
     busiest = sympy.ceiling(tiles * SPLIT / PROCESSORS)
+    together = _least(RESIDENT, busiest)
     steps = sympy.ceiling(K / (BK * SPLIT))
     products = ROWS * BN * BK * steps * WEIGHTS / (PRODUCTS * _SHARE)
+    products *= 1 + _ALONE * _most(0, 2 - together)
     vectors = BN * BK * DECODE * WEIGHTS + ROWS * BN * SCALE * WEIGHTS + _STEP * WARPS * WARP / 2
-    hidden = _least(1, _least(RESIDENT, busiest) * WARPS / _HIDING)
+    hidden = _least(1, together * WARPS / _HIDING)
     vectors = vectors * steps / (_LANES * hidden)
     turns = sympy.ceiling(busiest / RESIDENT)
     compute = _most(busiest * products, busiest * vectors, turns * (products + vectors)) / CLOCK
@@ -103,7 +111,7 @@ def decoded_time() -> sympy.Expr:
     return WEIGHTS * chunks * (decoding + _most(product, reading) + LAUNCH) + WEIGHTS * finish
 
 
-def _most(*values: sympy.Expr) -> sympy.Expr:
+def _most(*values: sympy.Expr | int) -> sympy.Expr:
     # Unevaluated: sympy would take long to find out which is larger.
     return sympy.Max(*values, evaluate=False)
 
@@ -148,8 +156,9 @@ def seconds(spec: KernelSpec, form: Form, tile: Tile, gpu: Gpu, rows: int) -> fl
         if not fits(spec, form, tile, gpu):
             return math.inf
         values[RESIDENT] = gpu.processor.resident(registers, shared, tile.warps)
+        is_scaled = tile.kernel == "scaled"
         values[DECODE] = _decoding(spec, form.words)
-        values[SCALE] = 0.5 if form.scaling == "tile" else 0.0
+        values[SCALE] = _SCALE if form.scaling == "tile" and not is_scaled else 0.0
     return float(_compiled(tile.kernel)(*(values[symbol] for symbol in _SYMBOLS)))
 
 
@@ -189,18 +198,20 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     Sums, those of a step where they are scaled by themselves, decoded weights, the addresses of
     asynchronous copies (of two inputs for words, of 16 bytes else), and what else there is.
     """
-    lanes = 32 * tile.warps
-    sums = tile.rows * tile.n * spec.weights * (2 if form.scaling == "tile" else 1)
+    lanes, in_words = 32 * tile.warps, form.words and tile.kernel == "gemm"
+    doubled = form.scaling == "tile" and tile.kernel != "scaled"
+    sums = tile.rows * tile.n * spec.weights * (2 if doubled else 1)
     decoded = tile.n * tile.k * spec.weights // (2 if form.words else 1)
-    copied = tile.rows * tile.k // (2 if form.words else 8)
-    if not form.words:
-        copied += tile.n * tile.k // 8
+    copied = tile.rows * tile.k // (2 if in_words else 8)
+    if not in_words:
+        copied += (tile.rows if form.words else tile.n) * tile.k // 8
         sums += sums // 4  # turned into floats, or what the epilogue makes of them
     beside = 30 if spec.outliers is None else 46
     registers = beside + (sums + copied + (0 if is_stored(spec) else decoded)) // lanes
     codes = tile.n * tile.k * spec.weight.encoding.bits // 8 * spec.weights
     x_bytes = 1 if spec.compute_dtype == "int8" else 4 if spec.compute_dtype == "float32" else 2
-    return registers, tile.stages * (codes + tile.rows * tile.k * x_bytes)
+    turned = 2 * tile.n * tile.k if tile.kernel == "scaled" else 0
+    return registers, tile.stages * (codes + tile.rows * tile.k * x_bytes) + turned
 
 
 def _multiplied(spec: KernelSpec, form: Form) -> str:
@@ -210,10 +221,10 @@ def _multiplied(spec: KernelSpec, form: Form) -> str:
 
 
 def _decoding(spec: KernelSpec, words: str) -> float:
-    """Vector instructions to decode one weight, counted in machine code for sm_90."""
+    """Vector instructions to decode one weight: what makes an H100's times come out."""
     if words:
-        return {"prmt": 2.7, "choice": 20.0}[words]
+        return {"prmt": 5.5, "choice": 20.0}[words]
     encoding = spec.weight.encoding
     if spec.compute_dtype == "int8":
         return 0.1 if is_stored(spec) else 5.0
-    return 3.0 if levels(encoding) is None and encoding.bits == 8 else 13.0
+    return 4.5 if levels(encoding) is None and encoding.bits == 8 else 13.0

@@ -88,7 +88,7 @@ class Gpu:
     cache: float
     cache_bytes: int
     products: Mapping[str, int]
-    latency: float = 0.8e-6
+    latency: float = 1.1e-6
 
     def __hash__(self) -> int:
         return hash((self.name, self.vendor, self.family, self.processors))
@@ -109,7 +109,7 @@ FAMILIES = {
         _products(1024, 2048, 64),
     ),
     "sm_90": Gpu(
-        "NVIDIA H100", "nvidia", "sm_90", _HOPPER, 132, 1.755e9, 3.35e12, 5.5e12, 50 << 20,
+        "NVIDIA H100", "nvidia", "sm_90", _HOPPER, 132, 1.755e9, 3.35e12, 11e12, 50 << 20,
         _products(2048, 4096, 128),
     ),
     "sm_100": Gpu(

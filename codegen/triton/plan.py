@@ -23,6 +23,7 @@ from fxquant.codegen.triton.tiles import (
     float_tiles,
     gemv_tile,
     int8_tiles,
+    scaled_tiles,
     word_tiles,
 )
 from fxquant.formats import levels
@@ -105,7 +106,10 @@ def plan_for(spec: KernelSpec, index: WeightIndex, gpu: Gpu = ANY) -> Plan:
 def _ranked(spec: KernelSpec, form: Form, gpu: Gpu, rows: int) -> tuple[Tile, ...]:
     """The best by the cost model, and the best one with other depths of its pipeline."""
     make = word_tiles if form.words else int8_tiles if spec.compute_dtype == "int8" else float_tiles
-    found = {tile: cost.seconds(spec, form, tile, gpu, rows) for tile in make(spec, form, rows)}
+    tiles = [*make(spec, form, rows)]
+    if form.words and gpu.family == "sm_90":  # the only one where it was timed
+        tiles += scaled_tiles(spec, form, rows)
+    found = {tile: cost.seconds(spec, form, tile, gpu, rows) for tile in tiles}
     smallest = min(found, key=lambda tile: cost.needs(spec, form, tile))
     # A library has float32 sums for an epilogue on NVIDIA's GPUs only; few rows are not its work.
     if rows >= BUCKETS[-2] and (cost.is_direct(spec) or gpu.vendor != "amd"):

@@ -24,6 +24,7 @@ LEAST_INT8_INPUTS = 32  # one instruction's
 CHUNKED = "CHUNK"
 """The compile-time parameter that only a kernel has which decodes to memory."""
 
+_LEAST_SCALED = 64
 _CHUNKS, _MOST_SCRATCH = (1024, 2048, 4096), 256 << 20
 _LEAST_DECODED = 1 << 22
 _MOST_PARTIAL_ROWS = 512
@@ -34,8 +35,9 @@ class Tile:
     """One variant of a kernel.
 
     Attributes:
-        kernel: ``"gemv"``, ``"gemm"``, or ``"dequantize"``: the weight is decoded to memory and
-            multiplied by the vendor's library.
+        kernel: ``"gemv"``, ``"gemm"``, ``"scaled"``: decoded weights are multiplied with their
+            scales, or ``"dequantize"``: the weight is decoded to memory and multiplied by the
+            vendor's library.
         rows: Rows of the activation that one program takes; of ``"dequantize"`` 0.
         n: Outputs of one program.
         k: Inputs that it takes at a time.
@@ -95,6 +97,17 @@ def word_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
         for warps, stages in itertools.product((4, 8) if n == 128 else (4,), (2, 3, 4, 5)):
             for split in _splits(spec, k, rows):
                 yield Tile("gemm", m, n, k, split, warps, stages)
+
+
+def scaled_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
+    """Scales are multiplied into the weight tile, which pays for tiles of many rows.
+
+    Every four warps take 64 outputs: with more of them Triton stores the tile number by number.
+    """
+    for m, (n, warps) in itertools.product(_heights(rows, 256), ((64, 4), (128, 8))):
+        if m >= _LEAST_SCALED and spec.weight.n % n == 0:
+            for stages, split in itertools.product((3, 4), _splits(spec, LEAST_WORD_INPUTS, rows)):
+                yield Tile("scaled", m, n, LEAST_WORD_INPUTS, split, warps, stages)
 
 
 def int8_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:

@@ -67,17 +67,37 @@ def test_bytes_in_flight_bound_the_bandwidth():
     spec = spec_of(NF4, 8192, 8192)
     one = Tile("gemm", 16, 64, 64, 1, 4, 2)
     expected = (128 + 2) * H100.latency
-    assert expected < seconds(spec, one, 1) < 1.1 * expected
-    assert seconds(spec, dataclasses.replace(one, stages=4), 1) < 0.65 * expected
+    assert expected < seconds(spec, one, 1) < 1.2 * expected
+    assert seconds(spec, dataclasses.replace(one, stages=4), 1) < 0.75 * expected
 
 
 def test_many_rows_are_left_to_the_vendor_and_few_are_not():
     best = plan_of(spec_of(NF4, 8192, 8192)).best
     assert best[2048].kernel == "dequantize"
-    assert all(tile.kernel == "gemm" for most, tile in best.items() if most <= 256)
+    assert all(tile.kernel != "dequantize" for most, tile in best.items() if most <= 256)
     # What is multiplied as integers has no such product, nor has float32.
     for compute in ("int8", "float32"):
         assert not plan_of(spec_of(INT8, 8192, 8192, compute=compute)).decodes
+
+
+def test_scales_go_into_the_weight_where_there_are_more_sums_than_weights():
+    found = plan_of(spec_of(NF4, 8192, 8192)).best
+    kernels = {most: tile.kernel for most, tile in found.items()}
+    assert kernels[16] == "gemm"
+    assert kernels[128] == kernels[256] == "scaled"
+    others = (FAMILIES[name] for name in FAMILIES if name != "sm_90")
+    for gpu in others:
+        tiles = plan_of(spec_of(NF4, 8192, 8192), gpu).tiles
+        assert all(tile.kernel != "scaled" for tile in tiles)
+
+
+def test_a_program_alone_on_its_processor_takes_longer():
+    """As measured: two of 128 x 128 codes beside one another beat one of twice the rows."""
+    spec = spec_of(INT8, 8192, 8192, compute="int8")
+    two, one = (
+        Tile("gemm", rows, 128, 128, 1, warps, 3) for rows, warps in ((128, 4), (256, 8))
+    )
+    assert seconds(spec, two, 2048) < seconds(spec, one, 2048)
 
 
 def test_sums_of_an_epilogue_cost_their_way_through_memory():

@@ -1,6 +1,7 @@
 """Codes decoded a word at a time: both ways to do it, and the products around them."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from fxquant.codegen import Header
 from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec, WeightOperand
-from fxquant.codegen.triton import render, word_bytes, words
+from fxquant.codegen.triton import cost, render, word_bytes, words
 from fxquant.codegen.triton.gpu import ANY, FAMILIES
 from fxquant.codegen.triton.plan import plan_for
 from fxquant.formats import Encoding
@@ -133,3 +134,76 @@ def test_assembly_is_for_one_vendor():
     assert "inline_asm" in render(spec, Header(), FAMILIES["sm_80"])
     for gpu in (ANY, FAMILIES["gfx942"]):
         assert "inline_asm" not in render(spec, Header(), gpu)
+
+
+@pytest.fixture
+def scaled_first(monkeypatch):
+    """Scales in the weight tile, whatever the cost model says."""
+    seconds = cost.seconds
+
+    def priced(spec, form, tile, gpu, rows):
+        return seconds(spec, form, tile, gpu, rows) / (1e6 if tile.kernel == "scaled" else 1)
+
+    monkeypatch.setattr(cost, "seconds", priced)
+
+
+@pytest.mark.usefixtures("scaled_first")
+@pytest.mark.parametrize(
+    "weight",
+    [
+        harness.whole(NF4, 256, 1024),
+        harness.whole(INT4, 128, 512),
+        harness.whole(CHANNELS, 128, 256),
+        harness.whole(NF4, 2, 64, 128),
+        WeightOperand(NF4, (192, 128), None, 128, 64, (0, 128, 1), 64 * 128 + 64),
+    ],
+)
+def test_many_rows(tmp_path, gpu, weight):
+    spec = spec_of(weight, epilogue=Epilogue.bias("float16", "en" if weight.batch else "n"))
+    module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
+    for rows in (40, 70, 300):
+        assert "_scaled_" in harness.build_for(module, rows).name
+        check(spec, module, rows)
+
+
+@pytest.mark.usefixtures("scaled_first")
+def test_many_rows_of_several_weights(tmp_path, gpu):
+    spec = spec_of(harness.whole(NF4, 64, 192), epilogue=GATED, weights=2)
+    module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
+    assert "scaled" in harness.build_for(module, 67).name
+    check_joined(spec, module, 67)
+
+
+@pytest.mark.usefixtures("scaled_first")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_scale_that_is_no_number_spoils_its_own_outputs(tmp_path, gpu):
+    spec = spec_of(harness.whole(INT4, 64, 256))
+    tensors, x = harness.stored(INT4, (64, 256)), harness.activation(spec, 64)
+    clean = harness.load(spec, tmp_path, interpreted=True, gpu=gpu).run(x, tensors, [])
+    tensors[1].view(-1)[0], tensors[1].view(-1)[2] = math.nan, math.inf
+    found = harness.load(spec, tmp_path, interpreted=True, gpu=gpu).run(x, tensors, [])
+    assert not found[:, :2].isfinite().any()
+    assert torch.equal(found[:, 2:], clean[:, 2:])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_assembly_multiplies_bytes_with_scales_and_rounds_once(dtype):
+    """The scale's second part makes up for the first one's rounding: within 2**-7 of a unit."""
+    book, kind = words.book_of(NF4), getattr(torch, dtype)
+    generator = torch.Generator().manual_seed(0)
+    code = torch.randint(0, 256, (512, 4), generator=generator, dtype=torch.uint8)
+    scale = (torch.rand(512, 4, generator=generator) + 0.5) / 7
+    whole = scale.to(kind)
+    registers = ptx.registers(code.numpy(), 4)
+    for part in (whole, (scale - whole.float()).to(kind)):
+        registers += ptx.registers(part.view(torch.int16).numpy(), 4)
+    text = "\n".join(word_bytes.byte_assembly(book, dtype, scaled=True))
+    found = np.stack(ptx.run(text, 4, registers), -1).astype(np.uint32).view(np.int16)
+    found = torch.from_numpy(found.copy()).view(kind).reshape(512, 2, 4).double()
+    levels = torch.tensor(book, dtype=kind).double()
+    nibbles = torch.stack((code >> 4, code & 15), 1).long()
+    exact = levels[nibbles] * scale[:, None].double()
+    unit = torch.finfo(kind).eps * exact.abs()
+    assert ((found - exact).abs() <= (0.5 + 2.0**-6) * unit + 2.0**-25).all()
+    alone = (levels.to(kind)[nibbles] * whole[:, None]).double()
+    assert ((alone - exact).abs() > (0.5 + 2.0**-6) * unit).any()

@@ -159,15 +159,10 @@ VARIANTS = {
         {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
         {"num_warps": 4, "num_stages": 4},
     ),
-    512: (
+    2048: (
         int8_linear_384x384_channel_gemm,
         {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
         {"num_warps": 4, "num_stages": 4},
-    ),
-    2048: (
-        int8_linear_384x384_channel_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 8, "num_stages": 4},
     ),
 }
 

@@ -236,30 +236,20 @@ TYPES = {
 
 # Most rows -> kernel, constants, launch options; the last serves all above too.
 VARIANTS = {
-    16: (
-        llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 4},
-        {"num_warps": 4, "num_stages": 4},
-    ),
     64: (
         llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 4},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
         {"num_warps": 4, "num_stages": 4},
     ),
     128: (
         llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 4},
-        {"num_warps": 4, "num_stages": 4},
-    ),
-    512: (
-        llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
         {"num_warps": 4, "num_stages": 4},
     ),
     2048: (
         llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
-        {"num_warps": 8, "num_stages": 4},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 4},
     ),
 }
 

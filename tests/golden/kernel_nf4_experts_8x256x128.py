@@ -130,6 +130,51 @@ def nf4_experts_8x256x128_gemm(
         tl.store(partial + where, acc, mask=(m < rows))
 
 
+@triton.jit
+def decode_bytes(code, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile's levels times their scales, in bfloat16."""
+    first = (level_of(code >> 4).to(tl.float32) * scale).to(tl.bfloat16)
+    second = (level_of(code & 15).to(tl.float32) * scale).to(tl.bfloat16)
+    return tl.join(first, second).reshape(BLOCK_N, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def nf4_experts_8x256x128_scaled(
+    x, codes, scales, nested, offset, scale_levels, out, partial, rows, x_stride_e, x_stride_m,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+):
+    """Many rows: the weight tile with its scales by activation tile, acc is [outputs, rows]."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n0 = tl.program_id(1) * BLOCK_N
+    share, e = tl.program_id(2) % SPLIT, (tl.program_id(2) // SPLIT).to(tl.int64)
+    SHARE: tl.constexpr = (128 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
+    n = n0 + tl.arange(0, BLOCK_N)
+    m, n = m[None, :], n[:, None]
+    x_rows = x + e * x_stride_e + m * x_stride_m
+    acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
+    scale = scale_of(scales, nested, offset, scale_levels, e, n, first_k)
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 128), BLOCK_K):
+        # load
+        k = k0 + tl.arange(0, BLOCK_K)[:, None]
+        x_tile = tl.load(x_rows + k, mask=m < rows, other=0.0)
+        byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+        code = tl.load(codes + (e * 16384 + n * 64 + byte))
+        next_k0 = tl.minimum(k0 + BLOCK_K, 64)
+        ahead = scale_of(scales, nested, offset, scale_levels, e, n, next_k0)
+        # decode
+        w = decode_bytes(code, scale, BLOCK_N, BLOCK_K)
+        # dot
+        acc = tl.dot(w, x_tile, acc)
+        scale = ahead
+    # epilogue
+    if SPLIT == 1:
+        finish(acc, out, e, m, n, rows)
+    else:
+        where = ((share * 8 + e) * rows + m) * 256 + n
+        tl.store(partial + where, acc, mask=(m < rows))
+
+
 # What the kernels take; everything in capitals is a constant.
 TYPES = {
     "x": "*bf16", "out": "*bf16", "partial": "*fp32", "codes": "*u8", "scales": "*u8",
@@ -144,20 +189,25 @@ VARIANTS = {
         {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
         {"num_warps": 4, "num_stages": 5},
     ),
+    128: (
+        nf4_experts_8x256x128_scaled,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 4},
+    ),
     256: (
         nf4_experts_8x256x128_gemm,
         {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
         {"num_warps": 4, "num_stages": 5},
     ),
     512: (
-        nf4_experts_8x256x128_gemm,
+        nf4_experts_8x256x128_scaled,
         {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 5},
+        {"num_warps": 4, "num_stages": 4},
     ),
     2048: (
-        nf4_experts_8x256x128_gemm,
-        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 5},
+        nf4_experts_8x256x128_scaled,
+        {"BLOCK_M": 256, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 3},
     ),
 }
 

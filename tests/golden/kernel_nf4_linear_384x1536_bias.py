@@ -133,6 +133,51 @@ def nf4_linear_384x1536_bias_gemm(
         tl.store(partial + where, acc, mask=(m < rows))
 
 
+@triton.jit
+def decode_bytes(code, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A tile's levels times their scales, in bfloat16."""
+    first = (level_of(code >> 4).to(tl.float32) * scale).to(tl.bfloat16)
+    second = (level_of(code & 15).to(tl.float32) * scale).to(tl.bfloat16)
+    return tl.join(first, second).reshape(BLOCK_N, BLOCK_K)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def nf4_linear_384x1536_bias_scaled(
+    x, codes, scales, nested, offset, scale_levels, in0, out, partial, rows, x_stride_m,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+):
+    """Many rows: the weight tile with its scales by activation tile, acc is [outputs, rows]."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n0 = tl.program_id(1) * BLOCK_N
+    share = tl.program_id(2)
+    SHARE: tl.constexpr = (1536 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
+    n = n0 + tl.arange(0, BLOCK_N)
+    m, n = m[None, :], n[:, None]
+    x_rows = x + m * x_stride_m
+    acc = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
+    scale = scale_of(scales, nested, offset, scale_levels, n, first_k)
+    for k0 in range(first_k, tl.minimum(first_k + SHARE, 1536), BLOCK_K):
+        # load
+        k = k0 + tl.arange(0, BLOCK_K)[:, None]
+        x_tile = tl.load(x_rows + k, mask=m < rows, other=0.0)
+        byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]
+        code = tl.load(codes + (n * 768 + byte))
+        next_k0 = tl.minimum(k0 + BLOCK_K, 1472)
+        ahead = scale_of(scales, nested, offset, scale_levels, n, next_k0)
+        # decode
+        w = decode_bytes(code, scale, BLOCK_N, BLOCK_K)
+        # dot
+        acc = tl.dot(w, x_tile, acc)
+        scale = ahead
+    # epilogue
+    if SPLIT == 1:
+        finish(acc, in0, out, m, n, rows)
+    else:
+        where = (share * rows + m) * 384 + n
+        tl.store(partial + where, acc, mask=(m < rows))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def nf4_linear_384x1536_bias_reduce(
     partial, in0, out, rows, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
@@ -162,19 +207,19 @@ VARIANTS = {
         {"num_warps": 4, "num_stages": 5},
     ),
     128: (
-        nf4_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4},
-        {"num_warps": 4, "num_stages": 5},
+        nf4_linear_384x1536_bias_scaled,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 4},
+        {"num_warps": 4, "num_stages": 4},
     ),
     256: (
-        nf4_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 2},
-        {"num_warps": 4, "num_stages": 5},
+        nf4_linear_384x1536_bias_scaled,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 2},
+        {"num_warps": 4, "num_stages": 4},
     ),
     2048: (
-        nf4_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
-        {"num_warps": 4, "num_stages": 5},
+        nf4_linear_384x1536_bias_scaled,
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "SPLIT": 1},
+        {"num_warps": 4, "num_stages": 4},
     ),
 }
 

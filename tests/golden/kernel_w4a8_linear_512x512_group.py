@@ -125,12 +125,7 @@ TYPES = {
 VARIANTS = {
     64: (
         w4a8_linear_512x512_group_gemm,
-        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 2},
-        {"num_warps": 4, "num_stages": 4},
-    ),
-    256: (
-        w4a8_linear_512x512_group_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 2},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
         {"num_warps": 4, "num_stages": 4},
     ),
     512: (
