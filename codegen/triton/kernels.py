@@ -159,6 +159,9 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan, whole: Int8Decode | Non
 
 def print_gemm(out: Lines, spec: KernelSpec, plan: Plan, whole: Int8Decode | None = None) -> None:
     """Many rows: the transposed product, so that the decoded weight stays in registers."""
+    waits = plan.waits and spec.compute_dtype != "float32"
+    if waits:
+        print_arrived(out)
     doc = "Many rows: weight tile by activation tile on tensor cores, acc is [outputs, rows]."
     with out.function(f"{spec.name}_gemm", with_constants(parameters(spec)), doc, JIT):
         print_start(out, spec)
@@ -174,8 +177,20 @@ def print_gemm(out: Lines, spec: KernelSpec, plan: Plan, whole: Int8Decode | Non
             w = "w" if whole is None else f"w.to(tl.{spec.compute_dtype})"
             for mark in marks(spec):
                 _print_decode_call(out, spec, mark, whole)
-                out.add("# dot", f"acc{mark} = tl.dot({w}, x_tile, acc{mark}{exact})")
+                product = f"tl.dot({w}, x_tile, acc{mark}{exact})"
+                out.add("# dot", f"acc{mark} = {f'arrived({product})' if waits else product}")
         _print_end(out, spec, plan, ("m[None, :]", "n[:, None]"), whole)
+
+
+def print_arrived(out: Lines) -> None:
+    """The function ``arrived``, for plans that wait."""
+    doc = "Sums as they are: what uses them waits for the product that makes them."
+    with out.function("arrived", ["acc"], doc):
+        out.add(
+            "return tl.inline_asm_elementwise(",
+            '    "// $0", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1',
+            ")",
+        )
 
 
 def print_reduce(out: Lines, spec: KernelSpec) -> None:

@@ -45,6 +45,9 @@ class Plan:
         whole_k: Every tile divides the inputs: no mask.
         run: The shortest tile along the axis of the form.
         direct: A library's product is the result: there is no epilogue.
+        waits: A step's product has to be waited for before the next step's weights are decoded.
+            Triton lets it go on on Hopper, and what it reads be overwritten: with tiles of 128 x
+            128 and eight warps sums were wrong.
     """
 
     form: Form
@@ -53,6 +56,7 @@ class Plan:
     whole_k: bool
     run: int
     direct: bool = False
+    waits: bool = False
 
     @property
     def tiles(self) -> tuple[Tile, ...]:
@@ -100,6 +104,7 @@ def plan_for(spec: KernelSpec, index: WeightIndex, gpu: Gpu = ANY) -> Plan:
         whole_k=all(k % tile.k == 0 for tile in tiles),
         run=min((tile.n if form.axis == N else tile.k) for tile in products),
         direct=cost.is_direct(spec),
+        waits=gpu.family == "sm_90" and gpu.vendor == "nvidia",
     )
 
 
@@ -108,7 +113,7 @@ def _ranked(spec: KernelSpec, form: Form, gpu: Gpu, rows: int) -> tuple[Tile, ..
     make = word_tiles if form.words else int8_tiles if spec.compute_dtype == "int8" else float_tiles
     tiles = [*make(spec, form, rows)]
     if form.words and gpu.family == "sm_90":  # the only one where it was timed
-        tiles += scaled_tiles(spec, form, rows)
+        tiles += scaled_tiles(spec, rows)
     found = {tile: cost.seconds(spec, form, tile, gpu, rows) for tile in tiles}
     smallest = min(found, key=lambda tile: cost.needs(spec, form, tile))
     # A library has float32 sums for an epilogue on NVIDIA's GPUs only; few rows are not its work.

@@ -4,9 +4,6 @@ With few rows a scale costs least on the sums of its block (`words`). With more 
 more sums than weights, and a second set of them would take the registers of a larger tile: here the
 product adds to one set. Inputs keep their order, so x comes 16 bytes at a time; a byte's two codes
 are decoded where they lie, and the tile goes through shared memory to where the product takes it.
-
-Every step's product is waited for (``arrived``): Triton would let the next step overwrite the
-registers of one that is under way on Hopper, and did, see the changelog.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ from fxquant.codegen.triton.kernels import (
     JIT,
     loop,
     marks,
+    print_arrived,
     print_start,
     print_store,
     round_x,
@@ -58,7 +56,7 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
             out.add("# load", "k = k0 + tl.arange(0, BLOCK_K)[:, None]")
             out.add(f"x_tile = tl.load(x_rows + k, mask=m < rows, other=0.0){round_x(spec)}")
             for mark in marks(spec):
-                _print_step(out, spec, index, plan, tiles, mark)
+                _print_step(out, spec, tiles, mark)
         if not is_scaled:
             out.add("# scale")
             out.add(*(f"acc{mark} *= {tiles.call_scale(mark)}" for mark in marks(spec)))
@@ -66,17 +64,16 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
         print_store(out, spec, plan)
 
 
-def _print_step(
-    out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan, tiles: WordDecode, mark: str
-) -> None:
+def _print_step(out: Lines, spec: KernelSpec, tiles: WordDecode, mark: str) -> None:
     """One step's product with one weight."""
-    is_scaled, is_waited = plan.form.scaling == "tile", plan.form.words == "prmt"
-    mask = "" if plan.whole_n else f", mask=n < {spec.weight.n}, other=0"
-    where = index.per_run(index.byte, K, 2)
+    plan = tiles.plan
+    is_scaled = plan.form.scaling == "tile"
+    inside = "" if plan.whole_n else f", mask=n < {spec.weight.n}, other=0"
+    where = tiles.index.per_run(tiles.index.byte, K, 2)
     assert where is not None, "the plan has seen to it that words, and so bytes, are whole"
     text = index_text(where, {E: "e", N: "n", K: "byte"})
     out.add("byte = k0 // 2 + tl.arange(0, BLOCK_K // 2)[None, :]")
-    out.add(f"code = tl.load(codes{mark} + ({text}){mask})")
+    out.add(f"code = tl.load(codes{mark} + ({text}){inside})")
     if is_scaled:
         last = spec.weight.k - min(tile.k for tile in plan.tiles)
         ahead = tiles.call_scale(mark).replace("k0", "next_k0")
@@ -85,13 +82,13 @@ def _print_step(
     w = call("decode_bytes", ["code", *scale, "BLOCK_N", "BLOCK_K"])
     out.add("# decode", f"w = {w}", "# dot")
     product = f"tl.dot(w, x_tile, acc{mark})"
-    out.add(f"acc{mark} = " + (f"arrived({product})" if is_waited else product))
+    out.add(f"acc{mark} = {f'arrived({product})' if plan.waits else product}")
     if is_scaled:
         out.add(f"scale{mark} = ahead")
 
 
 def _print_decode(out: Lines, spec: KernelSpec, plan: Plan, *, is_scaled: bool) -> None:
-    """``decode_bytes``, and ``arrived`` for what needs it."""
+    """``decode_bytes``, and ``arrived`` for a plan that waits."""
     dtype, book = spec.compute_dtype, book_of(spec.weight.encoding)
     params = ["code", *(["scale"] if is_scaled else [])]
     params += ["BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
@@ -103,14 +100,8 @@ def _print_decode(out: Lines, spec: KernelSpec, plan: Plan, *, is_scaled: bool) 
             tail = f".to(tl.float32) * scale).to(tl.{dtype})" if is_scaled else ")"
             out.add(f"first = (level_of(code >> 4){tail}", f"second = (level_of(code & 15){tail}")
         out.add("return tl.join(first, second).reshape(BLOCK_N, BLOCK_K)")
-    if plan.form.words == "prmt":
-        doc = "Sums as they are: what uses them waits for the product that makes them."
-        with out.function("arrived", ["acc"], doc):
-            out.add(
-                "return tl.inline_asm_elementwise(",
-                '    "// $0", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1',
-                ")",
-            )
+    if plan.waits:
+        print_arrived(out)
 
 
 def _print_assembly(out: Lines, book: tuple[float, ...], dtype: str, *, is_scaled: bool) -> None:

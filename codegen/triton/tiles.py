@@ -99,7 +99,7 @@ def word_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
                 yield Tile("gemm", m, n, k, split, warps, stages)
 
 
-def scaled_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
+def scaled_tiles(spec: KernelSpec, rows: int) -> Iterator[Tile]:
     """Scales are multiplied into the weight tile, which pays for tiles of many rows.
 
     Every four warps take 64 outputs: with more of them Triton stores the tile number by number.

@@ -94,9 +94,7 @@ def test_scales_go_into_the_weight_where_there_are_more_sums_than_weights():
 def test_a_program_alone_on_its_processor_takes_longer():
     """As measured: two of 128 x 128 codes beside one another beat one of twice the rows."""
     spec = spec_of(INT8, 8192, 8192, compute="int8")
-    two, one = (
-        Tile("gemm", rows, 128, 128, 1, warps, 3) for rows, warps in ((128, 4), (256, 8))
-    )
+    two, one = (Tile("gemm", rows, 128, 128, 1, warps, 3) for rows, warps in ((128, 4), (256, 8)))
     assert seconds(spec, two, 2048) < seconds(spec, one, 2048)
 
 
