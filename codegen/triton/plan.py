@@ -46,8 +46,8 @@ class Plan:
         run: The shortest tile along the axis of the form.
         direct: A library's product is the result: there is no epilogue.
         waits: A step's product has to be waited for before the next step's weights are decoded.
-            Triton lets it go on on Hopper, and what it reads be overwritten: with tiles of 128 x
-            128 and eight warps sums were wrong.
+            On Hopper Triton lets it go on. With tiles of 128 x 128 and eight warps sums were wrong
+            then; where the assembler sees what could be overwritten it waits for every instruction.
     """
 
     form: Form

@@ -57,6 +57,7 @@ class Binary:
         instructions: How often each instruction occurs, with its modifiers.
         warps: Warps of one program.
         target: What it was built for, a name in `TARGETS`.
+        in_flight: Products of Hopper's matrix unit that its waits leave under way, at most.
     """
 
     registers: int
@@ -65,6 +66,7 @@ class Binary:
     instructions: Mapping[str, int]
     warps: int
     target: str
+    in_flight: int
 
     def count(self, pattern: str) -> int:
         """Occurrences of instructions that match a regular expression in full, or up to a dot.
@@ -123,7 +125,7 @@ def compile_for(target: str, module: ModuleType, build: Build) -> Binary:
         read = _read_cubin(found.asm["cubin"])
     else:
         read = _read_amdgcn(found.asm["amdgcn"])
-    registers, spills, instructions = read
+    registers, spills, instructions, in_flight = read
     return Binary(
         registers,
         spills,
@@ -131,6 +133,7 @@ def compile_for(target: str, module: ModuleType, build: Build) -> Binary:
         instructions,
         found.metadata.num_warps,
         target,
+        in_flight,
     )
 
 
@@ -139,8 +142,8 @@ def _is_aligned(name: str, kind: str) -> bool:
     return kind.startswith("*") or name.startswith("x_stride")
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, Mapping[str, int]]:
-    """Registers, spilled bytes and instructions."""
+def _read_cubin(cubin: bytes) -> tuple[int, int, Mapping[str, int], int]:
+    """Registers, spilled bytes, instructions, and products that waits leave under way."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -151,7 +154,9 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, Mapping[str, int]]:
     stack = re.search(r"STACK:(\d+)", usage)
     lines = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing)
     spills = sum(int(found[1]) for found in (local, stack) if found)
-    return int(registers[1]) if registers else 0, spills, Counter(lines)
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", listing)
+    in_flight = max((int(count, 16) for count in waits), default=0)
+    return int(registers[1]) if registers else 0, spills, Counter(lines), in_flight
 
 
 def _cuobjdump(option: str, path: Path) -> str:
@@ -163,10 +168,10 @@ def _cuobjdump(option: str, path: Path) -> str:
     ).stdout
 
 
-def _read_amdgcn(text: str) -> tuple[int, int, Mapping[str, int]]:
+def _read_amdgcn(text: str) -> tuple[int, int, Mapping[str, int], int]:
     notes = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
     instructions = Counter(
         re.findall(r"^\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+)\b", text, re.MULTILINE)
     )
     spills = notes.get("vgpr_spill_count", 0) + notes.get("sgpr_spill_count", 0)
-    return notes.get("vgpr_count", 0), spills, instructions
+    return notes.get("vgpr_count", 0), spills, instructions, 0

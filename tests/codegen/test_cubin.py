@@ -127,6 +127,22 @@ def test_few_rows_stream_wide_words_that_stay_where_they_are(modules, target):
     assert programs * flight >= gpu.latency * gpu.bandwidth / gpu.processors
 
 
+@pytest.mark.parametrize("name", ["nf4", "int8", "int2", "gate_up", "experts"])
+def test_hopper_finishes_a_step_before_the_next_weights_are_decoded(modules, name):
+    """Products read decoded weights from registers while they are under way."""
+    module = modules[name, "sm_90"]
+    for most in (16, 128):
+        binary = cubin.compile_for("sm_90", module, harness.build_for(module, most))
+        assert binary.count("HGMMA") > 0
+        assert binary.in_flight == 0
+
+
+def test_what_is_printed_for_no_gpu_would_leave_products_under_way(modules):
+    module = modules["int2", "any"]
+    binary = cubin.compile_for("sm_90", module, harness.build_for(module, 16))
+    assert binary.in_flight > 0
+
+
 def test_the_portable_way_compiles_for_nvidia_too(modules):
     module = modules["nf4", "any"]
     build = harness.build_for(module, 16)
