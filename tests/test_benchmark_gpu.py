@@ -2,8 +2,10 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -129,3 +131,14 @@ def test_a_checkout_that_is_not_installed_can_be_imported():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd="/"
     )
     assert "fxquant-tree-" in done.stdout
+
+
+def test_a_checkout_that_is_not_installed_has_the_package_and_its_entry_point():
+    made = tree.make_tree()
+    (found,) = metadata.distributions(path=[str(made)])
+    (backend,) = found.entry_points
+    installed = metadata.distribution("fxquant").entry_points
+    assert backend in installed.select(group="torch_dynamo_backends")
+    for name in ("passes", "codegen", "runtime"):
+        assert (made / "fxquant" / name / "__init__.py").is_file()
+    shutil.rmtree(made)

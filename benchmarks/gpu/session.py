@@ -78,12 +78,19 @@ class Session:
         with torch._dynamo.config.patch(recompile_limit=1024, accumulated_recompile_limit=1024):
             for shape in self.shapes:
                 self._products(shape, rates)
+                self._write(rates, tests)
             if not self.options.skip_decoder:
                 self._decoders()
-        judged = [target.judge(self._seconds) for target in targets.GPU]
-        self.console.print(targets.table(judged))
+        self.console.print(targets.table(self._write(rates, tests)))
         for line in (*self.failures, *(f"not measured: {name}" for name in self.left_out)):
             self._say(line)
+        self._say(f"written to {self.options.output}")
+        failed = any(failure.startswith("fxquant") for failure in self.failures)
+        return int(failed or tests.get("status") not in ("passed", "skipped"))
+
+    def _write(self, rates: Rates, tests: dict[str, Any]) -> list[dict[str, Any]]:
+        """What there is by now, so that who is cut off keeps it; gives the judged targets."""
+        judged = [target.judge(self._seconds) for target in targets.GPU]
         circumstances = {**results.circumstances(), **self.device.facts}
         written = {
             **circumstances,
@@ -98,9 +105,7 @@ class Session:
             "left_out": self.left_out,
         }
         results.write(self.options.output, written)
-        self._say(f"written to {self.options.output}")
-        failed = any(failure.startswith("fxquant") for failure in self.failures)
-        return int(failed or tests.get("status") not in ("passed", "skipped"))
+        return judged
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)
