@@ -154,7 +154,7 @@ class Session:
             self._say(f"the GPU tests were cut off after {limit:.0f} s")
             return {"status": "cut off", "seconds": limit}
         lines = (done.stdout + done.stderr).strip().splitlines()
-        self._say("\n".join(lines[-15:]))
+        self._say("\n".join(lines[-15 if done.returncode == 0 else -400 :]))
         return {
             "status": "passed" if done.returncode == 0 else "failed",
             "seconds": time.monotonic() - start,
