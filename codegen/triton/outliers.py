@@ -15,11 +15,13 @@ from fxquant.codegen.triton import decode
 from fxquant.codegen.triton.kernels import JIT, marks
 from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines, call
+from fxquant.codegen.triton.tiles import fit
 
 AT_ONCE = 16
 """Columns of one product: the least of a tensor core's."""
 
-_LIST_TILE = 1024
+_LISTED, _COUNTED = 2048, 8192
+"""Columns that one program lists, and marks before them that it counts at a time."""
 
 
 def kind(spec: KernelSpec) -> str:
@@ -93,27 +95,55 @@ def _print_find(out: Lines, spec: KernelSpec) -> None:
         )
 
 
+def lists(k: int) -> int:
+    """Programs that list the columns of k inputs: a call with few rows waits for them."""
+    return -(-k // _LISTED)
+
+
 def _print_list(out: Lines, spec: KernelSpec) -> None:
     k = spec.weight.k
+    parts, step = lists(k), min(_LISTED, fit(k, 16))
     doc = "The marked columns in order, and their number; counts calls and columns."
-    with out.function("list_columns", ["outlier", "columns", "count", *counters(spec)], doc):
-        out.add("found = 0")
-        with out.block(f"for k0 in range(0, {k}, {_LIST_TILE}):"):
+    if parts > 1:
+        doc = f"The marked columns of one part of {parts} in order; the last counts them all."
+    params = [*(["part"] if parts > 1 else []), "outlier", "columns", "count", *counters(spec)]
+    with out.function("list_columns", params, doc):
+        if parts > 1:
+            _print_count_before(out, min(_COUNTED, fit(k, 16)))
+        out.add(
+            f"k = {'first + ' if parts > 1 else ''}tl.arange(0, {step})",
+            f"mark = tl.load(outlier + k, mask=k < {k}, other=0).to(tl.int32)",
+            f"place = {'before + ' if parts > 1 else ''}tl.associative_scan(mark, 0, add) - 1",
+            "tl.store(columns + place, k, mask=mark > 0)",
+            f"found = {'before + ' if parts > 1 else ''}tl.reduce(mark, 0, add)",
+        )
+        if parts == 1:
+            _print_counts(out, spec)
+            return
+        with out.block(f"if part == {parts - 1}:"):
+            _print_counts(out, spec)
+
+
+def _print_count_before(out: Lines, step: int) -> None:
+    """Every part counts the marks before it: none waits for another."""
+    out.add(f"first, before = part * {_LISTED}, 0")
+    with out.block(f"for k0 in range(0, first, {step}):"):
+        out.add(
+            f"k = k0 + tl.arange(0, {step})",
+            "mark = tl.load(outlier + k, mask=k < first, other=0).to(tl.int32)",
+            "before += tl.reduce(mark, 0, add)",
+        )
+
+
+def _print_counts(out: Lines, spec: KernelSpec) -> None:
+    out.add("tl.store(count, found)")
+    once = ", mask=tl.program_id(1) == 0" if spec.batch else ""
+    for counter in counters(spec):
+        with out.block(f"if {counter} is not None:"):
             out.add(
-                f"k = k0 + tl.arange(0, {_LIST_TILE})",
-                f"mark = tl.load(outlier + k, mask=k < {k}, other=0).to(tl.int32)",
-                "place = found + tl.associative_scan(mark, 0, add) - 1",
-                "tl.store(columns + place, k, mask=mark > 0)",
-                "found += tl.reduce(mark, 0, add)",
+                f'tl.atomic_add({counter}, 1{once}, sem="relaxed")',
+                f'tl.atomic_add({counter} + 1, found.to(tl.int64), sem="relaxed")',
             )
-        out.add("tl.store(count, found)")
-        once = ", mask=tl.program_id(1) == 0" if spec.batch else ""
-        for counter in counters(spec):
-            with out.block(f"if {counter} is not None:"):
-                out.add(
-                    f'tl.atomic_add({counter}, 1{once}, sem="relaxed")',
-                    f'tl.atomic_add({counter} + 1, found.to(tl.int64), sem="relaxed")',
-                )
 
 
 def _print_mark(out: Lines, spec: KernelSpec) -> None:

@@ -55,6 +55,7 @@ class Rows:
         clipped: No scale is above a given limit.
         outliers: Columns that are left out: ``""``, ``"found"`` at run time, or ``"given"``.
         counters: What is counted up, where columns are found.
+        lists: Programs that list columns, where they are found.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Rows:
     clipped: bool = False
     outliers: str = ""
     counters: tuple[str, ...] = ()
+    lists: int = 0
 
     @property
     def limited(self) -> bool:
@@ -83,8 +85,8 @@ class Rows:
 
     @property
     def warps(self) -> int:
-        """Warps of one program."""
-        return 4 if self.tile[0] * self.tile[1] <= _TILE else 8
+        """Warps of one program: four for every `_TILE` numbers, up to 16."""
+        return min(16, max(4, 4 * self.tile[0] * self.tile[1] // _TILE))
 
     @property
     def strides(self) -> list[str]:
@@ -165,7 +167,8 @@ def _print_quantize(out: Lines, rows: Rows) -> None:
     found = rows.outliers == "found"
     doc = "The scale and the integers of every row."
     if found:
-        doc = f"{doc[:-1]}; the last program lists the outliers' columns."
+        last = f"{rows.lists} programs list" if rows.lists > 1 else "program lists"
+        doc = f"{doc[:-1]}; the last {last} the outliers' columns."
     jit = '(do_not_specialize=["rows", "parts"])' if parts else JIT
     with out.function(f"{rows.name}_quantize", params, doc, jit):
         if rows.batch is not None:
@@ -175,10 +178,16 @@ def _print_quantize(out: Lines, rows: Rows) -> None:
             return
         if rows.batch is not None:
             out.add(f"outlier += e * {rows.k}")
-        with out.block("if tl.program_id(0) == tl.num_programs(0) - 1:"):
+        is_last = "tl.program_id(0) == tl.num_programs(0) - 1"
+        if rows.lists > 1:
+            out.add(f"part = tl.program_id(0) - (tl.num_programs(0) - {rows.lists})")
+            is_last = "part >= 0"
+        with out.block(f"if {is_last}:"):
             if rows.batch is not None:
                 out.add(f"columns += e * {rows.k}", "count += e")
-            out.add(call("list_columns", ["outlier", "columns", "count", *rows.counters]))
+            which = ["part"] if rows.lists > 1 else []
+            listed = [*which, "outlier", "columns", "count", *rows.counters]
+            out.add(call("list_columns", listed))
         with out.block("else:"):
             _print_rows(out, rows)
 

@@ -27,8 +27,9 @@ _MARK_TILE = {"BLOCK_K": 128}
 def rows_of(spec: KernelSpec) -> Rows:
     """The rows that a product quantizes itself."""
     weight = spec.weight
-    found, counters = outliers.kind(spec), tuple(outliers.counters(spec))
-    return Rows(spec.name, weight.k, spec.batch, outliers=found, counters=counters)
+    kind, counters = outliers.kind(spec), tuple(outliers.counters(spec))
+    lists = outliers.lists(weight.k) if kind == "found" else 0
+    return Rows(spec.name, weight.k, spec.batch, outliers=kind, counters=counters, lists=lists)
 
 
 def print_steps(out: Lines, rows: Rows) -> None:
@@ -130,7 +131,7 @@ def _print_launch(out: Lines, rows: Rows) -> None:
     found = rows.outliers == "found"
     parts = ["parts"] if rows.scope == "tensor" else []
     batched = rows.batch is not None
-    programs = '-(-rows // tile["BLOCK_M"])' + (" + 1" if found else "")
+    programs = '-(-rows // tile["BLOCK_M"])' + (f" + {rows.lists}" if rows.lists else "")
     out.add(
         'kernel, tile, options = STEPS["quantize"]',
         f"grid = ({programs}, {rows.batch or 1})",

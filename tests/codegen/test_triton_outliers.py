@@ -80,6 +80,38 @@ def test_columns_are_found_listed_in_order_and_counted(tmp_path, rows, columns):
     assert counter.tolist() == [12, 100 + 2 * len(want)]
 
 
+@pytest.mark.parametrize(
+    ("k", "columns"),
+    [
+        (2049, [0, 2047, 2048]),
+        (5000, [2048, 4095, 4096, 4999]),
+        (5000, []),
+        (5000, range(5000)),
+        (18500, [1, 8191, 8192, 10000, 16383, 16384, 18499]),
+    ],
+)
+def test_several_programs_list_the_columns_of_long_rows(tmp_path, k, columns):
+    """Each counts the marks before its own 2048, 8192 at a time."""
+    module = load(spec_of(FOUND, shape=(1, k)), tmp_path)
+    x = torch.zeros(2, k)
+    x[1, list(columns)] = 7.0
+    counter = torch.tensor([10, 100])
+    _, _, listed, count = module.quantize(x, counter)
+    assert listed[: len(columns)].tolist() == list(columns)
+    assert count.tolist() == [len(columns)]
+    assert counter.tolist() == [11, 100 + len(columns)]
+
+
+def test_several_programs_list_the_columns_of_every_matrix(tmp_path):
+    module = load(spec_of(FOUND, shape=(2, 1, 5000)), tmp_path)
+    x = torch.zeros(2, 1, 5000)
+    x[0, 0, [7, 4500]], x[1, 0, [2047, 2048, 4999]] = 7.0, -7.0
+    _, _, listed, count = module.quantize(x, None)
+    assert count.tolist() == [2, 3]
+    assert listed[0, :2].tolist() == [7, 4500]
+    assert listed[1, :3].tolist() == [2047, 2048, 4999]
+
+
 def test_the_counter_of_a_batch_counts_calls_once(tmp_path):
     spec = spec_of(FOUND, shape=(3, 8, 32))
     x = torch.zeros(3, 2, 32)

@@ -55,13 +55,11 @@ def llm_int8_linear_384x1536_bias_find(
 @triton.jit
 def list_columns(outlier, columns, count, counter):
     """The marked columns in order, and their number; counts calls and columns."""
-    found = 0
-    for k0 in range(0, 1536, 1024):
-        k = k0 + tl.arange(0, 1024)
-        mark = tl.load(outlier + k, mask=k < 1536, other=0).to(tl.int32)
-        place = found + tl.associative_scan(mark, 0, add) - 1
-        tl.store(columns + place, k, mask=mark > 0)
-        found += tl.reduce(mark, 0, add)
+    k = tl.arange(0, 2048)
+    mark = tl.load(outlier + k, mask=k < 1536, other=0).to(tl.int32)
+    place = tl.associative_scan(mark, 0, add) - 1
+    tl.store(columns + place, k, mask=mark > 0)
+    found = tl.reduce(mark, 0, add)
     tl.store(count, found)
     if counter is not None:
         tl.atomic_add(counter, 1, sem="relaxed")
