@@ -75,7 +75,7 @@ def _print_find(out: Lines, spec: KernelSpec) -> None:
     assert spec.outliers is not None, "columns are found by a threshold"
     k = spec.weight.k
     params = ["x", "outlier", "rows", *strides(spec)]
-    params += ["BLOCK_M: tl.constexpr", "BLOCK_K: tl.constexpr"]
+    params += ["BLOCK_M: tl.constexpr", "BLOCK_K: tl.constexpr", "STEP_M: tl.constexpr"]
     doc = f"Marks the columns with a magnitude of {spec.outliers.threshold} or more."
     with out.function(f"{spec.name}_find", params, doc, JIT):
         matrix = "x"
@@ -84,10 +84,17 @@ def _print_find(out: Lines, spec: KernelSpec) -> None:
             matrix = "x + e * x_stride_e"
         out.add(
             "k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]",
-            "m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]",
-            f"mask = (m < rows) & (k < {k})",
-            f"tile = tl.load({matrix} + (m * x_stride_m + k), mask=mask, other=0.0)",
-            f"large = tl.abs(tile.to(tl.float32)) >= {spec.outliers.threshold}",
+            "first_m = tl.program_id(1).to(tl.int64) * BLOCK_M",
+            "large = tl.full((STEP_M, BLOCK_K), 0, tl.int1)",
+        )
+        with out.block("for m0 in range(0, BLOCK_M, STEP_M):"):
+            out.add(
+                "m = first_m + m0 + tl.arange(0, STEP_M)[:, None]",
+                f"mask = (m < rows) & (k < {k})",
+                f"tile = tl.load({matrix} + (m * x_stride_m + k), mask=mask, other=0.0)",
+                f"large |= tl.abs(tile.to(tl.float32)) >= {spec.outliers.threshold}",
+            )
+        out.add(
             "hit = tl.reduce(large.to(tl.int32), 0, most, keep_dims=True)",
             "# With more rows than one program's, all marks are 0 beforehand.",
             f"mask = (k < {k}) & ((hit > 0) | (tl.num_programs(1) == 1))",

@@ -34,7 +34,7 @@ class Build:
     """One kernel with its constants, ready to be built.
 
     Attributes:
-        name: The kernel's, with the number of rows it is picked for.
+        name: The kernel's, with the number of rows it is picked for; a step's is the step's.
         kernel: The Triton function.
         constants: Values of its compile-time parameters.
         options: Warps and stages.
@@ -93,8 +93,9 @@ def builds(module: ModuleType) -> Iterator[Build]:
         yield Build(f"{kernel.__name__}_{rows}", kernel, constants, options)
     for split, (kernel, constants, options) in getattr(module, "REDUCTIONS", {}).items():
         yield Build(f"{kernel.__name__}_{split}", kernel, constants, options)
-    for kernel, constants, options in getattr(module, "STEPS", {}).values():
-        yield Build(kernel.__name__, kernel, constants, options)
+    for step, (kernel, constants, options) in getattr(module, "STEPS", {}).items():
+        name = kernel.__name__.rpartition("_")[0]
+        yield Build(f"{name}_{step}", kernel, constants, options)
 
 
 def compile_for(target: str, module: ModuleType, build: Build) -> Binary:

@@ -80,6 +80,21 @@ def test_columns_are_found_listed_in_order_and_counted(tmp_path, rows, columns):
     assert counter.tolist() == [12, 100 + 2 * len(want)]
 
 
+@pytest.mark.parametrize("rows", [512, 577])
+def test_columns_of_many_rows_are_found_in_larger_tiles(tmp_path, rows):
+    """The marks are the same: a large number in any row, the last one too, and NaN is none."""
+    module = load(spec_of(FOUND, shape=(1, 600)), tmp_path)
+    few, many = module.STEPS["find"], module.STEPS["find_many"]
+    x = planted(rows, [4, 511, 512, 599], k=600)
+    x[rows - 1, 100], x[rows - 1, 101], x[3, 102], x[17, 103] = -6.0, 5.9999995, math.nan, math.inf
+    _, _, listed, count = module.quantize(x, None)
+    assert listed[: count[0]].tolist() == [4, 100, 103, 511, 512, 599]
+    module.STEPS |= {"find": many, "find_many": few}
+    _, _, again, other = module.quantize(x, None)
+    assert torch.equal(other, count)
+    assert torch.equal(again[: other[0]], listed[: count[0]])
+
+
 @pytest.mark.parametrize(
     ("k", "columns"),
     [

@@ -39,13 +39,17 @@ def most(x, y):
 @triton.jit(do_not_specialize=["rows"])
 def llm_int8_linear_384x1536_bias_find(
     x, outlier, rows, x_stride_m, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    STEP_M: tl.constexpr,
 ):
     """Marks the columns with a magnitude of 6.0 or more."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    mask = (m < rows) & (k < 1536)
-    tile = tl.load(x + (m * x_stride_m + k), mask=mask, other=0.0)
-    large = tl.abs(tile.to(tl.float32)) >= 6.0
+    first_m = tl.program_id(1).to(tl.int64) * BLOCK_M
+    large = tl.full((STEP_M, BLOCK_K), 0, tl.int1)
+    for m0 in range(0, BLOCK_M, STEP_M):
+        m = first_m + m0 + tl.arange(0, STEP_M)[:, None]
+        mask = (m < rows) & (k < 1536)
+        tile = tl.load(x + (m * x_stride_m + k), mask=mask, other=0.0)
+        large |= tl.abs(tile.to(tl.float32)) >= 6.0
     hit = tl.reduce(large.to(tl.int32), 0, most, keep_dims=True)
     # With more rows than one program's, all marks are 0 beforehand.
     mask = (k < 1536) & ((hit > 0) | (tl.num_programs(1) == 1))
@@ -265,7 +269,12 @@ REDUCTIONS = {
 STEPS = {
     "find": (
         llm_int8_linear_384x1536_bias_find,
-        {"BLOCK_M": 32, "BLOCK_K": 64},
+        {"BLOCK_M": 32, "BLOCK_K": 64, "STEP_M": 32},
+        {"num_warps": 4},
+    ),
+    "find_many": (
+        llm_int8_linear_384x1536_bias_find,
+        {"BLOCK_M": 64, "BLOCK_K": 512, "STEP_M": 16},
         {"num_warps": 4},
     ),
     "quantize": (
@@ -281,7 +290,7 @@ def quantize(x, counter):
     rows = x.shape[-2]
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     amax = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
-    kernel, tile, options = STEPS["find"]
+    kernel, tile, options = STEPS["find" if rows <= 512 else "find_many"]
     make = torch.empty if rows <= tile["BLOCK_M"] else torch.zeros
     outlier = make(1536, dtype=torch.uint8, device=x.device)
     columns = torch.empty(1536, dtype=torch.int32, device=x.device)
