@@ -15,6 +15,7 @@ from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import (
+    columns,
     decode,
     dequantize,
     int8,
@@ -84,8 +85,9 @@ def render(spec: KernelSpec | QuantizeSpec, header: Header, gpu: Gpu = ANY) -> s
     launch.print_variants(out, spec, variants)
     launch.print_reductions(out, spec, variants)
     if spec.compute_dtype == "int8" and not spec.is_quantized:
-        steps.print_steps(out, steps.rows_of(spec))
+        steps.print_steps(out, steps.rows_of(spec), columns.steps(spec, variants))
         steps.print_quantize(out, steps.rows_of(spec))
+        columns.print_run(out, spec)
     launch.print_run(out, spec, variants)
     return out.text()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec
-from fxquant.codegen.triton import decode, outliers
+from fxquant.codegen.triton import columns, decode, outliers
 from fxquant.codegen.triton.decode import Table
 from fxquant.codegen.triton.int8_decode import Int8Decode, ScaledDecode
 from fxquant.codegen.triton.kernels import (
@@ -48,12 +48,15 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
     else:
         tiles = Int8Decode(out, spec.weight, index, plan, "int8")
     tiles.print()
-    outliers.print_decode(out, spec, index, plan)
+    if outliers.kind(spec) == "found":
+        columns.print_decode(out, spec, index, plan)
+        columns.print_gather(out, spec, plan)
 
     doc = "Weight tile by activation tile on tensor cores, acc is [outputs, rows]."
     if plan.form.scaling == "elements":
         doc = "Weight tile by activation tile, acc is [outputs, rows]."
-    with out.function(f"{spec.name}_gemm", with_constants(parameters(spec)), doc, JIT):
+    params = [*with_constants(parameters(spec)), *columns.constants(spec)]
+    with out.function(f"{spec.name}_gemm", params, doc, JIT):
         print_start(out, spec)
         row = "(e * rows + m)" if spec.batch else "m"
         out.add(

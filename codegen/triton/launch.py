@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from fxquant.codegen.spec import KernelSpec
-from fxquant.codegen.triton import decode, dequantize, int8, outliers, steps, words
+from fxquant.codegen.triton import columns, decode, dequantize, int8, outliers, steps, words
 from fxquant.codegen.triton.kernels import (
     REDUCE_BLOCK,
     ends,
@@ -76,7 +76,8 @@ def _int8_types(spec: KernelSpec) -> dict[str, str]:
     types = {name: dtype for name, dtype in steps.TYPES.items() if name in taken}
     types |= dict.fromkeys(outliers.counters(spec), steps.TYPES["counter"])
     if spec.outliers is not None:
-        types |= dict.fromkeys(outliers.aparts(spec), spec.outliers.dtype)
+        apart = [*outliers.aparts(spec), *columns.dense(spec)]
+        types |= dict.fromkeys(apart, spec.outliers.dtype)
     return types
 
 
@@ -250,6 +251,7 @@ def _print_launch(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     with out.block("with torch.cuda.device_of(x):"):
         if spec.compute_dtype == "int8" and not spec.is_quantized:
             out.add(steps.call_quantize(steps.rows_of(spec)))
+            columns.print_call(out, spec)
         out.add("kernel[grid](", *wrap_items([*args, "**tile", "**options"], 4, 88), ")")
         if splits:
             with out.block("if split > 1:"):

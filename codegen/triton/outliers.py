@@ -7,18 +7,12 @@ waits for the host, no shape depends on data, and a CUDA graph can hold all of i
 
 from __future__ import annotations
 
-import dataclasses
-
-from fxquant.codegen.indexing import WeightIndex
-from fxquant.codegen.spec import KernelSpec, WeightOperand
-from fxquant.codegen.triton import decode
+from fxquant.codegen.spec import KernelSpec
+from fxquant.codegen.triton import columns, decode
 from fxquant.codegen.triton.kernels import JIT, marks
 from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines, call
-from fxquant.codegen.triton.tiles import fit
-
-AT_ONCE = 16
-"""Columns of one product: the least of a tensor core's."""
+from fxquant.codegen.triton.tiles import AT_ONCE, fit
 
 _LISTED, _COUNTED = 2048, 8192
 """Columns that one program lists, and marks before them that it counts at a time."""
@@ -41,7 +35,8 @@ def tables(spec: KernelSpec) -> list[decode.Table]:
 
 def pointers(spec: KernelSpec) -> list[str]:
     """What the product takes for its outliers."""
-    found = ["x", "columns", "count", *(table.name for table in tables(spec))]
+    listed = ["x", "columns", "count", *(table.name for table in tables(spec))]
+    found = [*listed, *columns.dense(spec)]
     return {"": [], "found": found, "given": ["x", "columns", *aparts(spec)]}[kind(spec)]
 
 
@@ -172,44 +167,6 @@ def _print_mark(out: Lines, spec: KernelSpec) -> None:
         out.add(f"tl.store(outlier + k, hit.to(tl.uint8), mask=k < {k})")
 
 
-class ColumnsDecode(decode.Decode):
-    """The weight at some outputs and any inputs, as a number: its levels and scales."""
-
-    def print(self) -> None:
-        """``decode_columns``."""
-        params = [*_decode_pointers(self.weight), "n", "k"]
-        params += ["BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
-        doc = f"The weight at outputs n and inputs k, [BLOCK_N, BLOCK_K] in {self.dtype}."
-        with self.out.function("decode_columns", params, doc):
-            if decode.is_wide(self.weight):
-                self.out.add("n, k = n.to(tl.int64), k.to(tl.int64)")
-            self.out.add("# load")
-            self._print_single_codes()
-            self._print_level()
-            self._print_scale()
-            self.out.add(f"return (level * scale).to(tl.{self.dtype})")
-
-    def _print_lookup(self) -> None:
-        self.out.add("level = tl.load(float_levels + code.to(tl.int32))")
-
-
-def _decode_pointers(weight: WeightOperand, mark: str = "") -> list[str]:
-    encoding = weight.encoding
-    parts = [name for name in decode.parameters(encoding, [mark]) if name != "levels"]
-    table = [] if encoding.is_uniform else ["float_levels"]
-    return [*parts, *table, *decode.batch_index(weight)]
-
-
-def print_decode(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> None:
-    """``decode_columns``, for columns that are found."""
-    if kind(spec) != "found":
-        return
-    assert spec.outliers is not None, "columns are found by a threshold"
-    form = dataclasses.replace(plan.form, axis=None)
-    single = dataclasses.replace(plan, form=form, whole_k=True, run=1)
-    ColumnsDecode(out, spec.weight, index, single, spec.outliers.dtype).print()
-
-
 def print_products(out: Lines, spec: KernelSpec, plan: Plan) -> None:
     """Adds the products of the columns to the sums, ``acc`` .., [outputs, rows]."""
     assert spec.outliers is not None, "a spec without outliers has no such products"
@@ -223,8 +180,10 @@ def print_products(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         out.add(f"found = tl.load(count{' + e' if spec.batch else ''})")
     most = "found" if given is None else str(given)
     matrix = "x + e * x_stride_e" if spec.batch else "x"
+    columns.print_products(out, spec, plan)
     # Loads at places that are loaded cannot be issued ahead, and the attempt takes registers.
-    steps = f"share * {AT_ONCE}, {most}, {AT_ONCE} * SPLIT, num_stages=1"
+    start = f"{'GATHERED + ' if columns.dense(spec) else ''}share * {AT_ONCE}"
+    steps = f"{start}, {most}, {AT_ONCE} * SPLIT, num_stages=1"
     with out.block(f"for c0 in tl.range({steps}):"):
         out.add(
             f"c = c0 + tl.arange(0, {AT_ONCE})",
@@ -245,7 +204,7 @@ def _print_columns(out: Lines, spec: KernelSpec, plan: Plan, most: str, mark: st
     """Prints ``w``: a weight at columns c."""
     weight = spec.weight
     if kind(spec) == "found":
-        pointers = _decode_pointers(weight, mark)
+        pointers = columns.decode_pointers(weight, mark)
         arguments = [*pointers, "n", "k[None, :]", "BLOCK_N", str(AT_ONCE)]
         out.add(
             f"w = {call('decode_columns', arguments)}",

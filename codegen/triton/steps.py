@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import outliers
 from fxquant.codegen.triton.printer import Lines, call, wrap_items
@@ -41,8 +43,12 @@ def rows_of(spec: KernelSpec) -> Rows:
     return Rows(spec.name, weight.k, spec.batch, outliers=kind, counters=counters, lists=lists)
 
 
-def print_steps(out: Lines, rows: Rows) -> None:
-    """``STEPS``: the kernels before a product, with their constants."""
+Step = tuple[str, dict[str, int], int]
+"""A kernel before a product: its name, constants and warps."""
+
+
+def print_steps(out: Lines, rows: Rows, last: Sequence[Step] = ()) -> None:
+    """``STEPS``: the kernels before a product, `last` behind those that quantize."""
     tile = {"BLOCK_M": rows.tile[0], "BLOCK_K": rows.tile[1]}
     entries = [("quantize", tile, rows.warps)]
     if rows.scope == "tensor":
@@ -51,6 +57,7 @@ def print_steps(out: Lines, rows: Rows) -> None:
         entries = [*((step, tile, 4) for step, tile in _FIND.items()), *entries]
     elif rows.outliers == "given":
         entries.insert(0, ("mark", _MARK_TILE, 4))
+    entries += last
     out.add("", "# Step -> the kernel that does it, its constants, launch options.", "STEPS = {")
     for step, constants, warps in entries:
         written = ", ".join(f'"{name}": {size}' for name, size in constants.items())

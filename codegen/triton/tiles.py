@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ CODES_PER_WORD = 8
 PAIRS = CODES_PER_WORD // 2
 LEAST_WORD_INPUTS = 16 * PAIRS
 LEAST_INT8_INPUTS = 32  # one instruction's
+AT_ONCE = 16
+"""Outlier columns of one product: the least of a tensor core's."""
+
 CHUNKED = "CHUNK"
 """The compile-time parameter that only a kernel has which decodes to memory."""
 
@@ -28,6 +32,7 @@ _LEAST_SCALED = 64
 _CHUNKS, _MOST_SCRATCH = (1024, 2048, 4096), 256 << 20
 _LEAST_DECODED = 1 << 22
 _MOST_PARTIAL_ROWS = 512
+_FEW_TO_GATHER, _LEAST_GATHERED = 64, 128
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Tile:
         warps: Warps of one program.
         stages: Depth of the software pipeline.
         chunk: Outputs that ``"dequantize"`` decodes at a time.
+        gathered: Outlier columns that have room in matrices which are made before, 0 where none
+            are; None where a product has no such part.
     """
 
     kernel: str
@@ -55,13 +62,15 @@ class Tile:
     warps: int = 4
     stages: int = 3
     chunk: int = 0
+    gathered: int | None = None
 
     def constants(self) -> dict[str, int]:
         """Values of the kernel's compile-time parameters."""
         if self.kernel == "dequantize":
             return {"BLOCK_N": self.n, "BLOCK_K": self.k, CHUNKED: self.chunk}
         sizes = {"BLOCK_M": self.rows, "BLOCK_N": self.n, "BLOCK_K": self.k}
-        return {**sizes, "SPLIT": self.split}
+        parts = {} if self.gathered is None else {"GATHERED": self.gathered}
+        return {**sizes, "SPLIT": self.split, **parts}
 
     def options(self) -> dict[str, int]:
         """How Triton is to build it."""
@@ -120,7 +129,20 @@ def int8_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
     narrow = form.scaling == "elements" or floats
     least = 16 if form.scaling == "elements" else LEAST_INT8_INPUTS
     k = dividing(spec.weight.k, form.inputs, least)
-    yield from _tiles(spec, k, rows, 32 if narrow else 0, free=is_stored(spec))
+    room = (gathered(spec) if rows > _FEW_TO_GATHER else 0) if gathers(spec) else None
+    for tile in _tiles(spec, k, rows, 32 if narrow else 0, free=is_stored(spec)):
+        yield dataclasses.replace(tile, gathered=room)
+
+
+def gathers(spec: KernelSpec) -> bool:
+    """Whether columns that are found are gathered for many rows; those of a batch are not."""
+    found = spec.outliers is not None and spec.outliers.columns is None
+    return found and spec.weight.batch is None and spec.batch is None
+
+
+def gathered(spec: KernelSpec) -> int:
+    """Columns that have room in gathered matrices: a sixteenth of the inputs."""
+    return max(_LEAST_GATHERED, spec.weight.k // 16 // AT_ONCE * AT_ONCE)
 
 
 def float_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:

@@ -262,7 +262,7 @@ def _key(spec: KernelSpec) -> str:
 
 
 def _entry(tile: Tile) -> dict[str, Any]:
-    return dataclasses.asdict(tile)
+    return {name: size for name, size in dataclasses.asdict(tile).items() if size is not None}
 
 
 def path(gpu: Gpu) -> Path:

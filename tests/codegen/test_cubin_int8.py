@@ -97,8 +97,8 @@ def test_products(modules, name, target, rows):
         *(("rows", "_quantize", target) for target in cubin.TARGETS),
         *(("whole", step, target) for step in ("_peaks", "_quantize") for target in ("sm_90",)),
         *(("fixed", "_quantize", target) for target in ("sm_80", "gfx942")),
-        *(("found", step, "sm_90") for step in ("_find", "_find_many", "_quantize")),
-        *(("found", step, "gfx942") for step in ("_find_many", "_quantize")),
+        *(("found", step, "sm_90") for step in ("_find", "_find_many", "_quantize", "_gather")),
+        *(("found", step, "gfx942") for step in ("_find_many", "_quantize", "_gather")),
         ("given", "_mark", "sm_100"),
     ],
 )
@@ -114,4 +114,4 @@ def test_a_product_of_codes_has_no_steps(modules):
     names = [b.name for b in cubin.builds(modules["codes", "sm_90"])]
     assert all(name.startswith(("codes_gemm", "codes_reduce")) for name in names)
     names = [b.name for b in cubin.builds(modules["found", "sm_90"])]
-    assert names[-3:] == ["found_find", "found_find_many", "found_quantize"]
+    assert names[-4:] == ["found_find", "found_find_many", "found_quantize", "found_gather"]

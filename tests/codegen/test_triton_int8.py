@@ -197,12 +197,12 @@ def test_large_weights_use_wide_indices():
     found = Outliers("float16", threshold=6.0)
     spec = KernelSpec(big, "float16", "int8", "float16", outliers=found)
     text = render(spec, Header())
-    text = text[text.index("def decode(") : text.index("def linear_gemm(")]
+    text = text[text.index("def decode(") : text.index("def linear_gather(")]
     functions = text.split("@triton.jit")
     assert len(functions) == 4
     assert all("to(tl.int64)" in function for function in functions[:3])
     small = render(dataclasses.replace(spec, weight=harness.whole(INT8, 64, 64)), Header())
-    assert "int64" not in small[small.index("def decode(") : small.index("def linear_gemm(")]
+    assert "int64" not in small[small.index("def decode(") : small.index("def linear_gather(")]
 
 
 def test_the_largest_integers_everywhere(tmp_path):

@@ -172,9 +172,33 @@ def decode_columns(codes, scales, n, k, BLOCK_N: tl.constexpr, BLOCK_K: tl.const
 
 
 @triton.jit(do_not_specialize=["rows"])
+def llm_int8_linear_384x1536_bias_gather(
+    x, codes, scales, columns, count, apart, x_apart, rows, x_stride_m, BLOCK: tl.constexpr,
+    GATHERED: tl.constexpr,
+):
+    """The first outlier columns side by side, up to the next tile: the weight's and those of x."""
+    found = tl.minimum(tl.load(count), GATHERED)
+    OUTPUTS: tl.constexpr = (384 + BLOCK - 1) // BLOCK * BLOCK
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
+    m = (n - OUTPUTS).to(tl.int64)
+    for c0 in range(16 * tl.program_id(1), found, 16 * tl.num_programs(1)):
+        c = c0 + tl.arange(0, 16)[None, :]
+        k = tl.load(columns + c, mask=c < found, other=0)
+        if tl.program_id(0) * BLOCK < OUTPUTS:
+            w = decode_columns(codes, scales, n, k, BLOCK, 16)
+            w = tl.where(c < found, w, 0.0)
+            tl.store(apart + (n * GATHERED + c), w)
+        else:
+            mask = (m < rows) & (c < found)
+            x_tile = tl.load(x + (m * x_stride_m + k), mask=mask, other=0.0)
+            tl.store(x_apart + (m * GATHERED + c), x_tile, mask=m < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
 def llm_int8_linear_384x1536_bias_gemm(
-    q, amax, codes, scales, in0, x, columns, count, out, partial, rows, x_stride_m,
+    q, amax, codes, scales, in0, x, columns, count, apart, x_apart, out, partial, rows, x_stride_m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    GATHERED: tl.constexpr,
 ):
     """Weight tile by activation tile on tensor cores, acc is [outputs, rows]."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -199,7 +223,13 @@ def llm_int8_linear_384x1536_bias_gemm(
     acc *= tl.div_rn(peak, 127.0)
     # outliers
     found = tl.load(count)
-    for c0 in tl.range(share * 16, found, 16 * SPLIT, num_stages=1):
+    if GATHERED > 0:
+        for c0 in range(share * 16, tl.minimum(found, GATHERED), 16 * SPLIT):
+            c = c0 + tl.arange(0, 16)
+            x_tile = tl.load(x_apart + (m * GATHERED + c[:, None]), mask=m < rows, other=0.0)
+            w = tl.load(apart + (n * GATHERED + c[None, :]))
+            acc = tl.dot(w, x_tile, acc)
+    for c0 in tl.range(GATHERED + share * 16, found, 16 * SPLIT, num_stages=1):
         c = c0 + tl.arange(0, 16)
         k = tl.load(columns + c, mask=c < found, other=0)
         mask = (m < rows) & (c[:, None] < found)
@@ -233,24 +263,25 @@ def llm_int8_linear_384x1536_bias_reduce(
 TYPES = {
     "x": "*bf16", "out": "*bf16", "partial": "*fp32", "codes": "*i8", "scales": "*fp32",
     "in0": "*bf16", "q": "*i8", "amax": "*fp32", "outlier": "*u8", "columns": "*i32",
-    "count": "*i32", "counter": "*i64", "rows": "i32", "x_stride_m": "i32",
+    "count": "*i32", "counter": "*i64", "apart": "*bf16", "x_apart": "*bf16", "rows": "i32",
+    "x_stride_m": "i32",
 }
 
 # Most rows -> kernel, constants, launch options; the last serves all above too.
 VARIANTS = {
     64: (
         llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1, "GATHERED": 0},
         {"num_warps": 4, "num_stages": 4},
     ),
     128: (
         llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1, "GATHERED": 128},
         {"num_warps": 4, "num_stages": 4},
     ),
     2048: (
         llm_int8_linear_384x1536_bias_gemm,
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1},
+        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "SPLIT": 1, "GATHERED": 128},
         {"num_warps": 4, "num_stages": 4},
     ),
 }
@@ -282,6 +313,11 @@ STEPS = {
         {"BLOCK_M": 1, "BLOCK_K": 2048},
         {"num_warps": 4},
     ),
+    "gather": (
+        llm_int8_linear_384x1536_bias_gather,
+        {"BLOCK": 32, "GATHERED": 128},
+        {"num_warps": 4},
+    ),
 }
 
 
@@ -303,6 +339,19 @@ def quantize(x, counter):
         x, outlier, q, amax, columns, count, counter, rows, x.stride(0), **tile, **options,
     )
     return q, amax, columns, count
+
+
+def gather(x, codes, scales, columns, count):
+    """Outlier columns as matrices, as many as have room: the weight's [n, ..], x's."""
+    kernel, tile, options = STEPS["gather"]
+    rows, block, width = x.shape[-2], tile["BLOCK"], tile["GATHERED"]
+    apart = torch.empty((384, width), dtype=torch.bfloat16, device=x.device)
+    x_apart = torch.empty((rows, width), dtype=torch.bfloat16, device=x.device)
+    grid = (-(-384 // block) + -(-rows // block), 8)
+    kernel[grid](
+        x, codes, scales, columns, count, apart, x_apart, rows, x.stride(0), **tile, **options,
+    )
+    return apart, x_apart
 
 
 def run(x, weight, extra, out=None, counter=None):
@@ -331,9 +380,12 @@ def run(x, weight, extra, out=None, counter=None):
     grid = (-(-rows // tile["BLOCK_M"]), -(-384 // tile["BLOCK_N"]), split)
     with torch.cuda.device_of(x):
         q, amax, columns, count = quantize(x, counter)
+        apart = x_apart = None
+        if tile["GATHERED"]:
+            apart, x_apart = gather(x, codes, scales, columns, count)
         kernel[grid](
-            q, amax, codes, scales, in0, x, columns, count, out, partial, rows, x.stride(0),
-            **tile, **options,
+            q, amax, codes, scales, in0, x, columns, count, apart, x_apart, out, partial, rows,
+            x.stride(0), **tile, **options,
         )
         if split > 1:
             add_shares, tile, options = REDUCTIONS[split]
