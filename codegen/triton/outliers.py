@@ -1,8 +1,9 @@
 """Prints what an int8 product does with the columns that it leaves to floats (LLM.int8()).
 
-Columns that are found at run time never leave the device: ``find`` marks them, one more program of
-``quantize`` lists them, and the product loops up to a number that it reads from memory. So nothing
-waits for the host, no shape depends on data, and a CUDA graph can hold all of it.
+Columns that are found at run time never leave the device: ``find`` marks them, more programs of
+``quantize`` list them, for many rows ``gather`` (`columns`) copies them, and the product loops up
+to a number that it reads from memory. So nothing waits for the host, no shape depends on data, and
+a CUDA graph can hold all of it.
 """
 
 from __future__ import annotations
@@ -180,7 +181,6 @@ def print_products(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         out.add(f"found = tl.load(count{' + e' if spec.batch else ''})")
     most = "found" if given is None else str(given)
     matrix = "x + e * x_stride_e" if spec.batch else "x"
-    columns.print_products(out, spec, plan)
     # Loads at places that are loaded cannot be issued ahead, and the attempt takes registers.
     start = f"{'GATHERED + ' if columns.dense(spec) else ''}share * {AT_ONCE}"
     steps = f"{start}, {most}, {AT_ONCE} * SPLIT, num_stages=1"
@@ -198,6 +198,7 @@ def print_products(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         for mark in marks(spec):
             _print_columns(out, spec, plan, most, mark)
             out.add(f"acc{mark} = tl.dot(w, x_tile{cast}, acc{mark}{exact})")
+    columns.print_products(out, spec, plan)
 
 
 def _print_columns(out: Lines, spec: KernelSpec, plan: Plan, most: str, mark: str) -> None:

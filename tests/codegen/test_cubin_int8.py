@@ -19,6 +19,7 @@ PRODUCTS = {
     "codes": (INT8, None),
     "w4a8": (Encoding(4, block=(1, 128), zero_point=True), None),
     "found": (NF4, FOUND),
+    "gathered": (INT8, FOUND),
     "given": (INT8, Outliers("bfloat16", columns=41)),
     "exact": (INT8, Outliers("float32", threshold=6.0)),
     "short": (Encoding(8, block=(16,)), None),
@@ -33,6 +34,8 @@ CASES = [
     *(("w8a8", target, rows) for target in cubin.TARGETS for rows in (16, 128)),
     *(("w4a8", target, 128) for target in cubin.TARGETS),
     *(("found", target, 128) for target in cubin.TARGETS),
+    *(("gathered", "sm_90", rows) for rows in (128, 2048)),
+    ("gathered", "sm_80", 512),
     *(("given", target, 128) for target in ("sm_80", "sm_100")),
     *(("exact", target, 64) for target in ("sm_80", "sm_100")),
     *(("short", target, 64) for target in ("sm_90", "sm_100")),
@@ -86,7 +89,7 @@ def test_products(modules, name, target, rows):
     assert integers > 0
     if name == "w8a8":
         assert binary.count(WIDE) > 0
-    assert (floats > 0) == (name in ("found", "given"))
+    assert (floats > 0) == (name in ("found", "gathered", "given"))
     assert binary.count(ANY_MATRIX[target]) == integers + floats
     assert binary.count(DIVISION[target]) > 0
 

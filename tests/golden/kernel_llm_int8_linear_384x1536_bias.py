@@ -223,12 +223,6 @@ def llm_int8_linear_384x1536_bias_gemm(
     acc *= tl.div_rn(peak, 127.0)
     # outliers
     found = tl.load(count)
-    if GATHERED > 0:
-        for c0 in range(share * 16, tl.minimum(found, GATHERED), 16 * SPLIT):
-            c = c0 + tl.arange(0, 16)
-            x_tile = tl.load(x_apart + (m * GATHERED + c[:, None]), mask=m < rows, other=0.0)
-            w = tl.load(apart + (n * GATHERED + c[None, :]))
-            acc = tl.dot(w, x_tile, acc)
     for c0 in tl.range(GATHERED + share * 16, found, 16 * SPLIT, num_stages=1):
         c = c0 + tl.arange(0, 16)
         k = tl.load(columns + c, mask=c < found, other=0)
@@ -237,6 +231,12 @@ def llm_int8_linear_384x1536_bias_gemm(
         w = decode_columns(codes, scales, n, k[None, :], BLOCK_N, 16)
         w = tl.where(c[None, :] < found, w, 0.0)
         acc = tl.dot(w, x_tile, acc)
+    if GATHERED > 0:
+        for c0 in range(share * 16, tl.minimum(found, GATHERED), 16 * SPLIT):
+            c = c0 + tl.arange(0, 16)
+            x_tile = tl.load(x_apart + (m * GATHERED + c[:, None]), mask=m < rows, other=0.0)
+            w = tl.load(apart + (n * GATHERED + c[None, :]))
+            acc = tl.dot(w, x_tile, acc)
     # epilogue
     if SPLIT == 1:
         finish(acc, in0, out, m, n, rows)
