@@ -4,8 +4,8 @@
 the products that take them so, `scaled` those of many rows), `kernels` the skeletons and the
 epilogue, `launch` the function ``run``, `ops` spells pointwise work. Of products in int8,
 `int8_decode` and `int8` print the same, `outliers` what is left to floats (`columns` the weight
-there), `quantize` the kernels that take rows to int8, `steps` their launches, and `prologue` the one
-that makes the rows, too. Printing needs no Triton.
+there), `quantize` the kernels that take rows to int8, `steps` their launches, and `prologue` the
+one that makes the rows, too. Printing needs no Triton.
 """
 
 from __future__ import annotations
