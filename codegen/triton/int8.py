@@ -50,7 +50,7 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
     tiles.print()
     if outliers.kind(spec) == "found":
         columns.print_decode(out, spec, index, plan)
-        columns.print_gather(out, spec, plan)
+    columns.print_gather(out, spec, plan)
 
     doc = "Weight tile by activation tile on tensor cores, acc is [outputs, rows]."
     if plan.form.scaling == "elements":

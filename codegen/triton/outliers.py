@@ -8,6 +8,8 @@ a CUDA graph can hold all of it.
 
 from __future__ import annotations
 
+import contextlib
+
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import columns, decode
 from fxquant.codegen.triton.kernels import JIT, marks
@@ -38,7 +40,8 @@ def pointers(spec: KernelSpec) -> list[str]:
     """What the product takes for its outliers."""
     listed = ["x", "columns", "count", *(table.name for table in tables(spec))]
     found = [*listed, *columns.dense(spec)]
-    return {"": [], "found": found, "given": ["x", "columns", *aparts(spec)]}[kind(spec)]
+    given = ["x", "columns", *aparts(spec), *columns.dense(spec)]
+    return {"": [], "found": found, "given": given}[kind(spec)]
 
 
 def aparts(spec: KernelSpec) -> list[str]:
@@ -181,10 +184,13 @@ def print_products(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         out.add(f"found = tl.load(count{' + e' if spec.batch else ''})")
     most = "found" if given is None else str(given)
     matrix = "x + e * x_stride_e" if spec.batch else "x"
+    gathers = bool(columns.dense(spec))
     # Loads at places that are loaded cannot be issued ahead, and the attempt takes registers.
-    start = f"{'GATHERED + ' if columns.dense(spec) else ''}share * {AT_ONCE}"
+    start = f"{'GATHERED + ' if gathers and given is None else ''}share * {AT_ONCE}"
     steps = f"{start}, {most}, {AT_ONCE} * SPLIT, num_stages=1"
-    with out.block(f"for c0 in tl.range({steps}):"):
+    # All of given columns are gathered where any are.
+    rest = out.block("if GATHERED == 0:") if gathers and given else contextlib.nullcontext()
+    with rest, out.block(f"for c0 in tl.range({steps}):"):
         out.add(
             f"c = c0 + tl.arange(0, {AT_ONCE})",
             f"k = tl.load({listed} + c, mask=c < {most}, other=0)",

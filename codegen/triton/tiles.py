@@ -135,13 +135,14 @@ def int8_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
 
 
 def gathers(spec: KernelSpec) -> bool:
-    """Whether columns that are found are gathered for many rows; those of a batch are not."""
-    found = spec.outliers is not None and spec.outliers.columns is None
-    return found and spec.weight.batch is None and spec.batch is None
+    """Whether outlier columns are gathered for many rows; those of a batch are not."""
+    return spec.outliers is not None and spec.weight.batch is None and spec.batch is None
 
 
 def gathered(spec: KernelSpec) -> int:
-    """Columns that have room in gathered matrices: a sixteenth of the inputs."""
+    """Columns that have room in gathered matrices: of those found a sixteenth of the inputs."""
+    if spec.outliers is not None and spec.outliers.columns is not None:
+        return -(-spec.outliers.columns // AT_ONCE) * AT_ONCE
     return max(_LEAST_GATHERED, spec.weight.k // 16 // AT_ONCE * AT_ONCE)
 
 

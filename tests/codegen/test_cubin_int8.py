@@ -102,7 +102,7 @@ def test_products(modules, name, target, rows):
         *(("fixed", "_quantize", target) for target in ("sm_80", "gfx942")),
         *(("found", step, "sm_90") for step in ("_find", "_find_many", "_quantize", "_gather")),
         *(("found", step, "gfx942") for step in ("_find_many", "_quantize", "_gather")),
-        ("given", "_mark", "sm_100"),
+        *(("given", step, "sm_100") for step in ("_mark", "_gather")),
     ],
 )
 def test_steps_before_a_product(modules, name, step, target):

@@ -134,6 +134,26 @@ def test_columns_are_shared_out_in_a_split(tmp_path, count):
     assert_close_within(again, got, limit)
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("rows", [64, 65, 130])
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 41, K])
+def test_given_columns_are_gathered_from_x(tmp_path, count, rows):
+    spec = spec_of(Outliers("float16", columns=count), INT8, (N, K))
+    module = load(spec, tmp_path)
+    room = -(-count // 16) * 16
+    assert {constants["GATHERED"] for _, constants, _ in module.VARIANTS.values()} == {0, room}
+    x = harness.activation(spec, rows)
+    got, _, limit = check(spec, module, x)
+    columns = harness.operands(spec, rows)[0].long()
+    x_apart = module.gather(x, columns.to(torch.int32))
+    assert torch.equal(x_apart[:, :count], x[:, columns].half())
+    assert not x_apart[:, count:].any()
+    less = x.clone()
+    less[:, columns[-1]] = 0
+    dropped = reference.run(spec, less, harness.stored(INT8, (N, K)), harness.operands(spec, rows))
+    assert ((dropped - got).abs() > 2 * limit).any()
+
+
 def test_rows_that_do_not_lie_side_by_side(tmp_path):
     spec = spec_of(FOUND, INT8, (N, K))
     x = torch.full((70, 3 * K), 50.0)
@@ -159,7 +179,7 @@ def test_only_many_rows_of_one_matrix_are_worth_it(tmp_path):
     "other",
     [
         spec_of(FOUND, INT8, (2, N, K)),
-        spec_of(Outliers("float16", columns=3), INT8, (N, K)),
+        spec_of(Outliers("float16", columns=3), INT8, (2, N, K)),
         spec_of(None, INT8, (N, K)),
     ],
     ids=["batch", "given", "none"],

@@ -176,7 +176,7 @@ def llm_int8_linear_384x1536_bias_gather(
     x, codes, scales, columns, count, apart, x_apart, rows, x_stride_m, BLOCK: tl.constexpr,
     GATHERED: tl.constexpr,
 ):
-    """The first outlier columns side by side, up to the next tile: the weight's and those of x."""
+    """Outlier columns side by side, the weight's and those of x, and zeros up to the next tile."""
     found = tl.minimum(tl.load(count), GATHERED)
     OUTPUTS: tl.constexpr = (384 + BLOCK - 1) // BLOCK * BLOCK
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[:, None]
@@ -342,7 +342,7 @@ def quantize(x, counter):
 
 
 def gather(x, codes, scales, columns, count):
-    """Outlier columns as matrices, as many as have room: the weight's [n, ..], x's."""
+    """Outlier columns as matrices, as many as have room: [.., GATHERED]."""
     kernel, tile, options = STEPS["gather"]
     rows, block, width = x.shape[-2], tile["BLOCK"], tile["GATHERED"]
     apart = torch.empty((384, width), dtype=torch.bfloat16, device=x.device)
