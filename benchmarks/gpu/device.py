@@ -49,6 +49,17 @@ class Rates:
         }
 
 
+@dataclass(frozen=True)
+class _Replay:
+    """A call as a graph. What the graph reads has to stay where it was, so the call is kept."""
+
+    graph: torch.cuda.CUDAGraph
+    call: Run
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 class Device:
     """A GPU."""
 
@@ -97,7 +108,7 @@ class Device:
             # What waits for the host cannot be captured: it is timed as it is.
             torch.cuda.synchronize()
             return run, False
-        return graph.replay, True
+        return _Replay(graph, run), True
 
     def interleave(self, runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
         """Times everyone once a round, in an order drawn anew, each with nothing of it in L2."""

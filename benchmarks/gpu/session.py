@@ -7,6 +7,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -158,7 +159,7 @@ class Session:
         return {
             "status": "passed" if done.returncode == 0 else "failed",
             "seconds": time.monotonic() - start,
-            "summary": lines[-1] if lines else "",
+            "summary": next((line for line in lines if re.search(r"\d (passed|failed)", line)), ""),
             "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
         }
 

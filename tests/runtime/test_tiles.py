@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from fxquant.codegen.triton.plan import plan_for
 from fxquant.codegen.triton.tiles import Tile
 from fxquant.formats import Encoding
 from fxquant.runtime import cache, launch, targets, tiles, tuning
+from fxquant.runtime.device import describe
 from tests.codegen import harness
 
 SPEC = KernelSpec(
@@ -198,3 +199,33 @@ def test_operands_are_those_that_the_reference_takes() -> None:
     weight = tuning.random_weight(SPEC)
     x = torch.randn(5, 512, dtype=torch.float16)
     assert reference.run(SPEC, x, weight, tiles.operands(SPEC, 5)).shape == (5, 64)
+
+
+H100 = SimpleNamespace(
+    name="NVIDIA H100 80GB HBM3",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    clock_rate=1_980_000,
+    memory_clock_rate=2_619_000,
+    memory_bus_width=5120,
+    L2_cache_size=50 << 20,
+    shared_memory_per_multiprocessor=228 << 10,
+)
+
+
+def test_tables_that_come_with_the_package_name_tiles_that_are_tried() -> None:
+    found = describe(H100, is_amd=False)
+    stored = tiles._read(tiles.SHIPPED / tiles._file(found))
+    assert stored
+    left_out = {
+        "name": "shipped",
+        "out_dtype": "bfloat16",
+        "epilogue": {"operands": [], "nodes": []},
+    }
+    for text, entries in stored.items():
+        spec = KernelSpec.from_json(json.dumps({**json.loads(text), **left_out}))
+        assert tiles.is_tuned(spec, found)
+        plan = plan_for(spec, WeightIndex.of(spec.weight), found)
+        for most, entry in entries.items():
+            assert entry in [tiles._entry(tile) for tile in plan.variants[int(most)]]
