@@ -5,6 +5,9 @@ epilogue, activations to int8) is left out. Within a program products wait for d
 the two overlap only between programs of one processor. Memory is asked for as far ahead as the
 pipeline is deep: a step takes at least the time of one load over the loads that are under way. That
 is Little's law: enough programs, steps and stages have a bandwidth's bytes in flight.
+
+The constants are those with which 361 tiles of 8192 x 8192 products, timed on an H100, come out
+best: a time is off by a quarter on average, and the first tile takes 7 % longer than the quickest.
 """
 
 from __future__ import annotations

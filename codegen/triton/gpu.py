@@ -123,7 +123,8 @@ FAMILIES = {
 }  # fmt: skip
 """One GPU of each architecture that kernels are built for, from NVIDIA's and AMD's white papers.
 
-The L2 rates of NVIDIA's are measurements of others; for AMD it is the Infinity Cache.
+The H100's L2 rate is what our products of int8 codes took from it; those of the others are
+measurements of others, for AMD of the Infinity Cache.
 """
 
 ANY = Gpu(**{**vars(FAMILIES["sm_90"]), "name": "any", "vendor": ""})
