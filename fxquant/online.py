@@ -7,14 +7,16 @@ are counted for the weights that arrive: each set of them is observed before it 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
 
@@ -119,9 +121,25 @@ class OnlineGraph:
             if self.lowered is None:
                 assert self.later is not None
                 LOG.info("%d calls observed: the graph is lowered", self.steps)
-                self.lowered, self.fits = self.later.lowered(args, self.config, self.lower)
+                with _compiling():
+                    self.lowered, self.fits = self.later.lowered(args, self.config, self.lower)
                 self.later = None
             return self.lowered
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Says, as Dynamo does while it compiles, that torch is at it.
+
+    Torch knows for the whole process whether something is traced. Unless it is for a compile, calls
+    of compiled models in other threads raise meanwhile.
+    """
+    before = torch.compiler._is_compiling_flag
+    torch.compiler._is_compiling_flag = True
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 @dataclass

@@ -246,6 +246,29 @@ def test_packed_weights_and_released_ones() -> None:
     assert torch.equal(compiled(x), wanted)
 
 
+def test_other_threads_call_compiled_models_while_a_graph_is_lowered() -> None:
+    x, usual = torch.randn(4, 128), backend._compile
+    model = frozen(TwoLayers())
+    other = torch.compile(model, backend="eager")
+    found = [other(x)]
+
+    def compile_too(gm: Any, inputs: Any, config: Any, mode: Any) -> Any:
+        thread = threading.Thread(target=lambda: found.append(other(x)))
+        # As a tracer has it, for all threads.
+        with mock.patch.object(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True):
+            thread.start()
+            thread.join()
+        return usual(gm, inputs, config, mode)
+
+    compiled = compile_(model, calibration_steps=1)
+    with mock.patch.object(backend, "_compile", compile_too):
+        compiled(x)
+        compiled(x)
+    assert len(found) == 2
+    assert torch.equal(*found)
+    assert not torch.compiler.is_compiling()
+
+
 def test_many_threads(seen: Seen) -> None:
     model = frozen(TwoLayers())
     compiled = compile_(model, calibration_steps=8)
