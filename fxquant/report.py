@@ -105,8 +105,12 @@ class Report:
         total = sum(row.numel for row in weights)
         return sum(row.bits * row.numel for row in weights) / total if total else 0.0
 
-    def table(self) -> Table:
-        """The report for `rich.print`."""
+    def table(self, most: int | None = None) -> Table:
+        """The report for `rich.print`.
+
+        Args:
+            most: Products to show, the first ones; a last line says how many there are beside them.
+        """
         table = Table(title=self.summary(), title_justify="left")
         # Of weights alone there is nothing to say about activations.
         has_activations = any(row.activation for row in self.rows)
@@ -120,7 +124,8 @@ class Report:
             ("kernel, or why it was left alone", "left"),
         ):
             table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-        for row in self.rows:
+        shown = self.rows if most is None else self.rows[:most]
+        for row in shown:
             said = row.kernel or (f"{row.reason} ({row.where})" if row.where else row.reason)
             table.add_row(
                 escape(row.module or row.parameter),
@@ -131,6 +136,8 @@ class Report:
                 "-" if row.error_db is None else f"{row.error_db:.1f}",
                 escape("\n".join([said, *row.fused, *row.notes])),
             )
+        if len(shown) < len(self.rows):
+            table.add_row(f"... {len(self.rows) - len(shown)} more products")
         return table
 
     def summary(self) -> str:

@@ -90,6 +90,7 @@ def test_report_and_kernels(shown: tuple[str, Path]) -> None:
     text, folder = shown
     assert "products quantized (100.0% of their weights), 4.127 bits a weight" in text
     assert "encoder.layer.0.attention.self.query" in text
+    assert "... 31 more products" in text
     sources = kernel_dump.sources(folder)
     assert {path.name.split("_")[0] for path in sources} == {"triton", "cpp"}
     for path in sources:

@@ -47,6 +47,13 @@ def test_nothing_to_report() -> None:
     assert json.loads(found.to_json())["rows"] == []
 
 
+def test_a_table_of_the_first_products_says_how_many_there_are_beside_them() -> None:
+    found = Report((row("a", (20, 10)), row("b", (10, 10)), LEFT))
+    assert [*found.table(1).columns[0].cells] == ["a", "... 2 more products"]
+    assert len([*found.table(3).columns[0].cells]) == len([*found.table().columns[0].cells]) == 3
+    assert "1 more" not in str(found)
+
+
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0)])
 def test_empty_shapes_have_no_elements(shape: tuple[int, ...]) -> None:
     assert row("a", shape).numel == 0
