@@ -7,7 +7,9 @@ pipeline is deep: a step takes at least the time of one load over the loads that
 is Little's law: enough programs, steps and stages have a bandwidth's bytes in flight.
 
 The constants are those with which 361 tiles of 8192 x 8192 products, timed on an H100, come out
-best: a time is off by a quarter on average, and the first tile takes 7 % longer than the quickest.
+best: of these a time is off by a quarter on average, and the first tile takes 7 % longer than the
+quickest. Products of floats did not wait for each step then, outliers were not gathered, and tiles
+with scales in the weight were written by hand.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ _APART = 0.25
 """Of what could go on at the same time as what takes longest, the share that does not."""
 
 _STEP = 85
-"""Instructions of a warp around a step: addresses, barriers, the asynchronous copies (counted)."""
+"""Instructions of a warp around a step: addresses, barriers, the asynchronous copies."""
 
 M, N, K, WEIGHTS, EXPERTS = sympy.symbols("m n k weights experts", integer=True, positive=True)
 ROWS, BN, BK, SPLIT, WARPS, STAGES, RESIDENT = sympy.symbols(
@@ -159,9 +161,8 @@ def seconds(spec: KernelSpec, form: Form, tile: Tile, gpu: Gpu, rows: int) -> fl
         if not fits(spec, form, tile, gpu):
             return math.inf
         values[RESIDENT] = gpu.processor.resident(registers, shared, tile.warps)
-        is_scaled = tile.kernel == "scaled"
         values[DECODE] = _decoding(spec, form.words)
-        values[SCALE] = _SCALE if form.scaling == "tile" and not is_scaled else 0.0
+        values[SCALE] = _SCALE if _scales_sums(form, tile) else 0.0
     return float(_compiled(tile.kernel)(*(values[symbol] for symbol in _SYMBOLS)))
 
 
@@ -201,9 +202,8 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     Sums, those of a step where they are scaled by themselves, decoded weights, the addresses of
     asynchronous copies (of two inputs for words, of 16 bytes else), and what else there is.
     """
-    lanes, in_words = 32 * tile.warps, form.words and tile.kernel == "gemm"
-    doubled = form.scaling == "tile" and tile.kernel != "scaled"
-    sums = tile.rows * tile.n * spec.weights * (2 if doubled else 1)
+    lanes, in_words = 32 * tile.warps, bool(form.words) and tile.kernel != "scaled"
+    sums = tile.rows * tile.n * spec.weights * (2 if _scales_sums(form, tile) else 1)
     decoded = tile.n * tile.k * spec.weights // (2 if form.words else 1)
     copied = tile.rows * tile.k // (2 if in_words else 8)
     if not in_words:
@@ -217,6 +217,11 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     return registers, tile.stages * (codes + tile.rows * tile.k * x_bytes) + turned
 
 
+def _scales_sums(form: Form, tile: Tile) -> bool:
+    """Whether the sums of a step are scaled by themselves."""
+    return form.scaling == "tile" and tile.kernel != "scaled"
+
+
 def _multiplied(spec: KernelSpec, form: Form) -> str:
     """The dtype of the products, of integers with scales inside of a tile float32."""
     is_int8 = spec.compute_dtype == "int8"
@@ -224,7 +229,10 @@ def _multiplied(spec: KernelSpec, form: Form) -> str:
 
 
 def _decoding(spec: KernelSpec, words: str) -> float:
-    """Vector instructions to decode one weight: what makes an H100's times come out."""
+    """Vector instructions to decode one weight.
+
+    With permutations and of plain int8: what makes an H100's times come out; else counted.
+    """
     if words:
         return {"prmt": 5.5, "choice": 20.0}[words]
     encoding = spec.weight.encoding

@@ -159,9 +159,7 @@ def print_gemv(out: Lines, spec: KernelSpec, plan: Plan, whole: Int8Decode | Non
 
 def print_gemm(out: Lines, spec: KernelSpec, plan: Plan, whole: Int8Decode | None = None) -> None:
     """Many rows: the transposed product, so that the decoded weight stays in registers."""
-    waits = plan.waits and spec.compute_dtype != "float32"
-    if waits:
-        print_arrived(out)
+    print_arrived(out, plan)
     doc = "Many rows: weight tile by activation tile on tensor cores, acc is [outputs, rows]."
     with out.function(f"{spec.name}_gemm", with_constants(parameters(spec)), doc, JIT):
         print_start(out, spec)
@@ -178,12 +176,19 @@ def print_gemm(out: Lines, spec: KernelSpec, plan: Plan, whole: Int8Decode | Non
             for mark in marks(spec):
                 _print_decode_call(out, spec, mark, whole)
                 product = f"tl.dot({w}, x_tile, acc{mark}{exact})"
-                out.add("# dot", f"acc{mark} = {f'arrived({product})' if waits else product}")
+                out.add("# dot", f"acc{mark} = {arrived(product, plan)}")
         _print_end(out, spec, plan, ("m[None, :]", "n[:, None]"), whole)
 
 
-def print_arrived(out: Lines) -> None:
-    """The function ``arrived``, for plans that wait."""
+def arrived(product: str, plan: Plan) -> str:
+    """A product's sums as text; of a plan that waits, once they are there."""
+    return f"arrived({product})" if plan.waits else product
+
+
+def print_arrived(out: Lines, plan: Plan) -> None:
+    """The function ``arrived``, for a plan that waits."""
+    if not plan.waits:
+        return
     doc = "Sums as they are: what uses them waits for the product that makes them."
     with out.function("arrived", ["acc"], doc):
         out.add(

@@ -29,6 +29,7 @@ from fxquant.codegen.triton.tiles import (
 from fxquant.formats import levels
 
 _INPUTS = 128
+_HALVES = ("float16", "bfloat16")
 _BEST = 6
 """Tiles for a number of rows that are worth a try."""
 
@@ -104,7 +105,7 @@ def plan_for(spec: KernelSpec, index: WeightIndex, gpu: Gpu = ANY) -> Plan:
         whole_k=all(k % tile.k == 0 for tile in tiles),
         run=min((tile.n if form.axis == N else tile.k) for tile in products),
         direct=cost.is_direct(spec),
-        waits=gpu.family == "sm_90" and gpu.vendor == "nvidia",
+        waits=gpu.family == "sm_90" and gpu.vendor == "nvidia" and spec.compute_dtype in _HALVES,
     )
 
 
@@ -165,7 +166,7 @@ def _word_inputs(spec: KernelSpec, index: WeightIndex) -> int:
     normal numbers.
     """
     encoding = spec.weight.encoding
-    if spec.compute_dtype not in ("float16", "bfloat16") or encoding.bits != 4:
+    if spec.compute_dtype not in _HALVES or encoding.bits != 4:
         return 0
     if encoding.zero_point or index.aligned(K, CODES_PER_WORD) is None:
         return 0

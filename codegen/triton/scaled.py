@@ -13,9 +13,9 @@ from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import decode
 from fxquant.codegen.triton.kernels import (
     JIT,
+    arrived,
     loop,
     marks,
-    print_arrived,
     print_start,
     print_store,
     round_x,
@@ -32,7 +32,7 @@ _LARGEST = {"bfloat16": "3.389e38", "float16": "65504.0"}
 def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> None:
     """The kernel ``scaled``, and before it the functions that it takes its weight from.
 
-    ``scale_of``, and where there is no assembly ``level_of``, are printed with `words`.
+    ``scale_of``, ``arrived``, and where there is no assembly ``level_of``, come with `words`.
     """
     is_scaled = plan.form.scaling == "tile"
     tiles = WordDecode(Lines(), spec.weight, index, plan, spec.compute_dtype)
@@ -82,13 +82,13 @@ def _print_step(out: Lines, spec: KernelSpec, tiles: WordDecode, mark: str) -> N
     w = call("decode_bytes", ["code", *scale, "BLOCK_N", "BLOCK_K"])
     out.add("# decode", f"w = {w}", "# dot")
     product = f"tl.dot(w, x_tile, acc{mark})"
-    out.add(f"acc{mark} = {f'arrived({product})' if plan.waits else product}")
+    out.add(f"acc{mark} = {arrived(product, plan)}")
     if is_scaled:
         out.add(f"scale{mark} = ahead")
 
 
 def _print_decode(out: Lines, spec: KernelSpec, plan: Plan, *, is_scaled: bool) -> None:
-    """``decode_bytes``, and ``arrived`` for a plan that waits."""
+    """The function ``decode_bytes``."""
     dtype, book = spec.compute_dtype, book_of(spec.weight.encoding)
     params = ["code", *(["scale"] if is_scaled else [])]
     params += ["BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
@@ -100,8 +100,6 @@ def _print_decode(out: Lines, spec: KernelSpec, plan: Plan, *, is_scaled: bool) 
             tail = f".to(tl.float32) * scale).to(tl.{dtype})" if is_scaled else ")"
             out.add(f"first = (level_of(code >> 4){tail}", f"second = (level_of(code & 15){tail}")
         out.add("return tl.join(first, second).reshape(BLOCK_N, BLOCK_K)")
-    if plan.waits:
-        print_arrived(out)
 
 
 def _print_assembly(out: Lines, book: tuple[float, ...], dtype: str, *, is_scaled: bool) -> None:

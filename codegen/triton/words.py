@@ -32,9 +32,11 @@ from fxquant.codegen.triton import decode
 from fxquant.codegen.triton.int8_decode import Int8Decode
 from fxquant.codegen.triton.kernels import (
     JIT,
+    arrived,
     loop,
     marks,
     parameters,
+    print_arrived,
     print_start,
     print_store,
     round_x,
@@ -129,6 +131,8 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
     """The kernel ``gemm``, and before it the functions that it takes its weight from."""
     tiles = WordDecode(out, spec.weight, index, plan, spec.compute_dtype)
     tiles.print()
+    if plan.form.scaling == "output" or any(tile.kernel == "scaled" for tile in plan.tiles):
+        print_arrived(out, plan)
     doc = "Weight tile by activation tile on tensor cores, acc is [outputs, rows]."
     taken = with_constants(product_parameters(spec, plan))
     with out.function(f"{spec.name}_gemm", taken, doc, JIT):
@@ -188,7 +192,9 @@ def _print_steps(
             out.add(*(f"sums = tl.dot(w{p}, x{p}, sums)" for p in range(1, PAIRS)))
             out.add(f"acc{mark} += sums * scale{mark}", f"scale{mark} = ahead")
         else:
-            out.add(*(f"acc{mark} = tl.dot(w{p}, x{p}, acc{mark})" for p in range(PAIRS)))
+            products = [f"tl.dot(w{p}, x{p}, acc{mark})" for p in range(PAIRS)]
+            products[-1] = arrived(products[-1], plan)
+            out.add(*(f"acc{mark} = {product}" for product in products))
 
 
 def _word_index(index: WeightIndex) -> str:

@@ -28,6 +28,7 @@ SPECS = {
     "fp4": (Encoding(4, "fp4"), "float16", Epilogue()),
     "int2": (Encoding(2, block=(32,), full_range=True), "bfloat16", Epilogue()),
     "experts": (NF4, "bfloat16", Epilogue.bias("bfloat16", "en")),
+    "channels": (Encoding(4, block=(1, -1)), "bfloat16", Epilogue()),
     "exact": (NF4, "float32", Epilogue()),
     "gate_up": (NF4, "bfloat16", GATED),
     "q_k_v": (NF4, "bfloat16", THREE),
@@ -127,7 +128,7 @@ def test_few_rows_stream_wide_words_that_stay_where_they_are(modules, target):
     assert programs * flight >= gpu.latency * gpu.bandwidth / gpu.processors
 
 
-@pytest.mark.parametrize("name", ["nf4", "int8", "int2", "gate_up", "experts"])
+@pytest.mark.parametrize("name", ["nf4", "int8", "int2", "channels", "gate_up", "experts"])
 def test_hopper_finishes_a_step_before_the_next_weights_are_decoded(modules, name):
     """Products read decoded weights from registers while they are under way."""
     module = modules[name, "sm_90"]
