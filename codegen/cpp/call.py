@@ -64,32 +64,30 @@ def entry(plan: Plan) -> str:
         results = ["  call.out = static_cast<out_t*>(outs[0]);"]
     for number, dtype in enumerate(more, start=1):
         results.append(f"  call.out{number} = static_cast<{CTYPES[dtype]}*>(outs[{number}]);")
-    shared = _taken(shared_members(plan))
-    has_shared = bool(shared)
+    has_outliers = plan.spec.outliers is not None
     run = _RUN_EITHER if plan.is_regular else _RUN_MANY
     if plan.reads_directly:
         k = plan.spec.weight.k
         batch = "" if plan.matrices == 1 else f" && (m > 1 || x_e == {k})"
         results.append(_DIRECT.replace("@BATCH@", batch).rstrip())
     text = (
-        _ENTRY.replace("@SHARED@", _SHARED.replace("@TAKEN@", shared) if has_shared else "")
+        _ENTRY.replace("@TAKEN_SHARED@", _taken(shared_members(plan)))
         .replace("@TAKEN@", _taken(members(plan)))
-        .replace("@TAKE_SHARED@", "  take_shared(call, memory, threads);\n" if has_shared else "")
         .replace("@HEAD@", signature('extern "C" void fxquant_run', _parameters(plan)))
         .replace("@WEIGHTS@", _WEIGHTS if several else _WEIGHT)
         .replace("@RESULTS@", "\n".join(results))
     )
     if plan.spec.grouped:
         text = text.replace("@SPLIT@", "").replace("@COUNT@", groups.COUNT)
-        text = text.replace("@LOOP@", groups.loop(plan, run))
+        text = text.replace("@LOOP@", groups.loop(plan, run.replace("@PART@", "")))
     else:
         text = text.replace("@SPLIT@", _SPLIT).replace("@COUNT@", _COUNT)
-        text = text.replace("@LOOP@", _LOOP.replace("@RUN@", run))
+        text = text.replace("@LOOP@", _LOOP.replace("@RUN@", run.replace("@PART@", ", part")))
         text = text.replace("@CHOICE@", _CHOICE if plan.is_regular else "")
         text = text.replace("@LINE@", _LINE if plan.is_regular else "")
     text = text.replace("@DIRECT@", _LINES if plan.reads_directly else "")
     team = "of" if plan.spec.grouped else "all"
-    return text.replace("@MARK@", f"    mark_outliers(call, {team});\n" if has_shared else "")
+    return text.replace("@MARK@", f"    mark_outliers(call, {team});\n" if has_outliers else "")
 
 
 def _taken(found: list[Member]) -> str:
@@ -109,24 +107,6 @@ def _parameters(plan: Plan) -> list[str]:
 
 
 _HELPERS = """\
-// What a thread takes of some work.
-struct Share {
-  const int64_t thread, threads;
-  struct Range {
-    int64_t first, last;
-  };
-
-  Share(int64_t thread, int64_t threads) : thread(thread), threads(threads) {}
-  Range part(int64_t count) const {
-    return {count * thread / threads, count * (thread + 1) / threads};
-  }
-  // Until the others are here, too.
-  void wait() const {
-    if (threads == 1) return;
-#pragma omp barrier
-  }
-};
-
 // Panels: all but the last have the largest height, the last the smallest that will do.
 template <int COUNT> INLINE int height_of(int64_t rows, const int (&heights)[COUNT]) {
   int found = heights[0];
@@ -272,13 +252,13 @@ _CHOICE = """\
 
 _RUN_EITHER = """\
       if (is_few)
-        run_few(own, first, rows, of);
+        run_few(own, first, rows, of@PART@);
       else
-        run_many(own, first, rows, of);
+        run_many(own, first, rows, of@PART@);
 """
 
 _RUN_MANY = """\
-      run_many(own, first, rows, of);
+      run_many(own, first, rows, of@PART@);
 """
 
 _WEIGHT = """\
@@ -303,7 +283,12 @@ struct Memory {
   }
 };
 
-@SHARED@// What is kept of the rows under work.
+// What is kept of all rows.
+void take_shared(Call& call, Memory& memory, int64_t threads) {
+@TAKEN_SHARED@
+}
+
+// What is kept of the rows under work.
 void take_own(Call& call, Memory& memory, int64_t rows, int64_t threads) {
   const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
 @TAKEN@
@@ -313,7 +298,8 @@ void take_own(Call& call, Memory& memory, int64_t rows, int64_t threads) {
 extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
   Memory memory{nullptr};
   Call call{};
-@TAKE_SHARED@@COUNT@  return memory.used;
+  take_shared(call, memory, threads);
+@COUNT@  return memory.used;
 }
 
 @HEAD@
@@ -323,15 +309,9 @@ extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
 @RESULTS@
   call.extra = extra;
   Memory memory{static_cast<unsigned char*>(scratch)};
-@TAKE_SHARED@@LOOP@}
-"""
-
-_SHARED = """\
-// What is kept of all rows.
-void take_shared(Call& call, Memory& memory, int64_t threads) {
-@TAKEN@
-}
-
+  take_shared(call, memory, threads);
+  for (int thread = 0; thread < threads; ++thread) call.turns[thread] = {};
+@LOOP@}
 """
 
 _SPLIT = """\
@@ -361,18 +341,30 @@ _LOOP = """\
 @CHOICE@  const Split split(m, threads);
 #pragma omp parallel num_threads(threads)
   {
-    const Share all(omp_get_thread_num(), omp_get_num_threads());
-    const Share of = split.is_apart ? Share(0, 1) : all;
+    const Share all(omp_get_thread_num(), omp_get_num_threads(), call.turns);
+    Share of = split.is_apart ? Share(0, 1) : all;
 @MARK@    Call own = call;
     Memory mine = memory;
     for (int64_t thread = 0; thread < (split.is_apart ? all.thread + 1 : 1); ++thread)
       take_own(own, mine, split.rows, split.is_apart ? 1 : threads);
-@DIRECT@@LINE@    const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
-    const auto some = split.is_apart ? all.part(blocks) : Share::Range{0, blocks};
-    const int64_t last = std::min(some.last * split.rows, m);
-    for (int64_t first = some.first * split.rows; first < last; first += split.rows) {
-      const int64_t rows = std::min(split.rows, m - first);
-@RUN@      if (first + rows < last) of.wait();  // for those who still read what is made anew
+@DIRECT@@LINE@    const int64_t blocks = (m + split.rows - 1) / split.rows;
+    const auto work_off = [&](int64_t block, const Part& part) {
+      const int64_t first = block * split.rows, rows = std::min(split.rows, m - first);
+@RUN@    };
+    if (split.is_apart) {
+      // Of few blocks threads take a part of the outputs at a time.
+      const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(4, 8 * threads / blocks));
+      int64_t last = -1;
+      all.each(blocks * parts, [&](int64_t item) {
+        const int64_t block = item / parts;
+        work_off(block, {item % parts, parts, block != last});
+        last = block;
+      });
+    } else {
+      for (int64_t block = 0; block < blocks; ++block) {
+        if (block) of.wait(), of.go_on();  // for those who still read what is made anew
+        work_off(block, {});
+      }
     }
   }
 """

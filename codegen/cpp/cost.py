@@ -115,10 +115,18 @@ def few_cost(plan: Plan) -> Cost:
     tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
     at_once = min(plan.block, CHUNK)
     decoded = panels * steps * _operand(plan)
+    if plan.few_in_floats:
+        steps = steps * plan.per_step
+        decoded = panels * steps * _value(plan)
     totals = M * tiles * _vectors(plan) * math.ceil(plan.k_padded / at_once) * _round_trip(plan)
     scales = panels * tiles * plan.blocks * _scales(plan)
     work = weights * (decoded + totals + scales)
     return Cost(_traffic(plan), M * weights * steps, work, _share(tiles))
+
+
+def few_rate(plan: Plan, rates: Rates) -> float:
+    """Dot products a second that one thread makes of few rows."""
+    return rates.few["f32" if plan.few_in_floats else plan.path]
 
 
 def many_cost(plan: Plan) -> Cost:
@@ -162,11 +170,15 @@ def _tiles_cost(plan: Plan) -> Cost:
     wide = supers * (parts * steps * decoded + scales) + sums * 2 * chunks
     if plan.path == "int8":
         wide += sums * plan.blocks * _round_trip(plan)
-        work = narrow if plan.scales_sums else wide
-    else:
-        work = wide
-        if plan.scales_sums:
-            work = sympy.Piecewise((narrow, M <= NARROW_ROWS), (wide, True))
+    ways = [] if plan.path == "int8" and plan.scales_sums else [(wide, True)]
+    if plan.scales_sums:
+        ways.insert(0, (narrow, M <= NARROW_ROWS if ways else True))
+    if plan.has_single:
+        # Sums of four rows at a time are added to totals in registers, while levels are decoded.
+        each = 4 * sympy.ceiling(M / 4) * tiles * _vectors(plan) * (_round_trip(plan) - 1)
+        levels = _operand(plan) + _AT_ONCE
+        ways.insert(0, (steps * levels + scales + each * ends, M <= TILE_ROWS))
+    work = sympy.Piecewise(*ways)
     return Cost(_traffic(plan), rows * weights * steps, weights * work, _share(tiles * parts))
 
 
@@ -186,8 +198,7 @@ def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     """
     if not plan.is_regular:
         return 0
-    path = plan.path
-    costs = (few_cost(plan), rates.few[path]), (many_cost(plan), rates.many[path])
+    costs = (few_cost(plan), few_rate(plan, rates)), (many_cost(plan), rates.many[plan.path])
     few, many = (_seconds(cost.time, rates, dots, threads) for cost, dots in costs)
     few_work, many_work = (_seconds(cost.work, rates, dots, threads) for cost, dots in costs)
     height, found = plan.few_heights[0], 0
@@ -211,7 +222,7 @@ def prediction(plan: Plan, rates: Rates, threads: int) -> Callable[[int], float]
     many = _seconds(many_cost(plan).time, rates, rates.many[path], threads)
     if not plan.is_regular:
         return many
-    few = _seconds(few_cost(plan).time, rates, rates.few[path], threads)
+    few = _seconds(few_cost(plan).time, rates, few_rate(plan, rates), threads)
     return lambda rows: min(few(rows), many(rows))
 
 
@@ -255,6 +266,9 @@ _STORE = 4
 
 _LOAD = 1
 """A register of the tile unit takes a vector of operands."""
+
+_AT_ONCE = 3
+"""Stored and taken at once, with what that keeps waiting."""
 
 _LOAD_STORED = 6
 """The same of codes as they are stored: not even those that were asked for are near enough."""

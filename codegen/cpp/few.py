@@ -22,45 +22,60 @@ def few(plan: Plan) -> str:
         f"    case {height}: return few_rows<{height}>(w, tile, x, sums, totals);"
         for height in plan.few_heights
     )
+    text, line, panel = _FEW, "", "@AT@"
+    steps = {"@COUNT@": "STEPS", "@OPERAND@": "operand", "@STEP@": "step", "@X@": "x_t"}
+    if plan.few_in_floats:
+        text, line, panel = _FLOAT_LINE + _FEW, _LINE, "line.of(@AT@)"
+        steps = {"@COUNT@": "PER_DWORD", "@OPERAND@": "value", "@STEP@": "PLACES[step]"}
+        steps["@X@"] = "float"
+    text = text.replace("@TILES@", _TILES if plan.spec.weights == 1 else _TILES_OF_SEVERAL)
+    text = text.replace("@LINE@", line)
+    text = text.replace("@PANEL@", panel.replace("@AT@", "call.panels + at * ALL_STEPS"))
+    text = text.replace("@ASKS@", _ASKS_AT_TIMES if plan.isa.looks_ahead else _ASKS)
+    for name, value in steps.items():
+        text = text.replace(name, value)
     return plan.placed(
-        _FEW.replace("@BEGIN@", begin)
+        text.replace("@BEGIN@", begin)
         .replace("@END@", end)
         .replace("@ZEROS@", zeros)
         .replace("@HEIGHTS@", heights)
-        .replace("@ASKS@", _ASKS_AT_TIMES if plan.isa.looks_ahead else _ASKS)
-        .replace("@TILES@", _TILES if plan.spec.weights == 1 else _TILES_OF_SEVERAL)
     )
 
 
 _TILES = """\
 // All tiles of outputs, each against all panels while its codes are near.
-void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of,
+               const Part& part) {
   const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
-  const auto tiles = of.part(E * N_TILES);
   alignas(64) float totals[FEW_HEIGHTS[0] * TILE];
-  for (int64_t tile = @FIRST@tiles.first; tile < @FIRST@tiles.last; ++tile) {
-    const int64_t e = @MATRIX@;
+@LINE@  const auto tiles = part.of(E * N_TILES);
+  of.each(tiles.last - tiles.first, [&](int64_t number) {
+    const int64_t tile = @FIRST@tiles.first + number, e = @MATRIX@;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
       const int height = height_of(rows - row, FEW_HEIGHTS);
-      few_rows(height, call.weight, tile, call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
-               totals);
+      few_rows(height, call.weight, tile, @PANEL@, call.sums + at * BLOCKS, totals);
       finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
     }
-  }
+  });
 }
 """
 
 _TILES_OF_SEVERAL = """\
 // All tiles of outputs. Each weight is read some tiles at a time: every change from one to another
 // keeps memory waiting. Of many panels some are worked off at a time, while their totals are near.
-void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of,
+               const Part& part) {
   constexpr int64_t HEIGHT = FEW_HEIGHTS[0], NEAR_PANELS = NEAR_TOTALS / (HEIGHT * TILE);
   const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
-  const int64_t near_tiles = std::max<int64_t>(1, NEAR_TOTALS / (heights * TILE));
-  const auto tiles = of.part(E * N_TILES);
+  // Several times as many items as threads, which are not equally fast.
+  const auto tiles = part.of(E * N_TILES);
+  const int64_t all = tiles.last - tiles.first;
+  const int64_t shared = std::max<int64_t>(1, all / (4 * of.threads));
+  const int64_t near_tiles = std::max<int64_t>(1, std::min(shared, NEAR_TOTALS / (heights * TILE)));
   float* totals = reinterpret_cast<float*>(call.own + of.thread * OWN_BYTES);
-  for (int64_t first = @FIRST@tiles.first; first < @FIRST@tiles.last; first += near_tiles) {
+@LINE@  of.each((all + near_tiles - 1) / near_tiles, [&](int64_t number) {
+    const int64_t first = @FIRST@tiles.first + number * near_tiles;
     const int64_t last = std::min(first + near_tiles, @FIRST@tiles.last);
     for (int64_t panel = 0; panel < panels; panel += NEAR_PANELS) {
       const int64_t first_row = panel * HEIGHT;
@@ -70,22 +85,41 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
           float* own = totals + i * NEAR_TOTALS + (tile - first) * heights * TILE;
           for (int64_t row = first_row; row < last_row; row += HEIGHT) {
             const int64_t at = @MATRIX@ * heights + row;
-            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile,
-                     call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
-                     own + (row - first_row) * TILE);
+            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile, @PANEL@,
+                     call.sums + at * BLOCKS, own + (row - first_row) * TILE);
           }
         }
       for (int64_t tile = first; tile < last; ++tile)
         finish(call, tile, super_first, first_row, last_row - first_row, rows,
                totals + (tile - first) * heights * TILE, NEAR_TOTALS);
     }
-  }
+  });
 }
+"""
+
+_LINE = """\
+  FloatLine line{call.floats + of.thread * K_PADDED};
+"""
+
+_FLOAT_LINE = """\
+// A line of bfloat16 as floats: made once for all tiles.
+struct FloatLine {
+  float* floats;
+  const x_t* made_of = nullptr;
+
+  const float* of(const x_t* line) {
+    const half_t* half = reinterpret_cast<const half_t*>(line);
+    for (int64_t k = 0; line != made_of && k < K_PADDED; ++k) floats[k] = from_bf16(half[k]);
+    made_of = line;
+    return floats;
+  }
+};
+
 """
 
 _ASKS_AT_TIMES = """\
   // Where reading in order is all there is to do, processors look ahead better by themselves.
-  constexpr bool ASKS_AHEAD = VECTORS * LANES < TILE || ROWS * STEPS > 4;
+  constexpr bool ASKS_AHEAD = VECTORS * LANES < TILE || ROWS * @COUNT@ > 4;
 """
 
 _ASKS = """\
@@ -100,11 +134,11 @@ constexpr int vectors_of(int rows, int all) {
 
 // ROWS rows against groups of a tile: totals[row][64] += , for VECTORS vectors of outputs.
 template <int ROWS, int VECTORS>
-ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const x_t* x,
+ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const @X@* x,
                     const xsum_t* sums, uint32_t once, const float* scale, const float* zeros,
                     float* totals) {
   // Few sums would wait for each other: they are made in turns.
-  constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && STEPS > 1 ? 2 : 1;
+  constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && @COUNT@ > 1 ? 2 : 1;
 @ASKS@  (void)ahead, (void)sums, (void)once, (void)zeros;
   const Decoder decoder;
   Sums<VECTORS * ROWS> part, turn;
@@ -119,19 +153,19 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
     each<VECTORS>([&](auto v) INLINE_LAMBDA {
       if constexpr (ASKS_AHEAD) prefetch(ahead + v * LANES);
       const vi code = load(codes + v * LANES);
-      each<STEPS>([&](auto step) INLINE_LAMBDA {
-        const auto operand = decoder.operand(code, step);
+      each<@COUNT@>([&](auto step) INLINE_LAMBDA {
+        const auto operand = decoder.@OPERAND@(code, step);
         each<ROWS>([&](auto row) INLINE_LAMBDA {
           if constexpr (TURNS == 2 && step % 2)
-            dot(at<v * ROWS + row>(turn), operand, x + step * ROWS + row);
+            dot(at<v * ROWS + row>(turn), operand, x + @STEP@ * ROWS + row);
           else
-            dot(at<v * ROWS + row>(part), operand, x + step * ROWS + row);
+            dot(at<v * ROWS + row>(part), operand, x + @STEP@ * ROWS + row);
         });
       });
     });
     codes += TILE;
     ahead += VECTORS * LANES;
-    x += STEPS * ROWS;
+    x += @COUNT@ * ROWS;
   }
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
     constexpr int row = i % ROWS, v = i / ROWS;
@@ -144,7 +178,7 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
 
 // ROWS rows against one tile of outputs: totals[row][64].
 template <int ROWS>
-void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, float* totals) {
+void few_rows(const Weight& w, int64_t tile, const @X@* x, const xsum_t* sums, float* totals) {
   constexpr int VECTORS = vectors_of(ROWS, TILE / LANES);
   Scales scales(w, tile);
   std::memset(totals, 0, ROWS * TILE * sizeof(float));
@@ -158,14 +192,14 @@ void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, f
       // Asked for meanwhile: what lies as far on as this is long, in the order in memory.
       const uint32_t* ahead = codes + GROUPS_AT_ONCE * TILE;
       for (int n = 0; n < TILE; n += VECTORS * LANES, ahead += groups * VECTORS * LANES)
-        few_sums<ROWS, VECTORS>(codes + n, ahead, groups, x + group * STEPS * ROWS,
+        few_sums<ROWS, VECTORS>(codes + n, ahead, groups, x + group * @COUNT@ * ROWS,
                                 sums + block * ROWS, group == start, scale + n, zeros + n,
                                 totals + n);
     }
   }
 }
 
-void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums,
+void few_rows(int height, const Weight& w, int64_t tile, const @X@* x, const xsum_t* sums,
               float* totals) {
   switch (height) {
 @HEIGHTS@
@@ -173,8 +207,9 @@ void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsu
 }
 
 @TILES@
-void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
-  pack(call, super_first, rows, FEW_HEIGHTS, of);
-  few_tiles(call, super_first, rows, of);
+void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of,
+             const Part& part = {}) {
+  if (part.is_first) pack(call, super_first, rows, FEW_HEIGHTS, of);
+  few_tiles(call, super_first, rows, of, part);
 }
 """

@@ -49,7 +49,7 @@ _LOOP = """\
   const int32_t* ends = static_cast<const int32_t*>(extra[ENDS]);
 #pragma omp parallel num_threads(threads)
   {
-    const Share of(omp_get_thread_num(), omp_get_num_threads());
+    Share of(omp_get_thread_num(), omp_get_num_threads(), call.turns);
 @MARK@    Call own = call;
     Memory mine = memory;
     take_own(own, mine, std::min(m, SUPER_ROWS), threads);
@@ -59,7 +59,7 @@ _LOOP = """\
       own.first_tile = expert * N_TILES;
       for (int64_t first = start; first < end; first += SUPER_ROWS) {
         const int64_t rows = std::min(SUPER_ROWS, end - first);
-@CHOICE@@RUN@        of.wait();  // for those who still read what is made anew
+@CHOICE@@RUN@        of.wait(), of.go_on();  // for those who still read what is made anew
       }
       start = end;
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fxquant.codegen.cpp.plan import Plan
-from fxquant.codegen.cpp.tiles import signed, tiles
+from fxquant.codegen.cpp.tiles import decoder, tiles
 
 
 def many(plan: Plan) -> str:
@@ -12,7 +12,7 @@ def many(plan: Plan) -> str:
     if plan.uses_tiles:
         parts = [_decode(plan), tiles(plan), _RUN]
         if plan.path == "bf16" and plan.scales_sums:
-            parts.insert(1, _levels(plan, "decode_levels", _DECODER))
+            parts.insert(1, _levels(plan, "decode_levels"))
         text, unit, given = "\n".join(parts), "\n  TileUnit unit;", ", unit"
         pack = "pack_tiles(call, super_first, rows, of)"
     else:
@@ -50,8 +50,7 @@ def _panels(plan: Plan) -> str:
 
 def _decode(plan: Plan) -> str:
     if plan.path == "int8":
-        decoder = _SIGNED if signed(plan) else _DECODER
-        return "" if plan.encoding.bits == 8 else _levels(plan, "decode_chunk", decoder)
+        return "" if plan.encoding.bits == 8 else _levels(plan, "decode_chunk")
     if plan.is_regular:
         zeros = "load(scales.zeros_at(block) + v * LANES)" if plan.encoding.zero_point else "vf{}"
         text = _placed(plan, _DECODE_REGULAR.replace("@ZEROS@", zeros), "g")
@@ -64,10 +63,10 @@ def _decode(plan: Plan) -> str:
     return text.replace("@BODY@", body)
 
 
-def _levels(plan: Plan, name: str, decoder: str) -> str:
-    """A function that decodes without scales, and how it makes its decoder."""
+def _levels(plan: Plan, name: str) -> str:
+    """A function that decodes without scales."""
     head = f"void {name}(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out)"
-    text = _DECODE_LEVELS.replace("@HEAD@", head).replace("@DECODER@", decoder)
+    text = _DECODE_LEVELS.replace("@HEAD@", head).replace("@DECODER@", decoder(plan))
     return _placed(plan, text, "group")
 
 
@@ -152,15 +151,6 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
     }
   }
 }
-"""
-
-_DECODER = """\
-  const Decoder decoder;
-"""
-
-_SIGNED = """\
-  Decoder decoder;  // of signed bytes
-  decoder.operands = _mm512_xor_si512(decoder.operands, _mm512_set1_epi8(-128));
 """
 
 _DECODE_LEVELS = """\
@@ -302,20 +292,21 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
 
 _RUN = """\
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
-void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
-  @PACK@;
+void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of,
+              const Part& part = {}) {
+  if (part.is_first) @PACK@;
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
   float* totals = reinterpret_cast<float*>(decoded + DECODED);@UNIT@
   const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
-  const auto items = of.part(E * N_TILES * parts);
-  for (int64_t item = items.first; item < items.last; ++item) {
-    const int64_t tile = @FIRST@item / parts, part = item % parts;
-    const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
+  const auto items = part.of(E * N_TILES * parts);
+  of.each(items.last - items.first, [&](int64_t number) {
+    const int64_t item = items.first + number, tile = @FIRST@item / parts, at = item % parts;
+    const int64_t first = panels * at / parts, last = panels * (at + 1) / parts;
     const int64_t first_row = first * MANY_HEIGHTS[0];
     const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
-@WHOLE@  }
+@WHOLE@  });
 }
 """
 

@@ -36,7 +36,10 @@ TILE_ROWS = 16
 HELD_TILES = 4
 """Registers of the tile unit that hold a part of the weight for one panel after another."""
 
-MOST_BESIDE_TILES = {"bf16": 2, "int8": 8}
+SPAN = 16
+"""Registers of the tile unit that up to 16 rows go through for some outputs, then for the next."""
+
+MOST_BESIDE_TILES = {"bf16": 1, "int8": 8}
 """Rows of the highest panel that is multiplied without the tile unit, where there is one."""
 
 LONGEST_SUM = 1 << 15
@@ -190,6 +193,14 @@ class Plan:
         return tuple(height for height in self.isa.few_heights if height <= most)
 
     @property
+    def few_in_floats(self) -> bool:
+        """Whether a row is multiplied as floats, though many are as pairs of bfloat16.
+
+        Of processors with a tile unit two products of floats take half the time of one of pairs.
+        """
+        return self.uses_tiles and self.path == "bf16" and self.is_regular
+
+    @property
     def many_heights(self) -> tuple[int, ...]:
         """Rows of a panel that is multiplied with a decoded tile, the most first."""
         return tuple(range(TILE_ROWS, 0, -1)) if self.uses_tiles else self.isa.many_heights
@@ -305,6 +316,11 @@ class Plan:
         return not self.encoding.zero_point and (self.blocks == 1 or self.block % self.held == 0)
 
     @property
+    def has_single(self) -> bool:
+        """Whether up to 16 rows are multiplied while codes are decoded, and their sums scaled."""
+        return self.scales_sums and not (self.path == "int8" and self.encoding.bits == 8)
+
+    @property
     def chunk(self) -> int:
         """Inputs of a tile that are decoded at a time for many rows."""
         if self.path == "int8" and not self.keeps_totals:
@@ -314,9 +330,16 @@ class Plan:
     @property
     def blocks_at_once(self) -> int:
         """Blocks whose scales stand side by side."""
+        if self.has_single:
+            return max(1, SPAN * TILE_ROWS * self.per_step // self.block)
         if self.uses_tiles:
-            return max(1, self.held // self.block) if self.scales_sums else 1
+            return self.blocks_held
         return CHUNK // self.block if self.keeps_totals else 1
+
+    @property
+    def blocks_held(self) -> int:
+        """Blocks of which `HELD_TILES` registers of the tile unit hold a part."""
+        return max(1, self.held // self.block) if self.scales_sums else 1
 
     @property
     def keeps_scale_codes(self) -> bool:

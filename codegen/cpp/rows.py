@@ -32,10 +32,12 @@ class Member:
 def shared_members(plan: Plan) -> list[Member]:
     """What a call keeps in scratch memory for all of its rows."""
     outliers = plan.spec.outliers
+    turns = Member("Turn", "turns", "threads", "of each thread")
     if outliers is None:
-        return []
+        return [turns]
     parts = "E" if outliers.columns is not None else "threads * E"
     return [
+        turns,
         Member("bits_t", "flags", f"{parts} * K", "[e][k]: all ones if a column is an outlier"),
         Member("int32_t", "columns", "E * K", "[e][..], the outliers"),
         Member("int64_t", "outliers", "E", "[e], how many there are"),
@@ -55,6 +57,8 @@ def members(plan: Plan) -> list[Member]:
             else "none are needed",
         ),
     ]
+    if plan.few_in_floats:
+        found.append(Member("float", "floats", "threads * K_PADDED", "[thread][k], a row"))
     if plan.is_int8:
         found.append(Member("float", "row_scales", "E * all", "[e][row]"))
     if plan.spec.outliers is not None:

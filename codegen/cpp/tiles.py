@@ -11,6 +11,7 @@ decode than weights, which pays until there are many sums.
 from __future__ import annotations
 
 from fxquant.codegen.cpp.plan import HELD_TILES, TILE_ROWS, Plan
+from fxquant.codegen.cpp.single import single
 
 NARROW_ROWS = 64
 """Up to how many rows sums of floats are scaled, and not the weights."""
@@ -18,21 +19,30 @@ NARROW_ROWS = 64
 
 def tiles(plan: Plan) -> str:
     """The text of ``many_tile`` for the tile unit, and of what it needs but ``decode_chunk``."""
-    is_int8, narrow = plan.path == "int8", plan.scales_sums
-    wide = not (is_int8 and narrow)
+    is_int8 = plan.path == "int8"
+    has_wide = not (is_int8 and plan.scales_sums)
     dot = "tdpbf16ps"
     if is_int8:
         dot = "tdpbsud" if _is_stored(plan) else "tdpbssd"
     parts = [unit(dot), _IN_PLACE if _is_stored(plan) else _APART]
-    parts += [_narrow(plan)] if narrow else []
-    parts += [_wide(plan)] if wide else []
-    given = "call, w, tile, rows, first_panel, last_panel, own, totals, unit"
-    ways = [f"{way}_tile({given});" for way in ["narrow"] * narrow + ["wide"] * wide]
-    body = f"  {ways[-1]}\n"
-    if len(ways) == 2:
-        body = _EITHER.replace("@NARROW@", ways[0]).replace("@WIDE@", ways[1])
-    parts.append(_MANY_TILE.replace("@BODY@", body))
+    if plan.has_single:
+        xsum = "sums[block * height + std::min<int>(r, height - 1)]"
+        parts.append(single(plan, _end(plan, "part_of_row", xsum, "zeros"), decoder(plan)))
+    parts += [_narrow(plan)] if plan.scales_sums else []
+    parts += [_wide(plan)] if has_wide else []
+    panels = "first_panel, last_panel, own"
+    ways = [("rows <= 16", "single", "own")] if plan.has_single else []
+    ways += [("rows <= NARROW_ROWS" if has_wide else "", "narrow", panels)] if plan.scales_sums else []
+    ways += [("", "wide", panels)] if has_wide else []
+    parts.append(_MANY_TILE.replace("@BODY@", "".join(map(_way, ways))))
     return "\n".join(part.strip("\n") + "\n" for part in parts)
+
+
+def _way(way: tuple[str, str, str]) -> str:
+    """One of the ways through a tile, with its condition if it has one."""
+    condition, name, given = way
+    call = f"{name}_tile(call, w, tile, rows, {given}, totals, unit);\n"
+    return f"  if ({condition}) return {call}" if condition else f"  {call}"
 
 
 def unit(dot: str) -> str:
@@ -45,16 +55,21 @@ def unit(dot: str) -> str:
     return _UNIT.replace("@DOT@", dot)
 
 
-def signed(plan: Plan) -> bool:
+def _signed(plan: Plan) -> bool:
     """Whether bytes are decoded as signed ones, from which nothing has to be taken off later."""
     return plan.uses_tiles and plan.path == "int8" and not _is_stored(plan) and plan.byte_bias > 0
+
+
+def decoder(plan: Plan) -> str:
+    """What makes ``decoder``, which gives levels."""
+    return _SIGNED if _signed(plan) else _DECODER
 
 
 def _end(plan: Plan, part: str, xsum: str, zeros: str) -> str:
     """A vector of sums as floats, with what unsigned bytes or zero points add taken off."""
     if plan.encoding.zero_point:
         return f"fma(load({zeros}), spread(-float({xsum})), to_float(load({part})))"
-    if plan.path == "int8" and plan.byte_bias and not signed(plan):
+    if plan.path == "int8" and plan.byte_bias and not _signed(plan):
         return f"to_float(add(load({part}), spread(uint32_t({xsum}))))"
     return f"to_float(load({part}))"
 
@@ -97,6 +112,15 @@ def _wide(plan: Plan) -> str:
     text = text.replace("@END@", end).replace("@ZEROS@", zeros)
     return panels + text.replace("@OPERANDS@", operands.replace("\n", "\n  "))
 
+
+_DECODER = """\
+  const Decoder decoder;
+"""
+
+_SIGNED = """\
+  Decoder decoder;  // of signed bytes
+  decoder.operands = _mm512_xor_si512(decoder.operands, _mm512_set1_epi8(-128));
+"""
 
 _UNIT = """\
 // --- the tile unit: eight registers of up to 16 rows of 64 bytes ---
@@ -208,7 +232,7 @@ void narrow_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, 
     const int64_t last = std::min(first + GROUPS_HELD, GROUPS), block = first / GROUPS_OF_BLOCK;
 @OPERANDS@
     const float *scale = scales.at(block), *zeros = @ZEROS@;
-    for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);
+    for (int64_t i = 1; i < BLOCKS_HELD && block + i < BLOCKS; ++i) scales.at(block + i);
     @PANELS@
   }
 }
@@ -357,15 +381,9 @@ _DECODED = """\
 _STORED = """\
     const uint32_t* operands = w.codes() + (tile * GROUPS + first) * TILE;"""
 
-_EITHER = """\
-  if (rows <= NARROW_ROWS)  // of all panels: results do not depend on the number of threads
-    @NARROW@
-  else
-    @WIDE@
-"""
-
 _MANY_TILE = """\
-// One tile of outputs against some panels: totals[row][64].
+// One tile of outputs against some panels: totals[row][64]. The way depends on the rows of all panels:
+// results do not depend on the number of threads.
 void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
                int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
 @BODY@}

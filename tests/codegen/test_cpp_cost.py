@@ -18,13 +18,14 @@ from fxquant.codegen.cpp.cost import (
     M,
     Rates,
     few_cost,
+    few_rate,
     many_cost,
     threshold,
     usual_rates,
 )
 from fxquant.codegen.cpp.isa import AMX, AVX2, AVX512, ISAS, PORTABLE, Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
-from fxquant.codegen.cpp.plan import SUPER_ROWS, Plan
+from fxquant.codegen.cpp.plan import SUPER_ROWS, TILE_ROWS, Plan
 from fxquant.codegen.cpp.tiles import NARROW_ROWS
 from fxquant.codegen.epilogue import Epilogue, EpilogueResult
 from fxquant.codegen.spec import KernelSpec, WeightOperand
@@ -122,10 +123,9 @@ def test_one_row_is_few_and_the_choice_is_the_cheaper(isa: Isa, compute: str) ->
     most = threshold(one, found, 2)
     assert 1 <= most < SUPER_ROWS
     values = {BANDWIDTH: found.bandwidth, VECTORS: found.vectors, THREADS: 2}
-    path = one.path
 
     def seconds(rows: int) -> list[tuple[float, float]]:
-        both = ((few_cost(one), found.few[path]), (many_cost(one), found.many[path]))
+        both = (few_cost(one), few_rate(one, found)), (many_cost(one), found.many[one.path])
         at = [(cost, {**values, DOTS: dots, M: rows}) for cost, dots in both]
         few, many = ((float(cost.time.subs(v)), float(cost.work.subs(v))) for cost, v in at)
         # Of two that wait for memory it is the one with less work, and many rows have to be sure.
@@ -169,12 +169,15 @@ def test_the_tile_unit_is_counted_in_panels_of_eight_rows() -> None:
 def test_the_tile_unit_decodes_levels_for_some_rows_and_weights_for_more() -> None:
     work = many_cost(plan(isa=AMX)).operations.subs(THREADS, 2)
     of_row, of_weight = [], []
-    for rows in (1, NARROW_ROWS + 1):
+    for rows in (TILE_ROWS + 1, NARROW_ROWS + 1):
         first, second = (float(work.subs(M, m)) for m in (rows, rows + 1))
         of_row.append(second - first)
         of_weight.append(first - rows * (second - first))
     assert of_row[0] > 4 * of_row[1], "sums are scaled block by block"
     assert 3 * of_weight[0] < 2 * of_weight[1], "weights are scaled one by one"
+    single = [float(work.subs(M, m)) for m in range(1, TILE_ROWS + 1)]
+    assert len(set(single)) == 4, "totals are kept four rows at a time"
+    assert 0 < single[-1] - single[0] < 12 * of_row[0], "they stay in registers"
 
 
 def test_tiles_take_many_rows_sooner() -> None:

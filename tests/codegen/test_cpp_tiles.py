@@ -62,6 +62,7 @@ SPECS = {
 }
 ROWS = (0, 1, 2, 15, 16, 17, 31, 33, NARROW_ROWS, NARROW_ROWS + 5, 97)
 NARROW = {"levels", "channels_bf16", "short_blocks", "zeros"}
+SINGLE = {*NARROW, "nf4_int8", "zeros_int8"}
 ALSO_WITHOUT = ("nf4_int8", "groups", "channels")
 
 needs_tiles = pytest.mark.skipif(
@@ -92,6 +93,8 @@ def test_the_text_goes_the_way_that_is_meant(name: str) -> None:
     assert ("tdpbf16ps" in text) == (plan.path == "bf16") != ("tdpbs" in text)
     assert ("tdpbsud" in text) == (plan.path == "int8" and plan.encoding.bits == 8)
     assert ("narrow_tile(" in text) == plan.scales_sums
+    assert ("single_tile(" in text) == plan.has_single
+    assert plan.has_single == (name in SINGLE)
     assert ("wide_tile(" in text) == (plan.path == "bf16" or not plan.scales_sums)
     if plan.path == "bf16":
         assert plan.scales_sums == (name in NARROW)

@@ -164,6 +164,59 @@ struct Scales {
   const float* at(int64_t block) { return w.scales() + (tile * BLOCKS + block) * TILE; }
 };
 
+// How many items of its part were taken from a thread: of this work, and of the next or the last.
+struct Turn {
+  alignas(64) int64_t taken[2];
+
+  int64_t take(int64_t turn) { return __atomic_fetch_add(taken + turn % 2, 1, __ATOMIC_RELAXED); }
+};
+
+// What a thread takes of some work.
+struct Share {
+  const int64_t thread, threads;
+  Turn* const turns;
+  int64_t turn = 0;
+  struct Range {
+    int64_t first, last;
+  };
+
+  Share(int64_t thread, int64_t threads, Turn* turns = nullptr)
+      : thread(thread), threads(threads), turns(turns) {}
+  Range part(int64_t count) const {
+    return {count * thread / threads, count * (thread + 1) / threads};
+  }
+  // Calls f with the items of its part, then with what is left of the others' parts: cores are not
+  // equally fast.
+  template <typename F> void each(int64_t count, F&& f) const {
+    for (int64_t i = 0; i < threads; ++i) {
+      const auto items = Share((thread + i) % threads, threads).part(count);
+      int64_t item = items.first;
+      if (!turns)
+        while (item < items.last) f(item++);
+      else
+        while ((item = items.first + turns[(thread + i) % threads].take(turn)) < items.last) f(item);
+    }
+  }
+  // After all have waited: the next each is about other items.
+  void go_on() {
+    if (turns) turns[thread].taken[turn % 2] = 0;
+    ++turn;
+  }
+  // Until the others are here, too.
+  void wait() const {
+    if (threads == 1) return;
+#pragma omp barrier
+  }
+};
+
+// Which part of the outputs is to be made, and whether rows have to be packed for it first.
+struct Part {
+  int64_t part = 0, parts = 1;
+  bool is_first = true;
+
+  Share::Range of(int64_t count) const { return Share(part, parts).part(count); }
+};
+
 // One call: its operands, and what is made of the activation in scratch memory.
 struct Call {
   Weight weight;
@@ -172,6 +225,7 @@ struct Call {
   out_t* out;  // [e, m, n]
   const void* const* extra;
 
+  Turn* turns;  // of each thread
   x_t* lines;  // [e][row][step]
   x_t* panels;  // [e][panel][step][row of it]
   xsum_t* sums;  // [e][panel][block][row of it]: sums of the activation
@@ -247,24 +301,6 @@ float line_of(const Call& call, const stored_t* x, x_t* line, xsum_t* sums, int 
   if (call.x_col == 1) return line_of(x, 1, line, sums, height);
   return line_of(x, call.x_col, line, sums, height);
 }
-
-// What a thread takes of some work.
-struct Share {
-  const int64_t thread, threads;
-  struct Range {
-    int64_t first, last;
-  };
-
-  Share(int64_t thread, int64_t threads) : thread(thread), threads(threads) {}
-  Range part(int64_t count) const {
-    return {count * thread / threads, count * (thread + 1) / threads};
-  }
-  // Until the others are here, too.
-  void wait() const {
-    if (threads == 1) return;
-#pragma omp barrier
-  }
-};
 
 // Panels: all but the last have the largest height, the last the smallest that will do.
 template <int COUNT> INLINE int height_of(int64_t rows, const int (&heights)[COUNT]) {
@@ -438,25 +474,26 @@ void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsu
 }
 
 // All tiles of outputs, each against all panels while its codes are near.
-void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of,
+               const Part& part) {
   const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
-  const auto tiles = of.part(E * N_TILES);
   alignas(64) float totals[FEW_HEIGHTS[0] * TILE];
-  for (int64_t tile = tiles.first; tile < tiles.last; ++tile) {
-    const int64_t e = tile / N_TILES;
+  const auto tiles = part.of(E * N_TILES);
+  of.each(tiles.last - tiles.first, [&](int64_t number) {
+    const int64_t tile = tiles.first + number, e = tile / N_TILES;
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
       const int height = height_of(rows - row, FEW_HEIGHTS);
-      few_rows(height, call.weight, tile, call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
-               totals);
+      few_rows(height, call.weight, tile, call.panels + at * ALL_STEPS, call.sums + at * BLOCKS, totals);
       finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
     }
-  }
+  });
 }
 
-void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
-  pack(call, super_first, rows, FEW_HEIGHTS, of);
-  few_tiles(call, super_first, rows, of);
+void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of,
+             const Part& part = {}) {
+  if (part.is_first) pack(call, super_first, rows, FEW_HEIGHTS, of);
+  few_tiles(call, super_first, rows, of, part);
 }
 
 // ROWS rows against steps of a decoded tile: totals[row][64] += .
@@ -527,22 +564,23 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
 }
 
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
-void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
-  pack(call, super_first, rows, MANY_HEIGHTS, of);
+void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of,
+              const Part& part = {}) {
+  if (part.is_first) pack(call, super_first, rows, MANY_HEIGHTS, of);
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
   float* totals = reinterpret_cast<float*>(decoded + DECODED);
   const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
-  const auto items = of.part(E * N_TILES * parts);
-  for (int64_t item = items.first; item < items.last; ++item) {
-    const int64_t tile = item / parts, part = item % parts;
-    const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
+  const auto items = part.of(E * N_TILES * parts);
+  of.each(items.last - items.first, [&](int64_t number) {
+    const int64_t item = items.first + number, tile = item / parts, at = item % parts;
+    const int64_t first = panels * at / parts, last = panels * (at + 1) / parts;
     const int64_t first_row = first * MANY_HEIGHTS[0];
     const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
     many_tile(call, call.weight, tile, rows, first, last, decoded, totals);
     finish(call, tile, super_first, first_row, count, rows, totals);
-  }
+  });
 }
 
 }  // namespace
@@ -615,6 +653,11 @@ struct Memory {
   }
 };
 
+// What is kept of all rows.
+void take_shared(Call& call, Memory& memory, int64_t threads) {
+  call.turns = memory.take<Turn>(threads);
+}
+
 // What is kept of the rows under work.
 void take_own(Call& call, Memory& memory, int64_t rows, int64_t threads) {
   const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
@@ -643,6 +686,7 @@ struct Split {
 extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
   Memory memory{nullptr};
   Call call{};
+  take_shared(call, memory, threads);
   const Split split(m, threads);
   for (int64_t thread = 0; thread < (split.is_apart ? threads : 1); ++thread)
     take_own(call, memory, split.rows, split.is_apart ? 1 : threads);
@@ -659,27 +703,41 @@ extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, in
   call.out = static_cast<out_t*>(out);
   call.extra = extra;
   Memory memory{static_cast<unsigned char*>(scratch)};
+  take_shared(call, memory, threads);
+  for (int thread = 0; thread < threads; ++thread) call.turns[thread] = {};
   const bool is_few = variant == 0;
   const Split split(m, threads);
 #pragma omp parallel num_threads(threads)
   {
-    const Share all(omp_get_thread_num(), omp_get_num_threads());
-    const Share of = split.is_apart ? Share(0, 1) : all;
+    const Share all(omp_get_thread_num(), omp_get_num_threads(), call.turns);
+    Share of = split.is_apart ? Share(0, 1) : all;
     Call own = call;
     Memory mine = memory;
     for (int64_t thread = 0; thread < (split.is_apart ? all.thread + 1 : 1); ++thread)
       take_own(own, mine, split.rows, split.is_apart ? 1 : threads);
     if (is_few && m == 1) own.panels = own.lines;  // a panel of one row is a line
-    const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
-    const auto some = split.is_apart ? all.part(blocks) : Share::Range{0, blocks};
-    const int64_t last = std::min(some.last * split.rows, m);
-    for (int64_t first = some.first * split.rows; first < last; first += split.rows) {
-      const int64_t rows = std::min(split.rows, m - first);
+    const int64_t blocks = (m + split.rows - 1) / split.rows;
+    const auto work_off = [&](int64_t block, const Part& part) {
+      const int64_t first = block * split.rows, rows = std::min(split.rows, m - first);
       if (is_few)
-        run_few(own, first, rows, of);
+        run_few(own, first, rows, of, part);
       else
-        run_many(own, first, rows, of);
-      if (first + rows < last) of.wait();  // for those who still read what is made anew
+        run_many(own, first, rows, of, part);
+    };
+    if (split.is_apart) {
+      // Of few blocks threads take a part of the outputs at a time.
+      const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(4, 8 * threads / blocks));
+      int64_t last = -1;
+      all.each(blocks * parts, [&](int64_t item) {
+        const int64_t block = item / parts;
+        work_off(block, {item % parts, parts, block != last});
+        last = block;
+      });
+    } else {
+      for (int64_t block = 0; block < blocks; ++block) {
+        if (block) of.wait(), of.go_on();  // for those who still read what is made anew
+        work_off(block, {});
+      }
     }
   }
 }

@@ -61,7 +61,8 @@ constexpr int64_t BLOCK = 64;  // inputs that are summed before a scale is appli
 constexpr int64_t BLOCKS = 32;  // in a row
 constexpr int64_t GROUPS_OF_BLOCK = 8;
 constexpr int64_t GROUPS_AT_ONCE = 32;  // that few rows go through before the next
-constexpr int64_t BLOCKS_AT_ONCE = 2;  // with their scales
+constexpr int64_t BLOCKS_AT_ONCE = 8;  // with their scales
+constexpr int64_t BLOCKS_HELD = 2;  // by registers of the tile unit
 constexpr int64_t GROUPS_OF_CHUNK = 32;  // that are decoded at a time for many rows
 constexpr int64_t GROUPS_HELD = 16;  // that registers of the tile unit hold
 constexpr int64_t CHUNKS = 8;  // in a row
@@ -76,7 +77,7 @@ constexpr int STEPS = 4;  // instructions that use up a group
 constexpr int MOST_SUMS = 24;  // registers of sums
 constexpr int PLACES[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of a dword: whose codes stand there
 constexpr int MOST_ROWS = 16;  // of a panel
-constexpr int FEW_HEIGHTS[2] = {2, 1};  // of panels, in rows
+constexpr int FEW_HEIGHTS[1] = {1};  // of panels, in rows
 // of panels, in rows
 constexpr int MANY_HEIGHTS[16] = {16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1};
 
@@ -111,9 +112,9 @@ INLINE vi pair(vf low, vf high) {
   return _mm512_permutexvar_epi16(_mm512_load_si512(ORDER), both);
 }
 
-// GCC spills around its own intrinsic for this instruction: two to three times slower.
-INLINE void dot(vf& sum, vi w, const uint32_t* x) {  // += w.lo * x.lo + w.hi * x.hi, bfloat16 pairs
-  asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
+// Left to itself GCC loads every activation into a register first, and runs out of them.
+INLINE void dot(vf& sum, vf w, const float* x) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(w), "m"(*x));
 }
 
 // Codes on their way to the second-level cache; what lies behind the weight does no harm.
@@ -170,6 +171,11 @@ template <int I, int COUNT, typename T> INLINE T& at(Sums<COUNT, T>& sums) {
 // The smaller of x and a bound that is no NaN; NaN if x is.
 [[gnu::always_inline]] static inline float at_most(float x, float bound) {
     return x > bound ? bound : x;
+}
+
+// The upper half of a float32.
+[[gnu::always_inline]] static inline float from_bf16(uint16_t half) {
+    return float_of(uint32_t(half) << 16);
 }
 
 // To nearest, ties to even: adds just under half of the last place, more if it is odd. A NaN keeps
@@ -369,6 +375,59 @@ struct Scales {
   }
 };
 
+// How many items of its part were taken from a thread: of this work, and of the next or the last.
+struct Turn {
+  alignas(64) int64_t taken[2];
+
+  int64_t take(int64_t turn) { return __atomic_fetch_add(taken + turn % 2, 1, __ATOMIC_RELAXED); }
+};
+
+// What a thread takes of some work.
+struct Share {
+  const int64_t thread, threads;
+  Turn* const turns;
+  int64_t turn = 0;
+  struct Range {
+    int64_t first, last;
+  };
+
+  Share(int64_t thread, int64_t threads, Turn* turns = nullptr)
+      : thread(thread), threads(threads), turns(turns) {}
+  Range part(int64_t count) const {
+    return {count * thread / threads, count * (thread + 1) / threads};
+  }
+  // Calls f with the items of its part, then with what is left of the others' parts: cores are not
+  // equally fast.
+  template <typename F> void each(int64_t count, F&& f) const {
+    for (int64_t i = 0; i < threads; ++i) {
+      const auto items = Share((thread + i) % threads, threads).part(count);
+      int64_t item = items.first;
+      if (!turns)
+        while (item < items.last) f(item++);
+      else
+        while ((item = items.first + turns[(thread + i) % threads].take(turn)) < items.last) f(item);
+    }
+  }
+  // After all have waited: the next each is about other items.
+  void go_on() {
+    if (turns) turns[thread].taken[turn % 2] = 0;
+    ++turn;
+  }
+  // Until the others are here, too.
+  void wait() const {
+    if (threads == 1) return;
+#pragma omp barrier
+  }
+};
+
+// Which part of the outputs is to be made, and whether rows have to be packed for it first.
+struct Part {
+  int64_t part = 0, parts = 1;
+  bool is_first = true;
+
+  Share::Range of(int64_t count) const { return Share(part, parts).part(count); }
+};
+
 // One call: its operands, and what is made of the activation in scratch memory.
 struct Call {
   Weight weights[WEIGHTS];
@@ -377,9 +436,11 @@ struct Call {
   out_t* out;  // [e, m, n]
   const void* const* extra;
 
+  Turn* turns;  // of each thread
   x_t* lines;  // [e][row][step]
   x_t* panels;  // [e][panel][step][row of it]
   xsum_t* sums;  // none are needed
+  float* floats;  // [thread][k], a row
   unsigned char* own;  // of each thread
   bool is_line;  // rows are lines as they are
 };
@@ -402,24 +463,6 @@ void line_of(const Call& call, const stored_t* x, x_t* line) {
   if (call.x_col == 1) return line_of(x, 1, line);
   line_of(x, call.x_col, line);
 }
-
-// What a thread takes of some work.
-struct Share {
-  const int64_t thread, threads;
-  struct Range {
-    int64_t first, last;
-  };
-
-  Share(int64_t thread, int64_t threads) : thread(thread), threads(threads) {}
-  Range part(int64_t count) const {
-    return {count * thread / threads, count * (thread + 1) / threads};
-  }
-  // Until the others are here, too.
-  void wait() const {
-    if (threads == 1) return;
-#pragma omp barrier
-  }
-};
 
 // Panels: all but the last have the largest height, the last the smallest that will do.
 template <int COUNT> INLINE int height_of(int64_t rows, const int (&heights)[COUNT]) {
@@ -530,6 +573,19 @@ void finish(const Call& call, int64_t tile, int64_t super_first, int64_t panel_r
   }
 }
 
+// A line of bfloat16 as floats: made once for all tiles.
+struct FloatLine {
+  float* floats;
+  const x_t* made_of = nullptr;
+
+  const float* of(const x_t* line) {
+    const half_t* half = reinterpret_cast<const half_t*>(line);
+    for (int64_t k = 0; line != made_of && k < K_PADDED; ++k) floats[k] = from_bf16(half[k]);
+    made_of = line;
+    return floats;
+  }
+};
+
 // Vectors of outputs whose sums are kept at once.
 constexpr int vectors_of(int rows, int all) {
   return all == 1 || rows * all <= MOST_SUMS ? all : vectors_of(rows, all / 2);
@@ -537,11 +593,11 @@ constexpr int vectors_of(int rows, int all) {
 
 // ROWS rows against groups of a tile: totals[row][64] += , for VECTORS vectors of outputs.
 template <int ROWS, int VECTORS>
-ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const x_t* x,
+ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const float* x,
                     const xsum_t* sums, uint32_t once, const float* scale, const float* zeros,
                     float* totals) {
   // Few sums would wait for each other: they are made in turns.
-  constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && STEPS > 1 ? 2 : 1;
+  constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && PER_DWORD > 1 ? 2 : 1;
   constexpr bool ASKS_AHEAD = true;
   (void)ahead, (void)sums, (void)once, (void)zeros;
   const Decoder decoder;
@@ -557,19 +613,19 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
     each<VECTORS>([&](auto v) INLINE_LAMBDA {
       if constexpr (ASKS_AHEAD) prefetch(ahead + v * LANES);
       const vi code = load(codes + v * LANES);
-      each<STEPS>([&](auto step) INLINE_LAMBDA {
-        const auto operand = decoder.operand(code, step);
+      each<PER_DWORD>([&](auto step) INLINE_LAMBDA {
+        const auto operand = decoder.value(code, step);
         each<ROWS>([&](auto row) INLINE_LAMBDA {
           if constexpr (TURNS == 2 && step % 2)
-            dot(at<v * ROWS + row>(turn), operand, x + step * ROWS + row);
+            dot(at<v * ROWS + row>(turn), operand, x + PLACES[step] * ROWS + row);
           else
-            dot(at<v * ROWS + row>(part), operand, x + step * ROWS + row);
+            dot(at<v * ROWS + row>(part), operand, x + PLACES[step] * ROWS + row);
         });
       });
     });
     codes += TILE;
     ahead += VECTORS * LANES;
-    x += STEPS * ROWS;
+    x += PER_DWORD * ROWS;
   }
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
     constexpr int row = i % ROWS, v = i / ROWS;
@@ -582,7 +638,7 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
 
 // ROWS rows against one tile of outputs: totals[row][64].
 template <int ROWS>
-void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, float* totals) {
+void few_rows(const Weight& w, int64_t tile, const float* x, const xsum_t* sums, float* totals) {
   constexpr int VECTORS = vectors_of(ROWS, TILE / LANES);
   Scales scales(w, tile);
   std::memset(totals, 0, ROWS * TILE * sizeof(float));
@@ -596,30 +652,35 @@ void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, f
       // Asked for meanwhile: what lies as far on as this is long, in the order in memory.
       const uint32_t* ahead = codes + GROUPS_AT_ONCE * TILE;
       for (int n = 0; n < TILE; n += VECTORS * LANES, ahead += groups * VECTORS * LANES)
-        few_sums<ROWS, VECTORS>(codes + n, ahead, groups, x + group * STEPS * ROWS,
+        few_sums<ROWS, VECTORS>(codes + n, ahead, groups, x + group * PER_DWORD * ROWS,
                                 sums + block * ROWS, group == start, scale + n, zeros + n,
                                 totals + n);
     }
   }
 }
 
-void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums,
+void few_rows(int height, const Weight& w, int64_t tile, const float* x, const xsum_t* sums,
               float* totals) {
   switch (height) {
-    case 2: return few_rows<2>(w, tile, x, sums, totals);
     case 1: return few_rows<1>(w, tile, x, sums, totals);
   }
 }
 
 // All tiles of outputs. Each weight is read some tiles at a time: every change from one to another
 // keeps memory waiting. Of many panels some are worked off at a time, while their totals are near.
-void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of,
+               const Part& part) {
   constexpr int64_t HEIGHT = FEW_HEIGHTS[0], NEAR_PANELS = NEAR_TOTALS / (HEIGHT * TILE);
   const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
-  const int64_t near_tiles = std::max<int64_t>(1, NEAR_TOTALS / (heights * TILE));
-  const auto tiles = of.part(E * N_TILES);
+  // Several times as many items as threads, which are not equally fast.
+  const auto tiles = part.of(E * N_TILES);
+  const int64_t all = tiles.last - tiles.first;
+  const int64_t shared = std::max<int64_t>(1, all / (4 * of.threads));
+  const int64_t near_tiles = std::max<int64_t>(1, std::min(shared, NEAR_TOTALS / (heights * TILE)));
   float* totals = reinterpret_cast<float*>(call.own + of.thread * OWN_BYTES);
-  for (int64_t first = tiles.first; first < tiles.last; first += near_tiles) {
+  FloatLine line{call.floats + of.thread * K_PADDED};
+  of.each((all + near_tiles - 1) / near_tiles, [&](int64_t number) {
+    const int64_t first = tiles.first + number * near_tiles;
     const int64_t last = std::min(first + near_tiles, tiles.last);
     for (int64_t panel = 0; panel < panels; panel += NEAR_PANELS) {
       const int64_t first_row = panel * HEIGHT;
@@ -629,21 +690,21 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
           float* own = totals + i * NEAR_TOTALS + (tile - first) * heights * TILE;
           for (int64_t row = first_row; row < last_row; row += HEIGHT) {
             const int64_t at = tile / N_TILES * heights + row;
-            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile,
-                     call.panels + at * ALL_STEPS, call.sums + at * BLOCKS,
-                     own + (row - first_row) * TILE);
+            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile, line.of(call.panels + at * ALL_STEPS),
+                     call.sums + at * BLOCKS, own + (row - first_row) * TILE);
           }
         }
       for (int64_t tile = first; tile < last; ++tile)
         finish(call, tile, super_first, first_row, last_row - first_row, rows,
                totals + (tile - first) * heights * TILE, NEAR_TOTALS);
     }
-  }
+  });
 }
 
-void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
-  pack(call, super_first, rows, FEW_HEIGHTS, of);
-  few_tiles(call, super_first, rows, of);
+void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of,
+             const Part& part = {}) {
+  if (part.is_first) pack(call, super_first, rows, FEW_HEIGHTS, of);
+  few_tiles(call, super_first, rows, of, part);
 }
 
 // Groups of a tile to operands, scales applied: out[output / 16][step][16].
@@ -727,6 +788,112 @@ struct TileUnit {
 constexpr int64_t OF_ROW = 64, OF_TILE = 256;             // bytes, dwords
 constexpr int64_t apart(int64_t steps) { return steps; }  // dwords from one output to the next
 
+// --- up to 16 rows: one panel ---
+
+constexpr int64_t REGISTERS = ALL_STEPS / 16;  // of the tile unit, for a row
+constexpr int64_t REGISTERS_OF_BLOCK = 2;
+constexpr int64_t SPAN = 16;  // that 16 outputs go through before the next 16
+constexpr int PART = 2;  // whose products one register sums
+constexpr int REST = 0;  // of the last part, where it is shorter
+constexpr int GROUPS_OF_REGISTER = 16 / STEPS;
+
+// A panel times COUNT registers of the weight: end[row][16].
+template <int COUNT>
+INLINE void part_dots(const uint32_t* w, const x_t* x, int height, sum_of_one_t* end) {
+  tile_zero<0>();
+  each<COUNT>([&](auto i) INLINE_LAMBDA {
+    tile_load<4 + i>(w + i * 256, 64), tile_load<2 + i % 2>(x + i * 16 * height, 64);
+    tile_dot<0, 2 + i % 2, 4 + i>();
+  });
+  tile_store<0>(end, 64);
+}
+
+// A span of up to ROWS rows against 16 outputs: totals[row][64] += .
+template <int ROWS>
+ALONE void single_span(const uint32_t* codes, const uint32_t* ahead, int64_t count, const x_t* x,
+                       int height, const xsum_t* sums, const float* scales, const float* all_zeros,
+                       float* totals, uint32_t* own, sum_of_one_t* ends) {
+  (void)sums, (void)all_zeros;
+  const Decoder decoder;
+  const int64_t parts = (count + PART - 1) / PART;
+  Sums<ROWS, vf> total;
+  each<ROWS>([&](auto r) INLINE_LAMBDA { at<r>(total) = load(totals + r * TILE); });
+  const auto decode = [&](int64_t part) INLINE_LAMBDA {
+    const int64_t last = std::min<int64_t>(count, (part + 1) * PART);
+    for (int64_t i = part * PART; i < last; ++i) {
+#pragma GCC unroll 16
+      for (int g = 0; g < GROUPS_OF_REGISTER; ++g) {
+        const int64_t group = i * GROUPS_OF_REGISTER + g;
+        prefetch(ahead + group * LANES);
+        const vi code = load(codes + group * TILE);
+#pragma GCC unroll 16
+        for (int step = 0; step < STEPS; ++step)
+          store(own + (group * STEPS + step) * LANES, decoder.operand(code, step));
+      }
+    }
+  };
+  const auto dots = [&](int64_t part) INLINE_LAMBDA {
+    const uint32_t* w = own + part * PART * 256;
+    const x_t* from = x + part * PART * 16 * height;
+    sum_of_one_t* end = ends + part % 2 * 256;
+    if (REST == 0 || (part + 1) * PART <= count)
+      part_dots<PART>(w, from, height, end);
+    else
+      part_dots<REST>(w, from, height, end);
+  };
+  const auto add = [&](int64_t part) INLINE_LAMBDA {
+    const int64_t block = part * PART / REGISTERS_OF_BLOCK;
+    const vf scale = load(scales + block * TILE);
+    const float* zeros = all_zeros + block * TILE;
+    (void)zeros;
+    each<ROWS>([&](auto r) INLINE_LAMBDA {
+      const sum_of_one_t* part_of_row = ends + part % 2 * 256 + r * LANES;
+      at<r>(total) = fma(to_float(load(part_of_row)), scale, at<r>(total));
+    });
+  };
+  decode(0), decode(1);
+#pragma GCC unroll 1
+  for (int64_t part = 0; part < parts; ++part) {
+    dots(part);
+    if (part) add(part - 1);
+    decode(part + 2);
+  }
+  add(parts - 1);
+  each<ROWS>([&](auto r) INLINE_LAMBDA { store(totals + r * TILE, at<r>(total)); });
+}
+
+// One tile of outputs against one panel, with scales applied to sums: totals[row][64].
+void single_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, uint32_t* own,
+                 float* totals, TileUnit& unit) {
+  const int64_t e = tile / N_TILES;
+  const int height = int(rows);
+  const uint8_t high = uint8_t(rows);
+  unit.take({high, 0, high, high, 16, 16, 16, 16});
+  alignas(64) sum_of_one_t ends[2 * 256] = {};
+  std::memset(totals, 0, 16 * TILE * sizeof(float));
+  Scales scales(w, tile);
+  for (int64_t first = 0; first < REGISTERS; first += SPAN) {
+    const int64_t count = std::min(SPAN, REGISTERS - first), block = first / REGISTERS_OF_BLOCK;
+    const float *scale = scales.at(block), *zeros = scale;
+    for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);
+    const uint32_t* codes = w.codes() + (tile * GROUPS + first * GROUPS_OF_REGISTER) * TILE;
+    const uint32_t* ahead = codes + SPAN * GROUPS_OF_REGISTER * TILE;
+    const x_t* x = call.panels + e * rows * ALL_STEPS + first * 16 * rows;
+    const xsum_t* sums = call.sums + (e * BLOCKS + block) * rows;
+    for (int n = 0; n < TILE; n += LANES, ahead += count * GROUPS_OF_REGISTER * LANES) {
+      if (height <= 4)
+        single_span<4>(codes + n, ahead, count, x, height, sums, scale + n, zeros + n,
+                        totals + n, own, ends);
+      else if (height <= 8)
+        single_span<8>(codes + n, ahead, count, x, height, sums, scale + n, zeros + n,
+                        totals + n, own, ends);
+      else
+        single_span<16>(codes + n, ahead, count, x, height, sums, scale + n, zeros + n,
+                        totals + n, own, ends);
+    }
+  }
+}
+
 // A panel against COUNT registers of the weight, tmm4 and on: the sums of each block.
 template <int COUNT, int EACH, int SUMS, int X>
 INLINE void narrow_dots(const x_t* x, int height, sum_of_one_t* parts) {
@@ -792,7 +959,7 @@ void narrow_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, 
     decode_levels(w, tile, first, last, own);
     const uint32_t* operands = own;
     const float *scale = scales.at(block), *zeros = nullptr;
-    for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);
+    for (int64_t i = 1; i < BLOCKS_HELD && block + i < BLOCKS; ++i) scales.at(block + i);
     narrow_panels<4>(operands, panels, count, first * STEPS, block, sums, scale, zeros, totals);
   }
 }
@@ -885,35 +1052,36 @@ void wide_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
   }
 }
 
-// One tile of outputs against some panels: totals[row][64].
+// One tile of outputs against some panels: totals[row][64]. The way depends on the rows of all panels:
+// results do not depend on the number of threads.
 void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
                int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
-  if (rows <= NARROW_ROWS)  // of all panels: results do not depend on the number of threads
-    narrow_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
-  else
-    wide_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
+  if (rows <= 16) return single_tile(call, w, tile, rows, own, totals, unit);
+  if (rows <= NARROW_ROWS) return narrow_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
+  wide_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
 }
 
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
-void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
-  pack_tiles(call, super_first, rows, of);
+void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of,
+              const Part& part = {}) {
+  if (part.is_first) pack_tiles(call, super_first, rows, of);
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
   float* totals = reinterpret_cast<float*>(decoded + DECODED);
   TileUnit unit;
   const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
-  const auto items = of.part(E * N_TILES * parts);
-  for (int64_t item = items.first; item < items.last; ++item) {
-    const int64_t tile = item / parts, part = item % parts;
-    const int64_t first = panels * part / parts, last = panels * (part + 1) / parts;
+  const auto items = part.of(E * N_TILES * parts);
+  of.each(items.last - items.first, [&](int64_t number) {
+    const int64_t item = items.first + number, tile = item / parts, at = item % parts;
+    const int64_t first = panels * at / parts, last = panels * (at + 1) / parts;
     const int64_t first_row = first * MANY_HEIGHTS[0];
     const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
     for (int i = 0; i < WEIGHTS; ++i)
       many_tile(call, call.weights[i], tile, rows, first, last, decoded,
                 totals + i * TOTALS, unit);
     finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
-  }
+  });
 }
 
 }  // namespace
@@ -986,12 +1154,18 @@ struct Memory {
   }
 };
 
+// What is kept of all rows.
+void take_shared(Call& call, Memory& memory, int64_t threads) {
+  call.turns = memory.take<Turn>(threads);
+}
+
 // What is kept of the rows under work.
 void take_own(Call& call, Memory& memory, int64_t rows, int64_t threads) {
   const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
   call.lines = memory.take<x_t>(E * rows * ALL_STEPS);
   call.panels = memory.take<x_t>(E * all * ALL_STEPS);
   call.sums = memory.take<xsum_t>(0);
+  call.floats = memory.take<float>(threads * K_PADDED);
   call.own = memory.take<unsigned char>(threads * OWN_BYTES);
 }
 
@@ -1013,6 +1187,7 @@ struct Split {
 extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
   Memory memory{nullptr};
   Call call{};
+  take_shared(call, memory, threads);
   const Split split(m, threads);
   for (int64_t thread = 0; thread < (split.is_apart ? threads : 1); ++thread)
     take_own(call, memory, split.rows, split.is_apart ? 1 : threads);
@@ -1033,28 +1208,42 @@ extern "C" void fxquant_run(void* const* prepared, const void* x, int64_t x_e, i
   call.is_line = x_col == 1 && places % sizeof(x_t) == 0;
   call.extra = extra;
   Memory memory{static_cast<unsigned char*>(scratch)};
+  take_shared(call, memory, threads);
+  for (int thread = 0; thread < threads; ++thread) call.turns[thread] = {};
   const bool is_few = variant == 0;
   const Split split(m, threads);
 #pragma omp parallel num_threads(threads)
   {
-    const Share all(omp_get_thread_num(), omp_get_num_threads());
-    const Share of = split.is_apart ? Share(0, 1) : all;
+    const Share all(omp_get_thread_num(), omp_get_num_threads(), call.turns);
+    Share of = split.is_apart ? Share(0, 1) : all;
     Call own = call;
     Memory mine = memory;
     for (int64_t thread = 0; thread < (split.is_apart ? all.thread + 1 : 1); ++thread)
       take_own(own, mine, split.rows, split.is_apart ? 1 : threads);
     if (call.is_line) own.lines = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
     if (is_few && m == 1) own.panels = own.lines;  // a panel of one row is a line
-    const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
-    const auto some = split.is_apart ? all.part(blocks) : Share::Range{0, blocks};
-    const int64_t last = std::min(some.last * split.rows, m);
-    for (int64_t first = some.first * split.rows; first < last; first += split.rows) {
-      const int64_t rows = std::min(split.rows, m - first);
+    const int64_t blocks = (m + split.rows - 1) / split.rows;
+    const auto work_off = [&](int64_t block, const Part& part) {
+      const int64_t first = block * split.rows, rows = std::min(split.rows, m - first);
       if (is_few)
-        run_few(own, first, rows, of);
+        run_few(own, first, rows, of, part);
       else
-        run_many(own, first, rows, of);
-      if (first + rows < last) of.wait();  // for those who still read what is made anew
+        run_many(own, first, rows, of, part);
+    };
+    if (split.is_apart) {
+      // Of few blocks threads take a part of the outputs at a time.
+      const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(4, 8 * threads / blocks));
+      int64_t last = -1;
+      all.each(blocks * parts, [&](int64_t item) {
+        const int64_t block = item / parts;
+        work_off(block, {item % parts, parts, block != last});
+        last = block;
+      });
+    } else {
+      for (int64_t block = 0; block < blocks; ++block) {
+        if (block) of.wait(), of.go_on();  // for those who still read what is made anew
+        work_off(block, {});
+      }
     }
   }
 }

@@ -1,0 +1,149 @@
+"""Up to 16 rows on the tile unit: one panel, whose totals stay in vector registers.
+
+A part is what one register sums before a scale is applied. While the unit multiplies one, the part
+before it is added to the totals, and the one two parts on is decoded: what was stored just now
+cannot be loaded into the unit before it has left the processor's store buffer.
+"""
+
+from __future__ import annotations
+
+from fxquant.codegen.cpp.plan import SPAN, TILE_ROWS, Plan
+
+HEIGHTS = (4, 8, 16)
+"""Rows whose totals are kept; those that are not there are zeros."""
+
+
+def single(plan: Plan, end: str, decoder: str) -> str:
+    """The text of ``single_tile``.
+
+    Args:
+        plan: Of the kernel.
+        end: The sums of a part as floats: of ``part``, with ``zeros``, and ``xsum`` of the row.
+        decoder: What makes ``decoder``.
+    """
+    of_block = plan.block // plan.per_step // TILE_ROWS
+    registers = plan.k_padded // plan.per_step // TILE_ROWS
+    part = min(of_block, 4)
+    zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "scale"
+    heights = "\n".join(
+        f"      {'if' if height == HEIGHTS[0] else 'else if'} (height <= {height})\n"
+        f"        single_span<{height}>(@GIVEN@);"
+        for height in HEIGHTS[:-1]
+    )
+    heights += f"\n      else\n        single_span<{HEIGHTS[-1]}>(@GIVEN@);"
+    given = (
+        "codes + n, ahead, count, x, height, sums, scale + n, zeros + n,\n"
+        "                        totals + n, own, ends"
+    )
+    text = _SINGLE.replace("@HEIGHTS@", heights.replace("@GIVEN@", given))
+    for name, value in {
+        "@PART@": str(part),
+        "@REST@": str(registers % part),
+        "@SPAN@": str(min(SPAN, registers)),
+        "@OF_BLOCK@": str(of_block),
+        "@DECODER@": decoder,
+        "@END@": end,
+        "@ZEROS@": zeros,
+    }.items():
+        text = text.replace(name, value)
+    return text
+
+
+_SINGLE = """\
+// --- up to 16 rows: one panel ---
+
+constexpr int64_t REGISTERS = ALL_STEPS / 16;  // of the tile unit, for a row
+constexpr int64_t REGISTERS_OF_BLOCK = @OF_BLOCK@;
+constexpr int64_t SPAN = @SPAN@;  // that 16 outputs go through before the next 16
+constexpr int PART = @PART@;  // whose products one register sums
+constexpr int REST = @REST@;  // of the last part, where it is shorter
+constexpr int GROUPS_OF_REGISTER = 16 / STEPS;
+
+// A panel times COUNT registers of the weight: end[row][16].
+template <int COUNT>
+INLINE void part_dots(const uint32_t* w, const x_t* x, int height, sum_of_one_t* end) {
+  tile_zero<0>();
+  each<COUNT>([&](auto i) INLINE_LAMBDA {
+    tile_load<4 + i>(w + i * 256, 64), tile_load<2 + i % 2>(x + i * 16 * height, 64);
+    tile_dot<0, 2 + i % 2, 4 + i>();
+  });
+  tile_store<0>(end, 64);
+}
+
+// A span of up to ROWS rows against 16 outputs: totals[row][64] += .
+template <int ROWS>
+ALONE void single_span(const uint32_t* codes, const uint32_t* ahead, int64_t count, const x_t* x,
+                       int height, const xsum_t* sums, const float* scales, const float* all_zeros,
+                       float* totals, uint32_t* own, sum_of_one_t* ends) {
+  (void)sums, (void)all_zeros;
+@DECODER@  const int64_t parts = (count + PART - 1) / PART;
+  Sums<ROWS, vf> total;
+  each<ROWS>([&](auto r) INLINE_LAMBDA { at<r>(total) = load(totals + r * TILE); });
+  const auto decode = [&](int64_t part) INLINE_LAMBDA {
+    const int64_t last = std::min<int64_t>(count, (part + 1) * PART);
+    for (int64_t i = part * PART; i < last; ++i) {
+#pragma GCC unroll 16
+      for (int g = 0; g < GROUPS_OF_REGISTER; ++g) {
+        const int64_t group = i * GROUPS_OF_REGISTER + g;
+        prefetch(ahead + group * LANES);
+        const vi code = load(codes + group * TILE);
+#pragma GCC unroll 16
+        for (int step = 0; step < STEPS; ++step)
+          store(own + (group * STEPS + step) * LANES, decoder.operand(code, step));
+      }
+    }
+  };
+  const auto dots = [&](int64_t part) INLINE_LAMBDA {
+    const uint32_t* w = own + part * PART * 256;
+    const x_t* from = x + part * PART * 16 * height;
+    sum_of_one_t* end = ends + part % 2 * 256;
+    if (REST == 0 || (part + 1) * PART <= count)
+      part_dots<PART>(w, from, height, end);
+    else
+      part_dots<REST>(w, from, height, end);
+  };
+  const auto add = [&](int64_t part) INLINE_LAMBDA {
+    const int64_t block = part * PART / REGISTERS_OF_BLOCK;
+    const vf scale = load(scales + block * TILE);
+    const float* zeros = all_zeros + block * TILE;
+    (void)zeros;
+    each<ROWS>([&](auto r) INLINE_LAMBDA {
+      const sum_of_one_t* part_of_row = ends + part % 2 * 256 + r * LANES;
+      at<r>(total) = fma(@END@, scale, at<r>(total));
+    });
+  };
+  decode(0), decode(1);
+#pragma GCC unroll 1
+  for (int64_t part = 0; part < parts; ++part) {
+    dots(part);
+    if (part) add(part - 1);
+    decode(part + 2);
+  }
+  add(parts - 1);
+  each<ROWS>([&](auto r) INLINE_LAMBDA { store(totals + r * TILE, at<r>(total)); });
+}
+
+// One tile of outputs against one panel, with scales applied to sums: totals[row][64].
+void single_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, uint32_t* own,
+                 float* totals, TileUnit& unit) {
+  const int64_t e = @MATRIX@;
+  const int height = int(rows);
+  const uint8_t high = uint8_t(rows);
+  unit.take({high, 0, high, high, 16, 16, 16, 16});
+  alignas(64) sum_of_one_t ends[2 * 256] = {};
+  std::memset(totals, 0, 16 * TILE * sizeof(float));
+  Scales scales(w, tile);
+  for (int64_t first = 0; first < REGISTERS; first += SPAN) {
+    const int64_t count = std::min(SPAN, REGISTERS - first), block = first / REGISTERS_OF_BLOCK;
+    const float *scale = scales.at(block), *zeros = @ZEROS@;
+    for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);
+    const uint32_t* codes = w.codes() + (tile * GROUPS + first * GROUPS_OF_REGISTER) * TILE;
+    const uint32_t* ahead = codes + SPAN * GROUPS_OF_REGISTER * TILE;
+    const x_t* x = call.panels + e * rows * ALL_STEPS + first * 16 * rows;
+    const xsum_t* sums = call.sums + (e * BLOCKS + block) * rows;
+    for (int n = 0; n < TILE; n += LANES, ahead += count * GROUPS_OF_REGISTER * LANES) {
+@HEIGHTS@
+    }
+  }
+}
+"""
