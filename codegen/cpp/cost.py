@@ -17,7 +17,7 @@ import sympy
 from fxquant.codegen.cpp.isa import Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
 from fxquant.codegen.cpp.plan import CHUNK, SUPER_ROWS, TILE, TILE_ROWS, Plan
-from fxquant.codegen.cpp.tiles import NARROW_ROWS
+from fxquant.codegen.cpp.tiles import SPAN_ROWS
 
 M, THREADS = sympy.symbols("m threads", integer=True, positive=True)
 BANDWIDTH, DOTS, VECTORS = sympy.symbols("bandwidth dots vectors", positive=True)
@@ -162,23 +162,19 @@ def _tiles_cost(plan: Plan) -> Cost:
     levels = _LOAD_STORED if stored else _operand(plan) + _STORE + _LOAD
     sums, scales = M * tiles * _vectors(plan), parts * tiles * plan.blocks * _scales(plan)
     ends = max(plan.blocks, plan.k_padded // plan.held)
-    # Rows are loaded for each product, and sums are stored and loaded to be scaled.
-    narrow = supers * (parts * steps * levels + scales) + sums * ends * (_round_trip(plan) + 3)
-    chunks, decoded = math.ceil(plan.k_padded / plan.chunk), levels
-    if plan.path == "bf16":
-        decoded = _LOAD + _stored_operand(plan)
-    wide = supers * (parts * steps * decoded + scales) + sums * 2 * chunks
-    if plan.path == "int8":
-        wide += sums * plan.blocks * _round_trip(plan)
-    ways = [] if plan.path == "int8" and plan.scales_sums else [(wide, True)]
-    if plan.scales_sums:
-        ways.insert(0, (narrow, M <= NARROW_ROWS if ways else True))
-    if plan.has_single:
-        # Sums of four rows at a time are added to totals in registers, while levels are decoded.
-        each = 4 * sympy.ceiling(M / 4) * tiles * _vectors(plan) * (_round_trip(plan) - 1)
-        levels = _operand(plan) + _AT_ONCE
-        ways.insert(0, (steps * levels + scales + each * ends, M <= TILE_ROWS))
-    work = sympy.Piecewise(*ways)
+    if plan.path == "int8" and plan.scales_sums:
+        # Rows are loaded for each product, and sums are stored and loaded to be scaled.
+        work = supers * (parts * steps * levels + scales) + sums * ends * (_round_trip(plan) + 3)
+    else:
+        decoded = _LOAD + _stored_operand(plan) if plan.path == "bf16" else levels
+        work = supers * (parts * steps * decoded + scales)
+        work += sums * 2 * math.ceil(plan.k_padded / plan.chunk)
+        work += sums * plan.blocks * _round_trip(plan) if plan.path == "int8" else 0
+    if plan.has_spans:
+        # While levels are decoded, four rows of sums at a time are added to totals in registers.
+        added = 4 * sympy.ceiling(M / 4) * tiles * _vectors(plan) * (_round_trip(plan) - 1)
+        spans = steps * (parts * (_operand(plan) + _AT_ONCE) + panels * _LOAD)
+        work = sympy.Piecewise((spans + scales + added * ends, M <= SPAN_ROWS), (work, True))
     return Cost(_traffic(plan), rows * weights * steps, weights * work, _share(tiles * parts))
 
 
@@ -267,8 +263,8 @@ _STORE = 4
 _LOAD = 1
 """A register of the tile unit takes a vector of operands."""
 
-_AT_ONCE = 3
-"""Stored and taken at once, with what that keeps waiting."""
+_AT_ONCE = 2
+"""A store of operands that are taken soon, with what that keeps waiting."""
 
 _LOAD_STORED = 6
 """The same of codes as they are stored: not even those that were asked for are near enough."""

@@ -10,10 +10,8 @@ def many(plan: Plan) -> str:
     """The text of the skeleton for many rows."""
     whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
     if plan.uses_tiles:
-        parts = [_decode(plan), tiles(plan), _RUN]
-        if plan.path == "bf16" and plan.scales_sums:
-            parts.insert(1, _levels(plan, "decode_levels"))
-        text, unit, given = "\n".join(parts), "\n  TileUnit unit;", ", unit"
+        text = "\n".join([_decode(plan), tiles(plan), _RUN])
+        unit, given = "\n  TileUnit unit;", ", unit"
         pack = "pack_tiles(call, super_first, rows, of)"
     else:
         parts = [_decode(plan), _panels(plan), _TILES.replace("@CHUNK@", _chunk(plan)), _RUN]
@@ -50,7 +48,7 @@ def _panels(plan: Plan) -> str:
 
 def _decode(plan: Plan) -> str:
     if plan.path == "int8":
-        return "" if plan.encoding.bits == 8 else _levels(plan, "decode_chunk")
+        return "" if plan.encoding.bits == 8 else _levels(plan)
     if plan.is_regular:
         zeros = "load(scales.zeros_at(block) + v * LANES)" if plan.encoding.zero_point else "vf{}"
         text = _placed(plan, _DECODE_REGULAR.replace("@ZEROS@", zeros), "g")
@@ -63,11 +61,9 @@ def _decode(plan: Plan) -> str:
     return text.replace("@BODY@", body)
 
 
-def _levels(plan: Plan, name: str) -> str:
+def _levels(plan: Plan) -> str:
     """A function that decodes without scales."""
-    head = f"void {name}(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out)"
-    text = _DECODE_LEVELS.replace("@HEAD@", head).replace("@DECODER@", decoder(plan))
-    return _placed(plan, text, "group")
+    return _placed(plan, _DECODE_LEVELS.replace("@DECODER@", decoder(plan)), "group")
 
 
 def _placed(plan: Plan, text: str, group: str) -> str:
@@ -155,7 +151,7 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
 
 _DECODE_LEVELS = """\
 // Groups of a tile to operands, without scales: out@LAID@.
-@HEAD@ {
+void decode_chunk(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out) {
 @DECODER@  constexpr int ALL = TILE / LANES;
   for (int64_t group = first; group < last; ++group) {
     const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;

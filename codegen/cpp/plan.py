@@ -37,7 +37,7 @@ HELD_TILES = 4
 """Registers of the tile unit that hold a part of the weight for one panel after another."""
 
 SPAN = 16
-"""Registers of the tile unit that up to 16 rows go through for some outputs, then for the next."""
+"""Registers of the tile unit that some rows go through for 16 outputs, then for the next 16."""
 
 MOST_BESIDE_TILES = {"bf16": 1, "int8": 8}
 """Rows of the highest panel that is multiplied without the tile unit, where there is one."""
@@ -316,8 +316,8 @@ class Plan:
         return not self.encoding.zero_point and (self.blocks == 1 or self.block % self.held == 0)
 
     @property
-    def has_single(self) -> bool:
-        """Whether up to 16 rows are multiplied while codes are decoded, and their sums scaled."""
+    def has_spans(self) -> bool:
+        """Whether some rows are multiplied while codes are decoded, and their sums scaled."""
         return self.scales_sums and not (self.path == "int8" and self.encoding.bits == 8)
 
     @property
@@ -330,7 +330,7 @@ class Plan:
     @property
     def blocks_at_once(self) -> int:
         """Blocks whose scales stand side by side."""
-        if self.has_single:
+        if self.has_spans:
             return max(1, SPAN * TILE_ROWS * self.per_step // self.block)
         if self.uses_tiles:
             return self.blocks_held

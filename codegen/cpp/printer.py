@@ -134,7 +134,7 @@ def _sizes(plan: Plan) -> str:
         ("GROUPS_HELD", plan.held // plan.per_dword, "that registers of the tile unit hold"),
         ("CHUNKS", -(-plan.k_padded // chunk), "in a row"),
         ("DECODED", decoded, "dwords of a decoded chunk"),
-        ("NARROW_ROWS", tiles.NARROW_ROWS, "up to which scales are applied to sums"),
+        ("SPAN_ROWS", tiles.SPAN_ROWS, "up to which sums are scaled span by span"),
         ("SUPER_ROWS", plan.super_rows, "rows that are worked off at a time"),
         ("TOTALS", totals, "floats of the sums of one weight, for many rows"),
         ("NEAR_TOTALS", 8192, "the same that few rows make before they are read"),

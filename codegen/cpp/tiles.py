@@ -1,47 +1,43 @@
 """Many rows on the tile unit (AMX): panels of 16 rows against registers of 16 steps by 16 outputs.
 
 Weights are decoded to ``[output / 16][step][16]``, what a register takes together; codes of 8 bits
-that are multiplied as they are stored are what the unit takes, too. There are two ways through it.
-The wide one sums 32 rows by 32 outputs at a time and keeps the sums in memory from chunk to chunk;
-scales are in the operands, or follow where a block ends. The narrow one leaves a part of the weight
-in registers for one panel after another and scales the sums of each block: levels are cheaper to
-decode than weights, which pays until there are many sums.
+that are multiplied as they are stored are what the unit takes, too. The wide way sums 32 rows by 32
+outputs at a time and keeps the sums in memory from chunk to chunk; scales are in the operands, or
+follow where a block ends. The narrow one leaves a part of a weight of bytes in registers for one
+panel after another and scales the sums of each block. For fewer rows there is a third one
+(`spans`).
 """
 
 from __future__ import annotations
 
 from fxquant.codegen.cpp.plan import HELD_TILES, TILE_ROWS, Plan
-from fxquant.codegen.cpp.single import single
+from fxquant.codegen.cpp.spans import spans
 
-NARROW_ROWS = 64
-"""Up to how many rows sums of floats are scaled, and not the weights."""
+SPAN_ROWS = 64
+"""Up to how many rows levels are multiplied and sums are scaled, span by span."""
 
 
 def tiles(plan: Plan) -> str:
     """The text of ``many_tile`` for the tile unit, and of what it needs but ``decode_chunk``."""
-    is_int8 = plan.path == "int8"
-    has_wide = not (is_int8 and plan.scales_sums)
+    is_int8, is_narrow = plan.path == "int8", plan.path == "int8" and plan.scales_sums
     dot = "tdpbf16ps"
     if is_int8:
         dot = "tdpbsud" if _is_stored(plan) else "tdpbssd"
     parts = [unit(dot), _IN_PLACE if _is_stored(plan) else _APART]
-    if plan.has_single:
+    ways = [("", "narrow" if is_narrow else "wide")]
+    if plan.has_spans:
         xsum = "sums[block * height + std::min<int>(r, height - 1)]"
-        parts.append(single(plan, _end(plan, "part_of_row", xsum, "zeros"), decoder(plan)))
-    parts += [_narrow(plan)] if plan.scales_sums else []
-    parts += [_wide(plan)] if has_wide else []
-    panels = "first_panel, last_panel, own"
-    ways = [("rows <= 16", "single", "own")] if plan.has_single else []
-    ways += [("rows <= NARROW_ROWS" if has_wide else "", "narrow", panels)] if plan.scales_sums else []
-    ways += [("", "wide", panels)] if has_wide else []
+        parts.append(spans(plan, _end(plan, "part_of_row", xsum, "zeros"), decoder(plan)))
+        ways.insert(0, ("rows <= SPAN_ROWS", "span"))
+    parts.append(_narrow(plan) if is_narrow else _wide(plan))
     parts.append(_MANY_TILE.replace("@BODY@", "".join(map(_way, ways))))
     return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
-def _way(way: tuple[str, str, str]) -> str:
+def _way(way: tuple[str, str]) -> str:
     """One of the ways through a tile, with its condition if it has one."""
-    condition, name, given = way
-    call = f"{name}_tile(call, w, tile, rows, {given}, totals, unit);\n"
+    condition, name = way
+    call = f"{name}_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);\n"
     return f"  if ({condition}) return {call}" if condition else f"  {call}"
 
 
@@ -82,8 +78,7 @@ def _is_stored(plan: Plan) -> bool:
 def _narrow(plan: Plan) -> str:
     end = _end(plan, "part", "sums[b * height + r]", "zeros + b * TILE + n")
     zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "nullptr"
-    decode = "decode_chunk" if plan.path == "int8" else "decode_levels"
-    operands = _STORED if _is_stored(plan) else _DECODED.replace("@DECODE@", decode)
+    operands = _STORED if _is_stored(plan) else _DECODED
     given = "operands, panels, count, first * STEPS, block, sums, scale, zeros, totals"
     rest = plan.k_padded // plan.per_step // TILE_ROWS % HELD_TILES
     call = f"narrow_panels<{HELD_TILES}>({given});"
@@ -105,7 +100,7 @@ def _wide(plan: Plan) -> str:
         return panels + _WIDE_FLOATS
     end = _end(plan, "part + n", "sums[r]", "zeros + n")
     zeros = "scales.zeros_at(block)" if plan.encoding.zero_point else "nullptr"
-    operands = _STORED if _is_stored(plan) else _DECODED.replace("@DECODE@", "decode_chunk")
+    operands = _STORED if _is_stored(plan) else _DECODED
     single = plan.blocks == 1
     text = _WIDE_BYTES.replace("@BEGIN@", "" if single else _BEGIN)
     text = text.replace("@TOTAL@", _ONLY_BLOCK if single else _EACH_BLOCK)
@@ -375,15 +370,15 @@ _ONLY_BLOCK = "store(total, mul(@END@, load(scale + n)));"
 _EACH_BLOCK = "store(total, fma(@END@, load(scale + n), load(total)));"
 
 _DECODED = """\
-    @DECODE@(w, tile, first, last, own);
+    decode_chunk(w, tile, first, last, own);
     const uint32_t* operands = own;"""
 
 _STORED = """\
     const uint32_t* operands = w.codes() + (tile * GROUPS + first) * TILE;"""
 
 _MANY_TILE = """\
-// One tile of outputs against some panels: totals[row][64]. The way depends on the rows of all panels:
-// results do not depend on the number of threads.
+// One tile of outputs against some panels: totals[row][64]. The way depends on the rows of all
+// panels, so that results do not depend on the number of threads.
 void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
                int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
 @BODY@}

@@ -1,4 +1,4 @@
-"""Threads that share work: every item once, in their own parts first, then for those who are late."""
+"""Threads that share work: every item once, own parts first, then what others have left."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fxquant.codegen import Header, KernelSpec, bounds, cpp, reference
 from fxquant.codegen.cpp.isa import AMX, AVX512
 from fxquant.codegen.cpp.plan import SUPER_ROWS, Plan
-from fxquant.codegen.cpp.tiles import NARROW_ROWS
+from fxquant.codegen.cpp.tiles import SPAN_ROWS
 from fxquant.codegen.spec import Outliers
 from fxquant.formats import Encoding
 from fxquant.runtime import toolchain
@@ -60,9 +60,9 @@ SPECS = {
         ),
     )
 }
-ROWS = (0, 1, 2, 15, 16, 17, 31, 33, NARROW_ROWS, NARROW_ROWS + 5, 97)
-NARROW = {"levels", "channels_bf16", "short_blocks", "zeros"}
-SINGLE = {*NARROW, "nf4_int8", "zeros_int8"}
+ROWS = (0, 1, 2, 15, 16, 17, 31, 33, SPAN_ROWS, SPAN_ROWS + 5, 97)
+SPANS = {"levels", "channels_bf16", "short_blocks", "zeros", "nf4_int8", "zeros_int8"}
+NARROW = {"nf4_int8", "zeros_int8", "groups", "outliers"}
 ALSO_WITHOUT = ("nf4_int8", "groups", "channels")
 
 needs_tiles = pytest.mark.skipif(
@@ -92,12 +92,9 @@ def test_the_text_goes_the_way_that_is_meant(name: str) -> None:
     assert plan.uses_tiles
     assert ("tdpbf16ps" in text) == (plan.path == "bf16") != ("tdpbs" in text)
     assert ("tdpbsud" in text) == (plan.path == "int8" and plan.encoding.bits == 8)
-    assert ("narrow_tile(" in text) == plan.scales_sums
-    assert ("single_tile(" in text) == plan.has_single
-    assert plan.has_single == (name in SINGLE)
-    assert ("wide_tile(" in text) == (plan.path == "bf16" or not plan.scales_sums)
-    if plan.path == "bf16":
-        assert plan.scales_sums == (name in NARROW)
+    assert ("span_tile(" in text) == plan.has_spans == (name in SPANS)
+    assert ("narrow_tile(" in text) == (name in NARROW)
+    assert ("wide_tile(" in text) == (name not in NARROW)
     assert "tile_load" not in cpp.render(SPECS[name], Header(), AVX512)
 
 

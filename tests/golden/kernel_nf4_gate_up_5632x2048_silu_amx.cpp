@@ -54,7 +54,6 @@ constexpr int64_t N_TILES = 88;
 constexpr int64_t K_PADDED = 2048;  // inputs, up to whole tiles
 constexpr int64_t BITS = 4;  // of a code
 constexpr int64_t PER_DWORD = 8;  // codes in a dword: the inputs of a group
-constexpr int64_t PER_STEP = 2;  // inputs that one instruction multiplies
 constexpr int64_t GROUPS = 256;  // in a row
 constexpr int64_t ALL_STEPS = 1024;  // instructions for a row
 constexpr int64_t BLOCK = 64;  // inputs that are summed before a scale is applied
@@ -62,12 +61,10 @@ constexpr int64_t BLOCKS = 32;  // in a row
 constexpr int64_t GROUPS_OF_BLOCK = 8;
 constexpr int64_t GROUPS_AT_ONCE = 32;  // that few rows go through before the next
 constexpr int64_t BLOCKS_AT_ONCE = 8;  // with their scales
-constexpr int64_t BLOCKS_HELD = 2;  // by registers of the tile unit
 constexpr int64_t GROUPS_OF_CHUNK = 32;  // that are decoded at a time for many rows
-constexpr int64_t GROUPS_HELD = 16;  // that registers of the tile unit hold
 constexpr int64_t CHUNKS = 8;  // in a row
 constexpr int64_t DECODED = 8192;  // dwords of a decoded chunk
-constexpr int64_t NARROW_ROWS = 64;  // up to which scales are applied to sums
+constexpr int64_t SPAN_ROWS = 64;  // up to which sums are scaled span by span
 constexpr int64_t SUPER_ROWS = 320;  // rows that are worked off at a time
 constexpr int64_t TOTALS = 21504;  // floats of the sums of one weight, for many rows
 constexpr int64_t NEAR_TOTALS = 8192;  // the same that few rows make before they are read
@@ -401,11 +398,8 @@ struct Share {
   template <typename F> void each(int64_t count, F&& f) const {
     for (int64_t i = 0; i < threads; ++i) {
       const auto items = Share((thread + i) % threads, threads).part(count);
-      int64_t item = items.first;
-      if (!turns)
-        while (item < items.last) f(item++);
-      else
-        while ((item = items.first + turns[(thread + i) % threads].take(turn)) < items.last) f(item);
+      Turn alone{}, &of = turns ? turns[(thread + i) % threads] : alone;
+      for (int64_t item; (item = items.first + of.take(turn)) < items.last;) f(item);
     }
   }
   // After all have waited: the next each is about other items.
@@ -735,24 +729,6 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
   }
 }
 
-// Groups of a tile to operands, without scales: out[output / 16][step][16].
-void decode_levels(const Weight& w, int64_t tile, int64_t first, int64_t last, uint32_t* out) {
-  const Decoder decoder;
-  constexpr int ALL = TILE / LANES;
-  for (int64_t group = first; group < last; ++group) {
-    const uint32_t* codes = w.codes() + (tile * GROUPS + group) * TILE;
-    for (int v = 0; v < ALL; ++v) {
-      prefetch(codes + AHEAD + v * LANES);
-      const vi code = load(codes + v * LANES);
-#pragma GCC unroll 16
-      for (int step = 0; step < STEPS; ++step) {
-        store(out + ((v * (last - first) + group - first) * STEPS + step) * LANES,
-              decoder.operand(code, step));
-      }
-    }
-  }
-}
-
 // --- the tile unit: eight registers of up to 16 rows of 64 bytes ---
 
 template <int TO> INLINE void tile_load(const void* from, int64_t stride) {
@@ -788,7 +764,7 @@ struct TileUnit {
 constexpr int64_t OF_ROW = 64, OF_TILE = 256;             // bytes, dwords
 constexpr int64_t apart(int64_t steps) { return steps; }  // dwords from one output to the next
 
-// --- up to 16 rows: one panel ---
+// --- some rows: totals in registers ---
 
 constexpr int64_t REGISTERS = ALL_STEPS / 16;  // of the tile unit, for a row
 constexpr int64_t REGISTERS_OF_BLOCK = 2;
@@ -798,27 +774,29 @@ constexpr int REST = 0;  // of the last part, where it is shorter
 constexpr int GROUPS_OF_REGISTER = 16 / STEPS;
 
 // A panel times COUNT registers of the weight: end[row][16].
-template <int COUNT>
+template <int COUNT, int SUMS, int X>
 INLINE void part_dots(const uint32_t* w, const x_t* x, int height, sum_of_one_t* end) {
-  tile_zero<0>();
+  tile_zero<SUMS>();
   each<COUNT>([&](auto i) INLINE_LAMBDA {
-    tile_load<4 + i>(w + i * 256, 64), tile_load<2 + i % 2>(x + i * 16 * height, 64);
-    tile_dot<0, 2 + i % 2, 4 + i>();
+    tile_load<4 + i>(w + i * 256, 64), tile_load<X>(x + i * 16 * height, 64);
+    tile_dot<SUMS, X, 4 + i>();
   });
-  tile_store<0>(end, 64);
+  tile_store<SUMS>(end, 64);
 }
 
-// A span of up to ROWS rows against 16 outputs: totals[row][64] += .
-template <int ROWS>
-ALONE void single_span(const uint32_t* codes, const uint32_t* ahead, int64_t count, const x_t* x,
-                       int height, const xsum_t* sums, const float* scales, const float* all_zeros,
-                       float* totals, uint32_t* own, sum_of_one_t* ends) {
-  (void)sums, (void)all_zeros;
+// A span of a panel of up to ROWS rows against 16 outputs: totals[row][64] += .
+template <bool DECODES, int ROWS, int SUMS, int X>
+ALONE void span_rows(int height, const uint32_t* codes, const uint32_t* ahead, int64_t count,
+                     const x_t* x, const xsum_t* sums, const float* scales, const float* all_zeros,
+                     float* totals, uint32_t* own, sum_of_one_t* ends) {
+  (void)codes, (void)ahead, (void)sums, (void)all_zeros;
   const Decoder decoder;
+  (void)decoder;
   const int64_t parts = (count + PART - 1) / PART;
   Sums<ROWS, vf> total;
   each<ROWS>([&](auto r) INLINE_LAMBDA { at<r>(total) = load(totals + r * TILE); });
   const auto decode = [&](int64_t part) INLINE_LAMBDA {
+    if constexpr (!DECODES) return;
     const int64_t last = std::min<int64_t>(count, (part + 1) * PART);
     for (int64_t i = part * PART; i < last; ++i) {
 #pragma GCC unroll 16
@@ -837,9 +815,9 @@ ALONE void single_span(const uint32_t* codes, const uint32_t* ahead, int64_t cou
     const x_t* from = x + part * PART * 16 * height;
     sum_of_one_t* end = ends + part % 2 * 256;
     if (REST == 0 || (part + 1) * PART <= count)
-      part_dots<PART>(w, from, height, end);
+      part_dots<PART, SUMS, X>(w, from, height, end);
     else
-      part_dots<REST>(w, from, height, end);
+      part_dots<REST, SUMS, X>(w, from, height, end);
   };
   const auto add = [&](int64_t part) INLINE_LAMBDA {
     const int64_t block = part * PART / REGISTERS_OF_BLOCK;
@@ -862,105 +840,46 @@ ALONE void single_span(const uint32_t* codes, const uint32_t* ahead, int64_t cou
   each<ROWS>([&](auto r) INLINE_LAMBDA { store(totals + r * TILE, at<r>(total)); });
 }
 
-// One tile of outputs against one panel, with scales applied to sums: totals[row][64].
-void single_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, uint32_t* own,
-                 float* totals, TileUnit& unit) {
-  const int64_t e = tile / N_TILES;
-  const int height = int(rows);
-  const uint8_t high = uint8_t(rows);
-  unit.take({high, 0, high, high, 16, 16, 16, 16});
-  alignas(64) sum_of_one_t ends[2 * 256] = {};
-  std::memset(totals, 0, 16 * TILE * sizeof(float));
-  Scales scales(w, tile);
-  for (int64_t first = 0; first < REGISTERS; first += SPAN) {
-    const int64_t count = std::min(SPAN, REGISTERS - first), block = first / REGISTERS_OF_BLOCK;
-    const float *scale = scales.at(block), *zeros = scale;
-    for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);
-    const uint32_t* codes = w.codes() + (tile * GROUPS + first * GROUPS_OF_REGISTER) * TILE;
-    const uint32_t* ahead = codes + SPAN * GROUPS_OF_REGISTER * TILE;
-    const x_t* x = call.panels + e * rows * ALL_STEPS + first * 16 * rows;
-    const xsum_t* sums = call.sums + (e * BLOCKS + block) * rows;
-    for (int n = 0; n < TILE; n += LANES, ahead += count * GROUPS_OF_REGISTER * LANES) {
-      if (height <= 4)
-        single_span<4>(codes + n, ahead, count, x, height, sums, scale + n, zeros + n,
-                        totals + n, own, ends);
-      else if (height <= 8)
-        single_span<8>(codes + n, ahead, count, x, height, sums, scale + n, zeros + n,
-                        totals + n, own, ends);
-      else
-        single_span<16>(codes + n, ahead, count, x, height, sums, scale + n, zeros + n,
-                        totals + n, own, ends);
-    }
-  }
-}
-
-// A panel against COUNT registers of the weight, tmm4 and on: the sums of each block.
-template <int COUNT, int EACH, int SUMS, int X>
-INLINE void narrow_dots(const x_t* x, int height, sum_of_one_t* parts) {
-  each<COUNT>([&](auto i) INLINE_LAMBDA {
-    if constexpr (i % EACH == 0) tile_zero<SUMS>();
-    tile_load<X>(x + i * 16 * height, 64);
-    tile_dot<SUMS, X, 4 + i>();
-    if constexpr (i % EACH == EACH - 1 || i == COUNT - 1)
-      tile_store<SUMS>(parts + i / EACH * 16 * LANES, 64);
-  });
-}
-
-// Panels against steps of a decoded tile, 16 outputs after 16: totals[row][64] += .
-template <int COUNT>
-ALONE void narrow_panels(const uint32_t* w, const x_t* x, int64_t rows, int64_t first_step,
-                         int64_t block, const xsum_t* all_sums, const float* scales,
-                         const float* zeros, float* totals) {
-  (void)zeros;
-  constexpr int EACH = std::min<int>(COUNT, BLOCK / PER_STEP / 16);
-  constexpr int PARTS = (COUNT + EACH - 1) / EACH;
-  alignas(64) sum_of_one_t parts[PARTS * 16 * LANES];
-  for (int n = 0; n < TILE; n += LANES) {
-    Sums<PARTS, vf> scale;
-    each<PARTS>([&](auto b) INLINE_LAMBDA { at<b>(scale) = load(scales + b * TILE + n); });
-    const uint32_t* ws = w + n * apart(COUNT * 16);
-    each<COUNT>([&](auto i) INLINE_LAMBDA { tile_load<4 + i>(ws + i * OF_TILE, OF_ROW); });
-    for (int64_t row = 0; row < rows; row += 16) {
-      const int height = int(std::min<int64_t>(rows - row, 16));
-      const x_t* panel = x + row * ALL_STEPS + first_step * height;
-      const xsum_t* sums = all_sums + row * BLOCKS + block * height;
-      (void)sums;
-      if (height == 16)
-        narrow_dots<COUNT, EACH, 0, 1>(panel, height, parts);
-      else
-        narrow_dots<COUNT, EACH, 2, 3>(panel, height, parts);
-#pragma GCC unroll 4
-      for (int r = 0; r < height; ++r) {
-        float* to = totals + (row + r) * TILE + n;
-        vf total = load(to);
-        each<PARTS>([&](auto b) INLINE_LAMBDA {
-          const sum_of_one_t* part = parts + (b * 16 + r) * LANES;
-          total = fma(to_float(load(part)), at<b>(scale), total);
-        });
-        store(to, total);
-      }
-    }
-  }
+// The last panel, which may be lower, has registers of its own.
+template <bool DECODES, typename... Given>
+INLINE void span_of_rows(bool is_last, int height, Given... given) {
+  if (!is_last)
+    span_rows<DECODES, 16, 0, 2>(height, given...);
+  else if (height > 4)
+    span_rows<DECODES, 16, 1, 3>(height, given...);
+  else
+    span_rows<DECODES, 4, 1, 3>(height, given...);
 }
 
 // One tile of outputs against some panels, with scales applied to sums: totals[row][64].
-void narrow_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
+void span_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
                  int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
   const int64_t e = tile / N_TILES, first_row = first_panel * 16, at = e * rows + first_row;
   const int64_t count = std::min(rows, last_panel * 16) - first_row;
   const x_t* panels = call.panels + at * ALL_STEPS;
-  const xsum_t* sums = call.sums + at * BLOCKS;
+  const xsum_t* all_sums = call.sums + at * BLOCKS;
   const uint8_t rest = uint8_t((count - 1) % 16 + 1);
-  unit.take({16, 16, rest, rest, 16, 16, 16, 16});
-  std::memset(totals, 0, count * TILE * sizeof(float));
+  unit.take({16, rest, 16, rest, 16, 16, 16, 16});
+  alignas(64) sum_of_one_t ends[2 * 256] = {};
+  std::memset(totals, 0, (count + 15) / 16 * 16 * TILE * sizeof(float));
   Scales scales(w, tile);
-  for (int64_t first = 0; first < GROUPS; first += GROUPS_HELD) {
-    const int64_t last = std::min(first + GROUPS_HELD, GROUPS), block = first / GROUPS_OF_BLOCK;
-    decode_levels(w, tile, first, last, own);
-    const uint32_t* operands = own;
-    const float *scale = scales.at(block), *zeros = nullptr;
-    for (int64_t i = 1; i < BLOCKS_HELD && block + i < BLOCKS; ++i) scales.at(block + i);
-    narrow_panels<4>(operands, panels, count, first * STEPS, block, sums, scale, zeros, totals);
+  for (int64_t first = 0; first < REGISTERS; first += SPAN) {
+    const int64_t registers = std::min(SPAN, REGISTERS - first), block = first / REGISTERS_OF_BLOCK;
+    const float *scale = scales.at(block), *zeros = scale;
+    for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);
+    const uint32_t* codes = w.codes() + (tile * GROUPS + first * GROUPS_OF_REGISTER) * TILE;
+    const uint32_t* ahead = codes + SPAN * GROUPS_OF_REGISTER * TILE;
+    for (int n = 0; n < TILE; n += LANES, ahead += registers * GROUPS_OF_REGISTER * LANES)
+      for (int64_t row = 0; row < count; row += 16) {
+        const int height = int(std::min<int64_t>(count - row, 16));
+        const x_t* x = panels + row * ALL_STEPS + first * 16 * height;
+        const xsum_t* sums = all_sums + row * BLOCKS + block * height;
+        const auto run = [&](auto decodes) INLINE_LAMBDA {
+          span_of_rows<decodes>(row + 16 >= count, height, codes + n, ahead, registers, x, sums,
+                                scale + n, zeros + n, totals + row * TILE + n, own, ends);
+        };
+        row ? run(std::false_type{}) : run(std::true_type{});  // then they are decoded
+      }
   }
 }
 
@@ -1052,12 +971,11 @@ void wide_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
   }
 }
 
-// One tile of outputs against some panels: totals[row][64]. The way depends on the rows of all panels:
-// results do not depend on the number of threads.
+// One tile of outputs against some panels: totals[row][64]. The way depends on the rows of all
+// panels, so that results do not depend on the number of threads.
 void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
                int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
-  if (rows <= 16) return single_tile(call, w, tile, rows, own, totals, unit);
-  if (rows <= NARROW_ROWS) return narrow_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
+  if (rows <= SPAN_ROWS) return span_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
   wide_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
 }
 

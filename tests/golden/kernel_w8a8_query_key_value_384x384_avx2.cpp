@@ -176,11 +176,8 @@ struct Share {
   template <typename F> void each(int64_t count, F&& f) const {
     for (int64_t i = 0; i < threads; ++i) {
       const auto items = Share((thread + i) % threads, threads).part(count);
-      int64_t item = items.first;
-      if (!turns)
-        while (item < items.last) f(item++);
-      else
-        while ((item = items.first + turns[(thread + i) % threads].take(turn)) < items.last) f(item);
+      Turn alone{}, &of = turns ? turns[(thread + i) % threads] : alone;
+      for (int64_t item; (item = items.first + of.take(turn)) < items.last;) f(item);
     }
   }
   // After all have waited: the next each is about other items.
