@@ -137,7 +137,7 @@ def many_cost(plan: Plan) -> Cost:
     rows, supers = least * sympy.ceiling(M / least), sympy.ceiling(M / SUPER_ROWS)
     panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS, evaluate=False) / most)
     tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
-    wanted = sympy.Min(sympy.ceiling(4 * THREADS / tiles), panels, evaluate=False)
+    wanted = sympy.Min(sympy.ceiling(2 * THREADS / tiles), panels, evaluate=False)
     parts = sympy.Max(1, wanted, evaluate=False)
     decoded = supers * parts * steps * _stored_operand(plan)
     each = math.ceil(plan.k_padded / plan.chunk) * _round_trip(plan)
@@ -156,7 +156,7 @@ def _tiles_cost(plan: Plan) -> Cost:
     rows, supers = 8 * sympy.ceiling(M / 8), sympy.ceiling(M / plan.super_rows)
     panels = sympy.ceiling(sympy.Min(M, plan.super_rows, evaluate=False) / TILE_ROWS)
     tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
-    wanted = sympy.Min(sympy.ceiling(4 * THREADS / tiles), panels, evaluate=False)
+    wanted = sympy.Min(sympy.ceiling(2 * THREADS / tiles), panels, evaluate=False)
     parts = sympy.Max(1, wanted, evaluate=False)
     stored = plan.path == "int8" and plan.encoding.bits == 8
     levels = _LOAD_STORED if stored else _operand(plan) + _STORE + _LOAD

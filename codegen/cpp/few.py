@@ -22,25 +22,39 @@ def few(plan: Plan) -> str:
         f"    case {height}: return few_rows<{height}>(w, tile, x, sums, totals);"
         for height in plan.few_heights
     )
-    text, line, panel = _FEW, "", "@AT@"
-    steps = {"@COUNT@": "STEPS", "@OPERAND@": "operand", "@STEP@": "step", "@X@": "x_t"}
-    if plan.few_in_floats:
-        text, line, panel = _FLOAT_LINE + _FEW, _LINE, "line.of(@AT@)"
-        steps = {"@COUNT@": "PER_DWORD", "@OPERAND@": "value", "@STEP@": "PLACES[step]"}
-        steps["@X@"] = "float"
-    text = text.replace("@TILES@", _TILES if plan.spec.weights == 1 else _TILES_OF_SEVERAL)
-    text = text.replace("@LINE@", line)
-    text = text.replace("@PANEL@", panel.replace("@AT@", "call.panels + at * ALL_STEPS"))
-    text = text.replace("@ASKS@", _ASKS_AT_TIMES if plan.isa.looks_ahead else _ASKS)
-    for name, value in steps.items():
+    text = _FLOAT_LINE + _FEW if plan.few_in_floats else _FEW
+    for name, value in {
+        "@TILES@": _TILES if plan.spec.weights == 1 else _TILES_OF_SEVERAL,
+        "@ASKS@": _ASKS_AT_TIMES if plan.isa.looks_ahead else _ASKS,
+        "@BEGIN@": begin,
+        "@END@": end,
+        "@ZEROS@": zeros,
+        "@HEIGHTS@": heights,
+        **(_AS_FLOATS if plan.few_in_floats else _AS_OPERANDS),
+    }.items():
         text = text.replace(name, value)
-    return plan.placed(
-        text.replace("@BEGIN@", begin)
-        .replace("@END@", end)
-        .replace("@ZEROS@", zeros)
-        .replace("@HEIGHTS@", heights)
-    )
+    return plan.placed(text)
 
+
+_AS_OPERANDS = {
+    "@X@": "x_t",
+    "@COUNT@": "STEPS",
+    "@OPERAND@": "operand",
+    "@STEP@": "step",
+    "@LINE@": "",
+    "@PANEL@": "call.panels + at * ALL_STEPS",
+}
+"""What a code becomes, and what it is multiplied with."""
+
+_AS_FLOATS = {
+    "@X@": "float",
+    "@COUNT@": "PER_DWORD",
+    "@OPERAND@": "value",
+    "@STEP@": "PLACES[step]",
+    "@LINE@": "  FloatLine line{call.floats + of.thread * K_PADDED};\n",
+    "@PANEL@": "line.of(call.panels + at * ALL_STEPS)",
+}
+"""The same for a row that is multiplied as floats."""
 
 _TILES = """\
 // All tiles of outputs, each against all panels while its codes are near.
@@ -54,7 +68,8 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
       const int height = height_of(rows - row, FEW_HEIGHTS);
-      few_rows(height, call.weight, tile, @PANEL@, call.sums + at * BLOCKS, totals);
+      const @X@* x = @PANEL@;
+      few_rows(height, call.weight, tile, x, call.sums + at * BLOCKS, totals);
       finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
     }
   });
@@ -85,7 +100,8 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
           float* own = totals + i * NEAR_TOTALS + (tile - first) * heights * TILE;
           for (int64_t row = first_row; row < last_row; row += HEIGHT) {
             const int64_t at = @MATRIX@ * heights + row;
-            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile, @PANEL@,
+            const @X@* x = @PANEL@;
+            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile, x,
                      call.sums + at * BLOCKS, own + (row - first_row) * TILE);
           }
         }
@@ -95,10 +111,6 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
     }
   });
 }
-"""
-
-_LINE = """\
-  FloatLine line{call.floats + of.thread * K_PADDED};
 """
 
 _FLOAT_LINE = """\

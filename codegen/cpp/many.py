@@ -294,7 +294,7 @@ void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& 
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
   float* totals = reinterpret_cast<float*>(decoded + DECODED);@UNIT@
-  const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
+  const int64_t wanted = (2 * of.threads + E * N_TILES - 1) / (E * N_TILES);
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
   const auto items = part.of(E * N_TILES * parts);
   of.each(items.last - items.first, [&](int64_t number) {

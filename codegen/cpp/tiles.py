@@ -38,7 +38,7 @@ def _way(way: tuple[str, str]) -> str:
     """One of the ways through a tile, with its condition if it has one."""
     condition, name = way
     call = f"{name}_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);\n"
-    return f"  if ({condition}) return {call}" if condition else f"  {call}"
+    return f"  if ({condition})\n    return {call}" if condition else f"  {call}"
 
 
 def unit(dot: str) -> str:

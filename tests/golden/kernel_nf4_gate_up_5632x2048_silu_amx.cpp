@@ -684,7 +684,8 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
           float* own = totals + i * NEAR_TOTALS + (tile - first) * heights * TILE;
           for (int64_t row = first_row; row < last_row; row += HEIGHT) {
             const int64_t at = tile / N_TILES * heights + row;
-            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile, line.of(call.panels + at * ALL_STEPS),
+            const float* x = line.of(call.panels + at * ALL_STEPS);
+            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile, x,
                      call.sums + at * BLOCKS, own + (row - first_row) * TILE);
           }
         }
@@ -975,7 +976,8 @@ void wide_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
 // panels, so that results do not depend on the number of threads.
 void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
                int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
-  if (rows <= SPAN_ROWS) return span_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
+  if (rows <= SPAN_ROWS)
+    return span_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
   wide_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);
 }
 
@@ -987,7 +989,7 @@ void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& 
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
   float* totals = reinterpret_cast<float*>(decoded + DECODED);
   TileUnit unit;
-  const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
+  const int64_t wanted = (2 * of.threads + E * N_TILES - 1) / (E * N_TILES);
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
   const auto items = part.of(E * N_TILES * parts);
   of.each(items.last - items.first, [&](int64_t number) {

@@ -595,7 +595,8 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
     for (int64_t panel = 0; panel < panels; ++panel) {
       const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
       const int height = height_of(rows - row, FEW_HEIGHTS);
-      few_rows(height, call.weight, tile, call.panels + at * ALL_STEPS, call.sums + at * BLOCKS, totals);
+      const x_t* x = call.panels + at * ALL_STEPS;
+      few_rows(height, call.weight, tile, x, call.sums + at * BLOCKS, totals);
       finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
     }
   });
@@ -711,7 +712,7 @@ void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& 
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
   float* totals = reinterpret_cast<float*>(decoded + DECODED);
-  const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
+  const int64_t wanted = (2 * of.threads + E * N_TILES - 1) / (E * N_TILES);
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
   const auto items = part.of(E * N_TILES * parts);
   of.each(items.last - items.first, [&](int64_t number) {

@@ -468,7 +468,8 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
           float* own = totals + i * NEAR_TOTALS + (tile - first) * heights * TILE;
           for (int64_t row = first_row; row < last_row; row += HEIGHT) {
             const int64_t at = tile / N_TILES * heights + row;
-            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile, call.panels + at * ALL_STEPS,
+            const x_t* x = call.panels + at * ALL_STEPS;
+            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile, x,
                      call.sums + at * BLOCKS, own + (row - first_row) * TILE);
           }
         }
@@ -560,7 +561,7 @@ void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& 
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
   float* totals = reinterpret_cast<float*>(decoded + DECODED);
-  const int64_t wanted = (4 * of.threads + E * N_TILES - 1) / (E * N_TILES);
+  const int64_t wanted = (2 * of.threads + E * N_TILES - 1) / (E * N_TILES);
   const int64_t parts = std::max<int64_t>(1, std::min(wanted, panels));
   const auto items = part.of(E * N_TILES * parts);
   of.each(items.last - items.first, [&](int64_t number) {
