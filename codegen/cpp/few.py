@@ -25,6 +25,7 @@ def few(plan: Plan) -> str:
     text = _FLOAT_LINE + _FEW if plan.few_in_floats else _FEW
     for name, value in {
         "@TILES@": _TILES if plan.spec.weights == 1 else _TILES_OF_SEVERAL,
+        "@NEAR@": "" if plan.isa.looks_ahead else "      bring_near(codes + NEAR + v * LANES);\n",
         "@ASKS@": _ASKS_AT_TIMES if plan.isa.looks_ahead else _ASKS,
         "@BEGIN@": begin,
         "@END@": end,
@@ -164,7 +165,7 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
   for (int64_t group = 0; group < groups; ++group) {
     each<VECTORS>([&](auto v) INLINE_LAMBDA {
       if constexpr (ASKS_AHEAD) prefetch(ahead + v * LANES);
-      const vi code = load(codes + v * LANES);
+@NEAR@      const vi code = load(codes + v * LANES);
       each<@COUNT@>([&](auto step) INLINE_LAMBDA {
         const auto operand = decoder.@OPERAND@(code, step);
         each<ROWS>([&](auto row) INLINE_LAMBDA {

@@ -143,6 +143,7 @@ def _sizes(plan: Plan) -> str:
         ("ENDS", plan.ends, "which operand says where the rows of each matrix end"),
         ("OUTLIERS", spec.outliers.columns or 0 if spec.outliers else 0, "given columns"),
         ("AHEAD", 2048, "dwords of codes that are asked for in advance"),
+        ("NEAR", 512, "the same, once more"),
     )
     lines += [_constant("int64_t", name, str(value), comment) for name, value, comment in counts]
     lines += [
@@ -209,6 +210,9 @@ def _conversions(plan: Plan) -> str:
 SUMS = """\
 // Codes on their way to the second-level cache; what lies behind the weight does no harm.
 INLINE void prefetch(const uint32_t* codes) { __builtin_prefetch(codes, 0, 2); }
+
+// The same from there to the first-level cache.
+INLINE void bring_near(const uint32_t* codes) { __builtin_prefetch(codes, 0, 3); }
 
 // Calls f with 0, 1 .. COUNT - 1 as constants.
 template <typename F, int... I> INLINE void each(F&& f, std::integer_sequence<int, I...>) {

@@ -76,6 +76,7 @@ ALONE void span_rows(int height, const uint32_t* codes, const uint32_t* ahead, i
       for (int g = 0; g < GROUPS_OF_REGISTER; ++g) {
         const int64_t group = i * GROUPS_OF_REGISTER + g;
         prefetch(ahead + group * LANES);
+        bring_near(codes + NEAR + group * TILE);
         const vi code = load(codes + group * TILE);
 #pragma GCC unroll 16
         for (int step = 0; step < STEPS; ++step)

@@ -70,6 +70,7 @@ constexpr int64_t TOTALS = 21504;  // floats of the sums of one weight, for many
 constexpr int64_t NEAR_TOTALS = 8192;  // the same that few rows make before they are read
 constexpr int64_t OWN_BYTES = 204800;  // a thread
 constexpr int64_t AHEAD = 2048;  // dwords of codes that are asked for in advance
+constexpr int64_t NEAR = 512;  // the same, once more
 constexpr int STEPS = 4;  // instructions that use up a group
 constexpr int MOST_SUMS = 24;  // registers of sums
 constexpr int PLACES[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of a dword: whose codes stand there
@@ -116,6 +117,9 @@ INLINE void dot(vf& sum, vf w, const float* x) {
 
 // Codes on their way to the second-level cache; what lies behind the weight does no harm.
 INLINE void prefetch(const uint32_t* codes) { __builtin_prefetch(codes, 0, 2); }
+
+// The same from there to the first-level cache.
+INLINE void bring_near(const uint32_t* codes) { __builtin_prefetch(codes, 0, 3); }
 
 // Calls f with 0, 1 .. COUNT - 1 as constants.
 template <typename F, int... I> INLINE void each(F&& f, std::integer_sequence<int, I...>) {
@@ -606,6 +610,7 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
   for (int64_t group = 0; group < groups; ++group) {
     each<VECTORS>([&](auto v) INLINE_LAMBDA {
       if constexpr (ASKS_AHEAD) prefetch(ahead + v * LANES);
+      bring_near(codes + NEAR + v * LANES);
       const vi code = load(codes + v * LANES);
       each<PER_DWORD>([&](auto step) INLINE_LAMBDA {
         const auto operand = decoder.value(code, step);
@@ -804,6 +809,7 @@ ALONE void span_rows(int height, const uint32_t* codes, const uint32_t* ahead, i
       for (int g = 0; g < GROUPS_OF_REGISTER; ++g) {
         const int64_t group = i * GROUPS_OF_REGISTER + g;
         prefetch(ahead + group * LANES);
+        bring_near(codes + NEAR + group * TILE);
         const vi code = load(codes + group * TILE);
 #pragma GCC unroll 16
         for (int step = 0; step < STEPS; ++step)
