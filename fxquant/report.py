@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import anchor_of
+from fxquant.page import page
 from fxquant.runtime import index
 
 QUANTIZED, LEFT_ALONE = "quantized", "left alone"
@@ -112,33 +113,42 @@ class Report:
             most: Products to show, the first ones; a last line says how many there are beside them.
         """
         table = Table(title=self.summary(), title_justify="left")
-        # Of weights alone there is nothing to say about activations.
-        has_activations = any(row.activation for row in self.rows)
-        for name, justify in (
-            ("module", "left"),
-            ("shape", "right"),
-            ("scheme", "left"),
-            *([("activation", "left")] if has_activations else []),
-            ("bits", "right"),
-            ("error dB", "right"),
-            ("kernel, or why it was left alone", "left"),
-        ):
-            table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+        for name, justify in self._columns():
+            table.add_column(name, justify=justify, overflow="fold")
         shown = self.rows if most is None else self.rows[:most]
         for row in shown:
-            said = row.kernel or (f"{row.reason} ({row.where})" if row.where else row.reason)
-            table.add_row(
-                escape(row.module or row.parameter),
-                "x".join(map(str, row.shape)),
-                row.scheme or "-",
-                *([row.activation or "-"] if has_activations else []),
-                f"{row.bits:.3f}" if row.bits else "-",
-                "-" if row.error_db is None else f"{row.error_db:.1f}",
-                escape("\n".join([said, *row.fused, *row.notes])),
-            )
+            said = "\n".join([_outcome(row), *row.fused, *row.notes])
+            table.add_row(*map(escape, [*self._cells(row), said]))
         if len(shown) < len(self.rows):
             table.add_row(f"... {len(self.rows) - len(shown)} more products")
         return table
+
+    def _columns(self) -> list[tuple[str, Literal["left", "right"]]]:
+        """Heading and side of each column; none for activations where all are as they were."""
+        activation: list[tuple[str, Literal["left", "right"]]] = []
+        if any(row.activation for row in self.rows):
+            activation = [("activation", "left")]
+        return [
+            ("module", "left"),
+            ("shape", "right"),
+            ("scheme", "left"),
+            *activation,
+            ("bits", "right"),
+            ("error dB", "right"),
+            ("kernel, or why it was left alone", "left"),
+        ]
+
+    def _cells(self, row: Row) -> list[str]:
+        """What a row has in all columns but the last."""
+        has_activations = any(row.activation for row in self.rows)
+        return [
+            row.module or row.parameter,
+            "x".join(map(str, row.shape)),
+            row.scheme or "-",
+            *([row.activation or "-"] if has_activations else []),
+            f"{row.bits:.3f}" if row.bits else "-",
+            "-" if row.error_db is None else f"{row.error_db:.1f}",
+        ]
 
     def summary(self) -> str:
         """One line."""
@@ -165,26 +175,31 @@ class Report:
 
     def to_html(self) -> str:
         """A self-contained page."""
-        names = [field.name for field in dataclasses.fields(Row)]
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-        body = "".join(
-            "<tr>"
-            + "".join(f"<td>{html.escape(_text(getattr(row, name)))}</td>" for name in names)
-            + "</tr>\n"
-            for row in self.rows
+        sides = ["" if justify == "left" else " class=n" for _, justify in self._columns()]
+        head = "".join(
+            f"<th{side}>{html.escape(name)}</th>"
+            for side, (name, _) in zip(sides, self._columns(), strict=True)
         )
-        return (
-            "<!doctype html><meta charset='utf-8'><title>fxquant report</title>"
-            "<style>body{font-family:sans-serif}table{border-collapse:collapse}"
-            "td,th{border:1px solid #ccc;padding:2px 6px;text-align:left}</style>"
-            f"<h1>{html.escape(self.summary())}</h1><table><tr>{head}</tr>\n{body}</table>\n"
-        )
+        rows = []
+        for row in self.rows:
+            cells = "".join(
+                f"<td{side}>{html.escape(text)}</td>"
+                for side, text in zip(sides, self._cells(row), strict=False)
+            )
+            kind = " class=note" if row.status == LEFT_ALONE else ""
+            more = "".join(
+                f"<div class=what>{html.escape(text)}</div>" for text in (*row.fused, *row.notes)
+            )
+            said = f"<div{kind}>{html.escape(_outcome(row))}</div>{more}"
+            rows.append(f"<tbody><tr>{cells}<td>{said}</td></tr></tbody>")
+        body = "\n".join(rows)
+        table = f"<table><thead><tr>{head}</tr></thead>\n{body}\n</table>"
+        return page("fxquant report", self.summary(), table)
 
 
-def _text(value: object) -> str:
-    """A field of a row for a page; shapes keep their brackets."""
-    is_notes = isinstance(value, tuple) and all(isinstance(part, str) for part in value)
-    return "; ".join(value) if is_notes else str(value)  # type: ignore[arg-type]
+def _outcome(row: Row) -> str:
+    """What computes a product, or why it was left alone, and where that is."""
+    return row.kernel or (f"{row.reason} ({row.where})" if row.where else row.reason)
 
 
 class _Record:

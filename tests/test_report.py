@@ -68,7 +68,9 @@ def test_forms() -> None:
     assert data["rows"][0]["shape"] == [20, 10]
     assert math.isclose(data["coverage"], 200 / 500)
     page = found.to_html()
-    assert "it is &lt;too&gt; &amp; small" in page
+    for text in ("layers.0", ">20x10<", ">4.000<", ">20.0<", found.summary()):
+        assert text in page
+    assert "<div class=note>it is &lt;too&gt; &amp; small (m.py:7)</div>" in page
     assert "<too>" not in page
 
 

@@ -188,8 +188,9 @@ def test_forms_show_activations_and_notes() -> None:
     assert [d["notes"] for d in data] == [list(notes), []]
     assert [d["activation"] for d in data] == ["int8 static", ""]
     page = found.to_html()
-    assert "<td>1/s into the &lt;norm&gt;; saturated elements: 3</td>" in page
-    assert "<td>(4, 4)</td>" in page
+    assert "<div class=what>1/s into the &lt;norm&gt;</div>" in page
+    assert "<div class=what>saturated elements: 3</div>" in page
+    assert "<td>int8 static</td>" in page
 
 
 def test_a_gauge_is_read_at_every_report_and_dies_with_the_parameter() -> None:

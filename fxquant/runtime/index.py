@@ -24,6 +24,7 @@ from fxquant.codegen.cpp import cost
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.work import amount, work_of
+from fxquant.page import page
 from fxquant.runtime import cache, launch, rates, timing, toolchain
 from fxquant.runtime.cpp import usable_threads
 
@@ -198,20 +199,6 @@ def _read(path: Path) -> list[Entry]:
 
 # --- the page ---------------------------------------------------------------------------------
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 82rem; color: #222; }
-h1 { font-size: 1.3rem; } p { color: #555; max-width: 60rem; }
-table { border-collapse: collapse; width: 100%; }
-th { text-align: left; color: #555; font-weight: 600; border-bottom: 2px solid #ccc; }
-th, td { padding: .3rem .7rem; vertical-align: top; } td.n, th.n { text-align: right; }
-tbody { border-bottom: 1px solid #ddd; } tbody:hover { background: #f6f8fa; }
-td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
-.what, .note { color: #666; font-size: .85rem; } .note { color: #a33; }
-a { font-family: ui-monospace, monospace; font-size: .9rem; }
-details { font-size: .85rem; } .bar { background: #9cc4e4; height: .35rem; border-radius: 2px; }
-@media (prefers-color-scheme: dark) { body { background: #161616; color: #ddd; }
- p, th, .what { color: #aaa; } tbody:hover { background: #222; } a { color: #8bf; } }
-"""
 _COLUMNS = ("rows", "calls", "measured µs", "predicted µs", "moves", "operations", "GB/s", "Gop/s")
 
 
@@ -220,15 +207,13 @@ def _page(found: list[Entry]) -> str:
     calls = sum(entry.calls for entry in found)
     head = "".join(f"<th class=n>{name}</th>" for name in _COLUMNS)
     body = "\n".join(_rows_of(entry, total) for entry in found)
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>fxquant kernels</title>"
-        f"<style>{_STYLE}</style><h1>{len(found)} kernels, {calls} calls, "
-        f"{total * 1e3:,.1f} ms in them</h1>"
+    return page(
+        "fxquant kernels",
+        f"{len(found)} kernels, {calls} calls, {total * 1e3:,.1f} ms in them",
         "<p>Times are medians around launches. Predictions are those of the cost model: weights "
         "from memory, none in a cache, the epilogue left out. Bytes and operations are the least "
         f"that a call needs. fxquant {html.escape(__version__)}.</p>"
-        f"<table><thead><tr><th>kernel</th><th>modules</th>{head}</tr></thead>\n{body}\n"
-        "</table></html>\n"
+        f"<table><thead><tr><th>kernel</th><th>modules</th>{head}</tr></thead>\n{body}\n</table>",
     )
 
 
