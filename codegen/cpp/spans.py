@@ -16,7 +16,7 @@ def spans(plan: Plan, end: str, decoder: str) -> str:
 
     Args:
         plan: Of the kernel.
-        end: The sums of a part as floats: of ``part``, with ``zeros``, and ``xsum`` of the row.
+        end: The sums of a part as floats: of ``part_of_row``, ``sums`` and ``zeros``.
         decoder: What makes ``decoder``.
     """
     of_block = plan.block // plan.per_step // TILE_ROWS
