@@ -347,7 +347,7 @@ _LOOP = """\
     Memory mine = memory;
     for (int64_t thread = 0; thread < (split.is_apart ? all.thread + 1 : 1); ++thread)
       take_own(own, mine, split.rows, split.is_apart ? 1 : threads);
-@DIRECT@@LINE@    const int64_t blocks = (m + split.rows - 1) / split.rows;
+@DIRECT@@LINE@    const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
     const auto work_off = [&](int64_t block, const Part& part) {
       const int64_t first = block * split.rows, rows = std::min(split.rows, m - first);
 @RUN@    };

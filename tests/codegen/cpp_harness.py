@@ -91,18 +91,17 @@ class Kernel:
         dtypes = [getattr(torch, dtype) for dtype in Plan(spec, self.isa).result_dtypes]
         count = functools.reduce(int.__mul__, shape)
         outs = [torch.full((count + GUARD,), torch.nan, dtype=dtype) for dtype in dtypes]
-        if rows:
-            x_e = x.stride(0) if spec.batch else 0
-            if spec.grouped:  # the most rows of a matrix that are few
-                variant = rows if variant == FEW else 0
-            weights = _addresses([block.address for block in prepared])
-            scratch = _filled(self._library.fxquant_scratch_bytes(rows, threads))
-            self._library.fxquant_run(
-                weights if spec.weights > 1 else prepared[0].address,
-                *(x.data_ptr(), x_e, x.stride(-2), x.stride(-1), rows),
-                _pointers(outs) if spec.epilogue.more else outs[0].data_ptr(),
-                *(_pointers(extra), scratch.address, threads, variant),
-            )
+        x_e = x.stride(0) if spec.batch else 0
+        if spec.grouped:  # the most rows of a matrix that are few
+            variant = rows if variant == FEW else 0
+        weights = _addresses([block.address for block in prepared])
+        scratch = _filled(self._library.fxquant_scratch_bytes(rows, threads))
+        self._library.fxquant_run(
+            weights if spec.weights > 1 else prepared[0].address,
+            *(x.data_ptr(), x_e, x.stride(-2), x.stride(-1), rows),
+            _pointers(outs) if spec.epilogue.more else outs[0].data_ptr(),
+            *(_pointers(extra), scratch.address, threads, variant),
+        )
         for out in outs:
             assert out[count:].isnan().all(), "written behind the result"
         results = [out[:count].view(shape) for out in outs]

@@ -714,7 +714,7 @@ extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, in
     for (int64_t thread = 0; thread < (split.is_apart ? all.thread + 1 : 1); ++thread)
       take_own(own, mine, split.rows, split.is_apart ? 1 : threads);
     if (is_few && m == 1) own.panels = own.lines;  // a panel of one row is a line
-    const int64_t blocks = (m + split.rows - 1) / split.rows;
+    const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
     const auto work_off = [&](int64_t block, const Part& part) {
       const int64_t first = block * split.rows, rows = std::min(split.rows, m - first);
       if (is_few)

@@ -861,7 +861,7 @@ extern "C" void fxquant_run(const void* prepared, const void* x, int64_t x_e, in
       take_own(own, mine, split.rows, split.is_apart ? 1 : threads);
     if (call.is_line) own.lines = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
     if (is_few && m == 1) own.panels = own.lines;  // a panel of one row is a line
-    const int64_t blocks = (m + split.rows - 1) / split.rows;
+    const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
     const auto work_off = [&](int64_t block, const Part& part) {
       const int64_t first = block * split.rows, rows = std::min(split.rows, m - first);
       if (is_few)
