@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -77,6 +77,33 @@ class Row:
         return (self.module, self.parameter, self.where)
 
 
+class _Column(NamedTuple):
+    """A column of the report.
+
+    Attributes:
+        name: Its heading.
+        side: Where its texts are lined up.
+        text: What a row has in it.
+    """
+
+    name: str
+    side: Literal["left", "right"]
+    text: Callable[[Row], str]
+
+
+_COLUMNS = (
+    _Column("module", "left", lambda row: row.module or row.parameter),
+    _Column("shape", "right", lambda row: "x".join(map(str, row.shape))),
+    _Column("scheme", "left", lambda row: row.scheme or "-"),
+    _Column("activation", "left", lambda row: row.activation or "-"),
+    _Column("bits", "right", lambda row: f"{row.bits:.3f}" if row.bits else "-"),
+    _Column(
+        "error dB", "right", lambda row: "-" if row.error_db is None else f"{row.error_db:.1f}"
+    ),
+)
+_LAST = "kernel, or why it was left alone"
+
+
 @dataclass(frozen=True)
 class Report:
     """The products of a model, in the order in which they were met."""
@@ -113,42 +140,22 @@ class Report:
             most: Products to show, the first ones; a last line says how many there are beside them.
         """
         table = Table(title=self.summary(), title_justify="left")
-        for name, justify in self._columns():
-            table.add_column(name, justify=justify, overflow="fold")
+        columns = self._columns()
+        for column in columns:
+            table.add_column(column.name, justify=column.side, overflow="fold")
+        table.add_column(_LAST, overflow="fold")
         shown = self.rows if most is None else self.rows[:most]
         for row in shown:
             said = "\n".join([_outcome(row), *row.fused, *row.notes])
-            table.add_row(*map(escape, [*self._cells(row), said]))
+            table.add_row(*(escape(column.text(row)) for column in columns), escape(said))
         if len(shown) < len(self.rows):
             table.add_row(f"... {len(self.rows) - len(shown)} more products")
         return table
 
-    def _columns(self) -> list[tuple[str, Literal["left", "right"]]]:
-        """Heading and side of each column; none for activations where all are as they were."""
-        activation: list[tuple[str, Literal["left", "right"]]] = []
-        if any(row.activation for row in self.rows):
-            activation = [("activation", "left")]
-        return [
-            ("module", "left"),
-            ("shape", "right"),
-            ("scheme", "left"),
-            *activation,
-            ("bits", "right"),
-            ("error dB", "right"),
-            ("kernel, or why it was left alone", "left"),
-        ]
-
-    def _cells(self, row: Row) -> list[str]:
-        """What a row has in all columns but the last."""
+    def _columns(self) -> list[_Column]:
+        """All but the last. Of weights alone there is nothing to say about activations."""
         has_activations = any(row.activation for row in self.rows)
-        return [
-            row.module or row.parameter,
-            "x".join(map(str, row.shape)),
-            row.scheme or "-",
-            *([row.activation or "-"] if has_activations else []),
-            f"{row.bits:.3f}" if row.bits else "-",
-            "-" if row.error_db is None else f"{row.error_db:.1f}",
-        ]
+        return [one for one in _COLUMNS if has_activations or one.name != "activation"]
 
     def summary(self) -> str:
         """One line."""
@@ -175,26 +182,20 @@ class Report:
 
     def to_html(self) -> str:
         """A self-contained page."""
-        sides = ["" if justify == "left" else " class=n" for _, justify in self._columns()]
-        head = "".join(
-            f"<th{side}>{html.escape(name)}</th>"
-            for side, (name, _) in zip(sides, self._columns(), strict=True)
-        )
+        columns = self._columns()
+        sides = {column: " class=n" if column.side == "right" else "" for column in columns}
+        head = "".join(f"<th{sides[one]}>{html.escape(one.name)}</th>" for one in columns)
         rows = []
         for row in self.rows:
-            cells = "".join(
-                f"<td{side}>{html.escape(text)}</td>"
-                for side, text in zip(sides, self._cells(row), strict=False)
-            )
+            cells = "".join(f"<td{sides[one]}>{html.escape(one.text(row))}</td>" for one in columns)
             kind = " class=note" if row.status == LEFT_ALONE else ""
-            more = "".join(
+            said = f"<div{kind}>{html.escape(_outcome(row))}</div>" + "".join(
                 f"<div class=what>{html.escape(text)}</div>" for text in (*row.fused, *row.notes)
             )
-            said = f"<div{kind}>{html.escape(_outcome(row))}</div>{more}"
             rows.append(f"<tbody><tr>{cells}<td>{said}</td></tr></tbody>")
         body = "\n".join(rows)
-        table = f"<table><thead><tr>{head}</tr></thead>\n{body}\n</table>"
-        return page("fxquant report", self.summary(), table)
+        head = f"<thead><tr>{head}<th>{html.escape(_LAST)}</th></tr></thead>"
+        return page("fxquant report", self.summary(), f"<table>{head}\n{body}\n</table>")
 
 
 def _outcome(row: Row) -> str:

@@ -79,10 +79,10 @@ def entry(plan: Plan) -> str:
     )
     if plan.spec.grouped:
         text = text.replace("@SPLIT@", "").replace("@COUNT@", groups.COUNT)
-        text = text.replace("@LOOP@", groups.loop(plan, run.replace("@PART@", "")))
+        text = text.replace("@LOOP@", groups.loop(plan, run))
     else:
         text = text.replace("@SPLIT@", _SPLIT).replace("@COUNT@", _COUNT)
-        text = text.replace("@LOOP@", _LOOP.replace("@RUN@", run.replace("@PART@", ", part")))
+        text = text.replace("@LOOP@", _LOOP.replace("@RUN@", run))
         text = text.replace("@CHOICE@", _CHOICE if plan.is_regular else "")
         text = text.replace("@LINE@", _LINE if plan.is_regular else "")
     text = text.replace("@DIRECT@", _LINES if plan.reads_directly else "")
@@ -252,13 +252,13 @@ _CHOICE = """\
 
 _RUN_EITHER = """\
       if (is_few)
-        run_few(own, first, rows, of@PART@);
+        run_few(own, first, rows, of, part);
       else
-        run_many(own, first, rows, of@PART@);
+        run_many(own, first, rows, of, part);
 """
 
 _RUN_MANY = """\
-      run_many(own, first, rows, of@PART@);
+      run_many(own, first, rows, of, part);
 """
 
 _WEIGHT = """\

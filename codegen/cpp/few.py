@@ -121,9 +121,11 @@ struct FloatLine {
   const x_t* made_of = nullptr;
 
   const float* of(const x_t* line) {
-    const half_t* half = reinterpret_cast<const half_t*>(line);
-    for (int64_t k = 0; line != made_of && k < K_PADDED; ++k) floats[k] = from_bf16(half[k]);
-    made_of = line;
+    if (line != made_of) {
+      const half_t* half = reinterpret_cast<const half_t*>(line);
+      for (int64_t k = 0; k < K_PADDED; ++k) floats[k] = from_bf16(half[k]);
+      made_of = line;
+    }
     return floats;
   }
 };
@@ -221,7 +223,7 @@ void few_rows(int height, const Weight& w, int64_t tile, const @X@* x, const xsu
 
 @TILES@
 void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of,
-             const Part& part = {}) {
+             const Part& part) {
   if (part.is_first) pack(call, super_first, rows, FEW_HEIGHTS, of);
   few_tiles(call, super_first, rows, of, part);
 }

@@ -50,6 +50,7 @@ _LOOP = """\
 #pragma omp parallel num_threads(threads)
   {
     Share of(omp_get_thread_num(), omp_get_num_threads(), call.turns);
+    const Part part;  // all outputs
 @MARK@    Call own = call;
     Memory mine = memory;
     take_own(own, mine, std::min(m, SUPER_ROWS), threads);

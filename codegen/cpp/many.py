@@ -289,7 +289,7 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
 _RUN = """\
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
 void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of,
-              const Part& part = {}) {
+              const Part& part) {
   if (part.is_first) @PACK@;
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);

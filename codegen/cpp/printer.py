@@ -128,7 +128,7 @@ def _sizes(plan: Plan) -> str:
         ("BLOCKS", plan.blocks, "in a row"),
         ("GROUPS_OF_BLOCK", plan.block // plan.per_dword, ""),
         ("GROUPS_AT_ONCE", CHUNK // plan.per_dword, "that few rows go through before the next"),
-        ("BLOCKS_AT_ONCE", plan.blocks_at_once, "with their scales"),
+        ("BLOCKS_AT_ONCE", plan.blocks_at_once, "whose scales stand side by side"),
         ("BLOCKS_HELD", plan.blocks_held, "by registers of the tile unit"),
         ("GROUPS_OF_CHUNK", chunk // plan.per_dword, "that are decoded at a time for many rows"),
         ("GROUPS_HELD", plan.held // plan.per_dword, "that registers of the tile unit hold"),
@@ -143,7 +143,7 @@ def _sizes(plan: Plan) -> str:
         ("ENDS", plan.ends, "which operand says where the rows of each matrix end"),
         ("OUTLIERS", spec.outliers.columns or 0 if spec.outliers else 0, "given columns"),
         ("AHEAD", 2048, "dwords of codes that are asked for in advance"),
-        ("NEAR", 512, "the same, once more"),
+        ("NEAR", 512, "the same, into the first-level cache"),
     )
     lines += [_constant("int64_t", name, str(value), comment) for name, value, comment in counts]
     lines += [

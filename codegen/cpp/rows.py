@@ -32,12 +32,12 @@ class Member:
 def shared_members(plan: Plan) -> list[Member]:
     """What a call keeps in scratch memory for all of its rows."""
     outliers = plan.spec.outliers
-    turns = Member("Turn", "turns", "threads", "of each thread")
+    found = [Member("Turn", "turns", "threads", "how far each thread is with its part")]
     if outliers is None:
-        return [turns]
+        return found
     parts = "E" if outliers.columns is not None else "threads * E"
     return [
-        turns,
+        *found,
         Member("bits_t", "flags", f"{parts} * K", "[e][k]: all ones if a column is an outlier"),
         Member("int32_t", "columns", "E * K", "[e][..], the outliers"),
         Member("int64_t", "outliers", "E", "[e], how many there are"),

@@ -60,7 +60,7 @@ constexpr int64_t BLOCK = 64;  // inputs that are summed before a scale is appli
 constexpr int64_t BLOCKS = 32;  // in a row
 constexpr int64_t GROUPS_OF_BLOCK = 8;
 constexpr int64_t GROUPS_AT_ONCE = 32;  // that few rows go through before the next
-constexpr int64_t BLOCKS_AT_ONCE = 8;  // with their scales
+constexpr int64_t BLOCKS_AT_ONCE = 8;  // whose scales stand side by side
 constexpr int64_t GROUPS_OF_CHUNK = 32;  // that are decoded at a time for many rows
 constexpr int64_t CHUNKS = 8;  // in a row
 constexpr int64_t DECODED = 8192;  // dwords of a decoded chunk
@@ -70,7 +70,7 @@ constexpr int64_t TOTALS = 21504;  // floats of the sums of one weight, for many
 constexpr int64_t NEAR_TOTALS = 8192;  // the same that few rows make before they are read
 constexpr int64_t OWN_BYTES = 204800;  // a thread
 constexpr int64_t AHEAD = 2048;  // dwords of codes that are asked for in advance
-constexpr int64_t NEAR = 512;  // the same, once more
+constexpr int64_t NEAR = 512;  // the same, into the first-level cache
 constexpr int STEPS = 4;  // instructions that use up a group
 constexpr int MOST_SUMS = 24;  // registers of sums
 constexpr int PLACES[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of a dword: whose codes stand there
@@ -434,7 +434,7 @@ struct Call {
   out_t* out;  // [e, m, n]
   const void* const* extra;
 
-  Turn* turns;  // of each thread
+  Turn* turns;  // how far each thread is with its part
   x_t* lines;  // [e][row][step]
   x_t* panels;  // [e][panel][step][row of it]
   xsum_t* sums;  // none are needed
@@ -577,9 +577,11 @@ struct FloatLine {
   const x_t* made_of = nullptr;
 
   const float* of(const x_t* line) {
-    const half_t* half = reinterpret_cast<const half_t*>(line);
-    for (int64_t k = 0; line != made_of && k < K_PADDED; ++k) floats[k] = from_bf16(half[k]);
-    made_of = line;
+    if (line != made_of) {
+      const half_t* half = reinterpret_cast<const half_t*>(line);
+      for (int64_t k = 0; k < K_PADDED; ++k) floats[k] = from_bf16(half[k]);
+      made_of = line;
+    }
     return floats;
   }
 };
@@ -702,7 +704,7 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
 }
 
 void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of,
-             const Part& part = {}) {
+             const Part& part) {
   if (part.is_first) pack(call, super_first, rows, FEW_HEIGHTS, of);
   few_tiles(call, super_first, rows, of, part);
 }
@@ -989,7 +991,7 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
 
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
 void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of,
-              const Part& part = {}) {
+              const Part& part) {
   if (part.is_first) pack_tiles(call, super_first, rows, of);
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);

@@ -58,7 +58,7 @@ constexpr int64_t BLOCK = 64;  // inputs that are summed before a scale is appli
 constexpr int64_t BLOCKS = 24;  // in a row
 constexpr int64_t GROUPS_OF_BLOCK = 8;
 constexpr int64_t GROUPS_AT_ONCE = 32;  // that few rows go through before the next
-constexpr int64_t BLOCKS_AT_ONCE = 1;  // with their scales
+constexpr int64_t BLOCKS_AT_ONCE = 1;  // whose scales stand side by side
 constexpr int64_t GROUPS_OF_CHUNK = 32;  // that are decoded at a time for many rows
 constexpr int64_t CHUNKS = 6;  // in a row
 constexpr int64_t DECODED = 8192;  // dwords of a decoded chunk
@@ -379,7 +379,7 @@ struct Call {
   out_t* out;  // [e, m, n]
   const void* const* extra;
 
-  Turn* turns;  // of each thread
+  Turn* turns;  // how far each thread is with its part
   x_t* lines;  // [e][row][step]
   x_t* panels;  // [e][panel][step][row of it]
   xsum_t* sums;  // none are needed
@@ -603,7 +603,7 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
 }
 
 void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of,
-             const Part& part = {}) {
+             const Part& part) {
   if (part.is_first) pack(call, super_first, rows, FEW_HEIGHTS, of);
   few_tiles(call, super_first, rows, of, part);
 }
@@ -707,7 +707,7 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
 
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
 void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of,
-              const Part& part = {}) {
+              const Part& part) {
   if (part.is_first) pack(call, super_first, rows, MANY_HEIGHTS, of);
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);

@@ -210,7 +210,7 @@ struct Call {
   float* out2;  // [e, m, n], in float32
   const void* const* extra;
 
-  Turn* turns;  // of each thread
+  Turn* turns;  // how far each thread is with its part
   x_t* lines;  // [e][row][step]
   x_t* panels;  // [e][panel][step][row of it]
   xsum_t* sums;  // [e][panel][block][row of it]: sums of the activation
@@ -481,7 +481,7 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
 }
 
 void run_few(const Call& call, int64_t super_first, int64_t rows, const Share& of,
-             const Part& part = {}) {
+             const Part& part) {
   if (part.is_first) pack(call, super_first, rows, FEW_HEIGHTS, of);
   few_tiles(call, super_first, rows, of, part);
 }
@@ -556,7 +556,7 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
 
 // Tiles of outputs, and parts of the panels where there are too few tiles for all threads.
 void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of,
-              const Part& part = {}) {
+              const Part& part) {
   if (part.is_first) pack(call, super_first, rows, MANY_HEIGHTS, of);
   const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
