@@ -25,7 +25,9 @@ from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context
 from fxquant.passes.fuse import STEPS, Fuse, settle
 from fxquant.passes.sources import DerivedPart, PackedPart, Tools, evaluate
+from fxquant.readers import Readers, readers
 from fxquant.runtime import cache, direct, dump, ops, targets
+from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.graph import CompiledGraph, Derived, Slot, Source
 from fxquant.runtime.store import STORE
 
@@ -96,7 +98,8 @@ def _compile(
         kernels.dump(where)
     ledger = Ledger(ctx, kernels)
     ledger.file()
-    return CompiledGraph(compiled, *_sources(ctx, ledger), kernels.printed(), ledger.meet)
+    sources, slots = _sources(ctx, ledger, readers(ctx, kernels))
+    return CompiledGraph(compiled, sources, slots, kernels.printed(), ledger.meet)
 
 
 def _device_of(ctx: Context) -> torch.device:
@@ -107,7 +110,9 @@ def _device_of(ctx: Context) -> torch.device:
     return torch.device("cpu")
 
 
-def _sources(ctx: Context, ledger: Ledger) -> tuple[list[Source], list[Slot | Derived]]:
+def _sources(
+    ctx: Context, ledger: Ledger, readers_of: Readers
+) -> tuple[list[Source], list[Slot | Derived]]:
     """The rewritten graph's inputs, as positions among Dynamo's and as parts of slots."""
     slots: dict[object, int] = {}
     made: list[Slot | Derived] = []
@@ -119,14 +124,19 @@ def _sources(ctx: Context, ledger: Ledger) -> tuple[list[Source], list[Slot | De
         key = source.rule if isinstance(source, DerivedPart) else (source.index, source.encoding)
         if key not in slots:
             slots[key] = len(made)
-            made.append(_slot(source, ctx.tools, ledger))
+            made.append(_slot(source, ctx.tools, ledger, readers_of.get(source, ())))
         sources.append((slots[key], source.part))
     return sources, made
 
 
-def _slot(source: PackedPart | DerivedPart, tools: Tools, ledger: Ledger) -> Slot | Derived:
+def _slot(
+    source: PackedPart | DerivedPart,
+    tools: Tools,
+    ledger: Ledger,
+    readers: tuple[CppKernel, ...],
+) -> Slot | Derived:
     if isinstance(source, PackedPart):
-        return Slot(source.index, source.encoding, source.name)
+        return Slot(source.index, source.encoding, source.name, readers)
     rule = source.rule
     weight = None if source.packs is None else Slot(*source.packs)
 
@@ -135,7 +145,7 @@ def _slot(source: PackedPart | DerivedPart, tools: Tools, ledger: Ledger) -> Slo
         ledger.made(rule, inputs, result)
         return result
 
-    return Derived(rule.indices, compute, weight)
+    return Derived(rule.indices, compute, weight, readers)
 
 
 def _lower(

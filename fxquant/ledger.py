@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import PackedWeight, anchor_of
+from fxquant.formats.codes import Codes
 from fxquant.kernels import Kernels
 from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.sources import DerivedPart, Rule
@@ -90,10 +91,10 @@ class Ledger:
 
     def meet(self, slot: Slot, parameter: Tensor, packed: PackedWeight) -> None:
         """Files a parameter that the graph serves, unless the compile itself has."""
-        codes = packed.tensors()[0]
+        codes = packed.codes
         for row, text in self.outliers.get(slot.index, []):
-            if not codes.is_cpu:
-                counters.of(codes, 2)
+            if not codes.held.is_cpu:
+                counters.of(codes.held, 2)
             gauge(row, parameter, functools.partial(_mean_outliers, text, weakref.ref(codes)))
         for row, kernels in self.verified.get(slot.index, []):
             gauge(row, parameter, functools.partial(_set_aside, kernels), "verify")
@@ -118,9 +119,9 @@ def _finds_outliers(text: str) -> bool:
     return outliers is not None and outliers.threshold is not None
 
 
-def _mean_outliers(text: str, codes: weakref.ref[Tensor]) -> str:
+def _mean_outliers(text: str, codes: weakref.ref[Codes]) -> str:
     known = codes()
-    counts = None if known is None else counted.outlier_counts(text, known)
+    counts = None if known is None else counted.outlier_counts(text, known.held)
     if counts is None:
         return ""
     calls, columns = counts

@@ -66,7 +66,7 @@ class _PackedInputs:
         key = (bound.index, encoding, scaled)
         if key not in self.placeholders:
             nodes = []
-            parts = zip(encoding.parts, packed.tensors(), strict=True)
+            parts = zip(encoding.parts, packed.held(), strict=True)
             for position, (part, tensor) in enumerate(parts):
                 node = add_input(self.ctx, f"{bound.name}_{part}", tensor)
                 if scaled is None:

@@ -62,6 +62,16 @@ def prepared_bytes(plan: Plan) -> int:
     return sum(_size(ctype, count) for _, ctype, count in segments(plan))
 
 
+def segment_of_codes(plan: Plan) -> tuple[int, int]:
+    """Where the codes start in the repacked weight, in bytes, and how many dwords they are."""
+    start = 0
+    for name, ctype, count in segments(plan):
+        if name == "codes":
+            return start, count
+        start += _size(ctype, count)
+    raise AssertionError("every repacked weight has codes")
+
+
 def weight(plan: Plan) -> str:
     """The text of ``struct Weight``: where each array of the repacked weight starts."""
     lines, start = ["struct Weight {", "  unsigned char* base;", ""], 0

@@ -8,8 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_map_only
 
+from fxquant.formats import codes
+from fxquant.formats.codes import Codes, Place
 from fxquant.formats.decode import decode
 from fxquant.formats.encode import encode
 from fxquant.formats.encoding import Encoding
@@ -62,6 +65,7 @@ class PackedWeight(Tensor):
 
     encoding: Encoding
     anchor: Anchor
+    codes: Codes
 
     @staticmethod
     def __new__(  # noqa: PYI034 - Self is not in Python 3.10's typing
@@ -88,13 +92,35 @@ class PackedWeight(Tensor):
         # Dynamo's guards ask for names and metadata at each call.
         self._names = tuple(f"packed_{part}" for part in encoding.parts)
         self._metadata = (encoding, dtype)
-        for name, tensor in zip(self._names, tensors, strict=True):
+        self._others = self._names[1:]
+        self.codes = Codes(tensors[0])
+        for name, tensor in zip(self._others, tensors[1:], strict=True):
             setattr(self, name, tensor)
 
+    @property
+    def packed_codes(self) -> Tensor:
+        """The codes as they are in memory, for whoever takes the tensor apart.
+
+        Dynamo's guards do at every call, and look at shape and dtype. Code that another backend
+        compiles reads them: when one was seen, all come back that are asked for.
+        """
+        if codes.are_read_elsewhere() and self.codes.place is not Place.FIXED:
+            self.codes.come_back(Place.FIXED)
+        return self.codes.held
+
     def tensors(self) -> list[Tensor]:
-        """The stored parts, in the order of ``encoding.parts``."""
+        """The stored parts, in the order of ``encoding.parts``.
+
+        Where a C++ kernel has taken over the codes (`fxquant.runtime.handover`) they are made
+        again, for the caller alone.
+        """
         own = self.__dict__  # attributes of a tensor are looked up slowly
-        return [own[name] for name in own["_names"]]
+        return [own["codes"].stored(), *[own[name] for name in own["_others"]]]
+
+    def held(self) -> list[Tensor]:
+        """The parts as they are in memory: as `tensors`, but codes that are away are not made."""
+        own = self.__dict__
+        return [own["codes"].held, *[own[name] for name in own["_others"]]]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded tensor, in its own dtype or another."""
@@ -103,7 +129,7 @@ class PackedWeight(Tensor):
     @property
     def bits_per_weight(self) -> float:
         """Bits stored for each element, scales and all."""
-        return 8 * sum(part.nbytes for part in self.tensors()) / self.numel()
+        return 8 * sum(part.nbytes for part in self.held()) / self.numel()
 
     def numpy(self, *, force: bool = False) -> Any:
         """The decoded tensor as a NumPy array."""
@@ -150,9 +176,13 @@ class PackedWeight(Tensor):
     ) -> PackedWeight:
         encoding, dtype = meta
         tensors = [inner[f"packed_{part}"] for part in encoding.parts]
+        if isinstance(tensors[0], FunctionalTensor):
+            codes.read_elsewhere()
         return cls(tensors, encoding, outer_size, dtype)
 
     def _stable_hash_for_caching(self) -> str:
+        # AOTAutograd asks for it, which is never given a packed weight by our own backend.
+        codes.read_elsewhere()
         described = (type(self).__name__, str(self.encoding), tuple(self.shape), str(self.dtype))
         return hashlib.sha256(repr(described).encode()).hexdigest()
 
@@ -178,7 +208,7 @@ class PackedWeight(Tensor):
     def _converted(
         self, tensors: Sequence[Tensor], dtype: torch.dtype | None = None
     ) -> PackedWeight:
-        """As `_with`, for what stays the same weight: a parameter of it, its casts and moves."""
+        """As `_with`, for what stays the same weight: an alias, its casts and moves."""
         out = self._with(tensors, dtype)
         out.anchor = self.anchor
         return out
@@ -236,7 +266,9 @@ def _on_decoded(func: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: dict
 
 
 def _detach(self: PackedWeight) -> PackedWeight:
-    return self._converted(self.tensors())
+    out = self._converted(self.held())
+    out.codes = self.codes
+    return out
 
 
 def _clone(self: PackedWeight, **_: Any) -> PackedWeight:
@@ -268,6 +300,8 @@ def _copy(self: PackedWeight, source: Tensor, non_blocking: bool = False) -> Pac
         dense = source if theirs is None else theirs.dequantize()
         dense = dense.to(self.device, self.dtype).expand(self.shape)
         parts = encode(dense, self.encoding, "the tensor copied into a packed weight")
+    if self.codes.place is Place.AWAY:
+        self.codes.come_back()
     for mine, new in zip(self.tensors(), parts, strict=True):
         mine.copy_(new, non_blocking)
     return self

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from fxquant import errors
 from fxquant.codegen.spec import KernelSpec
 from fxquant.formats.check import misfit
+from fxquant.formats.codes import stored
 from fxquant.runtime import repacked
 from fxquant.runtime.entry import Entry, contiguous_strides, empty
 from fxquant.runtime.memory import Block, Scratch
@@ -75,10 +76,13 @@ class CppKernel:
         few_rows: Up to how many rows the skeleton for few rows runs.
         form: Of the repacked weight: kernels of one form share what they repack
             (`fxquant.codegen.cpp.layout.form`). None shares nothing.
+        restore: Gives the stored codes from a repacked weight and the last byte of them, where
+            that can be done (`fxquant.codegen.cpp.restore`).
 
     Attributes:
         library: The shared object.
         few_rows: As given, until it is set.
+        restore: As given.
 
     Raises:
         CompilerError: The library cannot be loaded.
@@ -92,9 +96,11 @@ class CppKernel:
         openmp: bool,
         few_rows: int,
         form: Hashable = None,
+        restore: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         self.library = library
         self.few_rows = few_rows
+        self.restore = restore
         found = loaded(library, spec.name)
         self._size_of_prepared = exported(found, "prepared_bytes", [], _INT64)
         self._prepare = exported(found, "prepare", [_POINTER, _POINTER, _INT])
@@ -204,6 +210,20 @@ class CppKernel:
         calls, columns = (_INT64 * 2).from_address(prepared.address)
         return calls, columns
 
+    def take(self, weight: Sequence[Tensor], stand_in: Sequence[Tensor]) -> Block:
+        """Repacks one weight for calls that will pass other codes.
+
+        Args:
+            weight: The stored tensors.
+            stand_in: What will be passed.
+
+        Raises:
+            KernelError: The weight is another than the spec says.
+        """
+        block = self._store.weight(weight, self._repack).block
+        self._store.keep(stand_in[:1], Repacked(stand_in, block))
+        return block
+
     def _prepare_once(self, weight: Sequence[Tensor]) -> Repacked | Several:
         """What the kernel reads of its weights."""
         spec = self.spec
@@ -220,8 +240,8 @@ class CppKernel:
         return found
 
     def _repack(self, weight: Sequence[Tensor]) -> Block:
-        stored = self.spec.weight
-        wrong = misfit(weight, stored.encoding, stored.shape)
+        weight, operand = stored(weight), self.spec.weight
+        wrong = misfit(weight, operand.encoding, operand.shape)
         if wrong or not all(tensor.is_cpu for tensor in weight):
             raise errors.kernel_operand(
                 self.spec.name, "weight", "as its encoding says", wrong or "another device"

@@ -18,6 +18,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import Encoding, PackedWeight
 from fxquant.runtime import launch, recorded
+from fxquant.runtime.cpp import CppKernel
+from fxquant.runtime.handover import parts_for
 from fxquant.runtime.store import STORE, Snapshot, Watched
 
 
@@ -29,11 +31,13 @@ class Slot:
         index: The parameter's position among Dynamo's inputs.
         encoding: How it is stored.
         name: Its path in the model that was compiled, for messages.
+        readers: All that read its codes, where these are kernels that can have them to themselves.
     """
 
     index: int
     encoding: Encoding
     name: str
+    readers: tuple[CppKernel, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,11 +48,13 @@ class Derived:
         indices: The positions of all that it depends on, among Dynamo's inputs.
         compute: Takes Dynamo's inputs and gives a tensor or a `PackedWeight`.
         slot: The parameter whose values are packed, or None.
+        readers: As of a `Slot`.
     """
 
     indices: tuple[int, ...]
     compute: Callable[[Sequence[Any]], Tensor | PackedWeight]
     slot: Slot | None = None
+    readers: tuple[CppKernel, ...] = ()
 
 
 Source = int | tuple[int, int]
@@ -108,6 +114,7 @@ class _Lookup:
     def __init__(self, slot: Slot, on_new: Callable[[Slot, Tensor, PackedWeight], None]) -> None:
         self.slot = slot
         self.index = slot.index
+        self.readers = slot.readers
         self.on_new = on_new
         self.known: dict[int, tuple[weakref.ref[Any], Snapshot, Sequence[Any]]] = {}
         self.met: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -122,13 +129,13 @@ class _Lookup:
                     self.met[anchor] = True
                     self.on_new(self.slot, parameter, parameter)
                 self.last = weakref.ref(anchor)
-            return parameter.tensors()
+            return parts_for(self.readers, parameter)
         key = id(parameter)
         found = self.known.get(key)
         if found is not None and found[0]() is parameter and found[1].is_current(parameter):
             return found[2]
         packed = STORE.pack(parameter, self.slot.encoding, self.slot.name)
-        parts = packed.tensors()
+        parts = parts_for(self.readers, packed)
         ref = weakref.ref(parameter, lambda _: self.known.pop(key, None))
         self.known[key] = (ref, Snapshot(parameter), parts)
         self.on_new(self.slot, parameter, packed)
@@ -158,7 +165,7 @@ class _Derivations:
         for slot in self.slots:
             made = slot.compute(args)
             packed = made if isinstance(made, PackedWeight) else None
-            parts.append([made] if packed is None else packed.tensors())
+            parts.append([made] if packed is None else parts_for(slot.readers, packed))
             if packed is not None and slot.slot is not None:
                 self.on_new(slot.slot, args[slot.slot.index], packed)
         watched = Watched(parameters, lambda _: self.known.pop(key, None))

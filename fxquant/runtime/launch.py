@@ -18,10 +18,12 @@ from fxquant import errors
 from fxquant.codegen import RENDERERS, Header, Spec, cpp, reference, triton
 from fxquant.codegen.cpp import layout
 from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.restore import can_restore, restore
 from fxquant.codegen.naming import name_for
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.work import work_of
+from fxquant.formats.codes import stored
 from fxquant.runtime import counters, quantizers, tiles, timing, toolchain, tuning, verify
 from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.cpp_quantize import CppQuantizer
@@ -321,7 +323,7 @@ def runner_of(spec: str, target: str, device: torch.device) -> Runner:
     elif target == "torch" or verify.set_aside_because(spec, target):
         found = _torch_runner(parse(spec))
     else:
-        found = _triton_runner(spec) if target == "triton" else _cpp_kernel(spec).run
+        found = _triton_runner(spec) if target == "triton" else cpp_kernel(spec).run
     _runners[spec, target, device.type == "cpu"] = found
     return found
 
@@ -333,7 +335,7 @@ def kernel_of(spec: str, target: str, like: Tensor) -> object:
 
 def _torch_runner(spec: Spec) -> Runner:
     if isinstance(spec, KernelSpec):
-        return functools.partial(reference.run, spec)
+        return lambda x, weight, extra: reference.run(spec, x, stored(weight), extra)
     return quantizers.torch_runner(spec)
 
 
@@ -364,7 +366,12 @@ def _triton_module(spec: str) -> ModuleType:
     return module
 
 
-def _cpp_kernel(spec: str) -> CppKernel | CppQuantizer | CppRows:
+def cpp_kernel(spec: str) -> CppKernel | CppQuantizer | CppRows:
+    """The C++ kernel of a spec, built at most once.
+
+    Raises:
+        KernelError: It cannot be printed, built or loaded.
+    """
     chain = toolchain.toolchain()
     if chain is None:
         raise errors.no_compiler(toolchain.obstacle())
@@ -387,8 +394,15 @@ def _build_once(
             made = CppQuantizer if parsed.prologue is None else CppRows
             return made(library, parsed, openmp=chain.openmp)
         few_rows = tuning.few_rows(chain, parsed, library)
-        form = layout.form(Plan(parsed, chain.isa))
-        kernel = CppKernel(library, parsed, openmp=chain.openmp, few_rows=few_rows, form=form)
+        plan = Plan(parsed, chain.isa)
+        kernel = CppKernel(
+            library,
+            parsed,
+            openmp=chain.openmp,
+            few_rows=few_rows,
+            form=layout.form(plan),
+            restore=functools.partial(restore, plan) if can_restore(plan) else None,
+        )
     except errors.KernelError as error:
         LOG.warning("target 'torch' runs instead of 'cpp': %s", error)
         return error

@@ -7,6 +7,9 @@ import ctypes
 import mmap
 import threading
 
+import torch
+from torch import Tensor
+
 HUGE = 2 << 20
 """Bytes of a huge page on the processors that there are kernels for."""
 _PRIVATE = (
@@ -37,6 +40,11 @@ class Block:
         start = ctypes.addressof(self._view)
         self.address = -(-start // HUGE) * HUGE if spare else start
         self.size = size
+
+    def tensor(self) -> Tensor:
+        """The memory as uint8 ``[size]``, for as long as the block lives."""
+        memory = (ctypes.c_uint8 * self.size).from_address(self.address)
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 class Scratch(threading.local):

@@ -44,6 +44,7 @@ from fxquant.codegen.epilogue import EpilogueOperand
 from fxquant.codegen.groups import grouped_product
 from fxquant.codegen.spec import KernelSpec
 from fxquant.formats import Encoding, decode
+from fxquant.formats.codes import stored
 from fxquant.runtime import launch
 
 _LIBRARY = torch.library.Library("fxquant", "DEF")
@@ -166,7 +167,7 @@ def _quantize_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # noqa: AR
 def _dequantize(
     weight: list[Tensor], encoding: str, shape: list[int], dtype: torch.dtype
 ) -> Tensor:
-    return decode(weight, parse_encoding(encoding), tuple(shape), dtype)
+    return decode(stored(weight), parse_encoding(encoding), tuple(shape), dtype)
 
 
 def _table(values: list[float], shape: list[int], device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fxquant.codegen import Header, KernelSpec, cpp
 from fxquant.codegen.cpp.isa import ISAS, Isa
 from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.cpp.restore import can_restore, restore
 from fxquant.runtime import toolchain
 from fxquant.runtime.memory import Block
 from tests.codegen import harness
@@ -60,13 +61,17 @@ class Kernel:
         self._library.fxquant_run.argtypes, self._library.fxquant_run.restype = run, None
 
     def prepare(self, tensors: list[Tensor], threads: int = 1) -> list[Block]:
-        """The repacked weights, in memory that held something else."""
-        parts, blocks = len(self.spec.weight.encoding.parts), []
+        """The repacked weights, in memory that held something else, each giving its codes again."""
+        plan, parts = Plan(self.spec, self.isa), len(self.spec.weight.encoding.parts)
+        blocks: list[Block] = []
         for first in range(0, len(tensors), parts):
             block = _filled(self._library.fxquant_prepared_bytes())
             pointers = _pointers(tensors[first : first + parts])
             self._library.fxquant_prepare(pointers, block.address, threads)
             blocks.append(block)
+            if can_restore(plan):
+                codes = tensors[first]
+                assert torch.equal(restore(plan, block.tensor(), codes[-1:]), codes)
         return blocks
 
     def run(

@@ -1,0 +1,100 @@
+"""Where the codes of a packed weight are: in the stored form, or with a kernel that repacked them.
+
+A kernel that has taken codes over finds what it made of them by the identity of a *stand-in*, a
+tensor of their shape without memory. `stored` makes the codes again for everybody else.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from enum import Enum, auto
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+LOG = logging.getLogger("fxquant.formats")
+_makers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""What makes codes again, by their stand-in."""
+
+
+class _Process:
+    """What was seen so far.
+
+    Attributes:
+        reads_elsewhere: Whether another backend compiled a graph that reads codes.
+    """
+
+    reads_elsewhere = False
+
+
+def read_elsewhere() -> None:
+    """Notes that another backend compiles a graph that will read codes."""
+    if not _Process.reads_elsewhere:
+        LOG.info("another backend compiles packed weights: codes stay in their stored form, too")
+    _Process.reads_elsewhere = True
+
+
+def are_read_elsewhere() -> bool:
+    """Whether `read_elsewhere` was called: no codes leave any more."""
+    return _Process.reads_elsewhere
+
+
+class Place(Enum):
+    """Where codes are."""
+
+    HERE = auto()
+    """Stored; a kernel may take them over."""
+    AWAY = auto()
+    """With a kernel alone."""
+    FIXED = auto()
+    """Stored, and needed so."""
+
+
+class Codes:
+    """The codes of a packed weight, and of all tensors that alias it.
+
+    Args:
+        stored: The codes: uint8, flat.
+
+    Attributes:
+        held: The stored codes or, while they are away, their stand-in.
+        place: Where they are.
+    """
+
+    __slots__ = ("__weakref__", "held", "place")
+
+    def __init__(self, stored: Tensor) -> None:
+        self.held = stored
+        self.place = Place.HERE
+
+    def stored(self) -> Tensor:
+        """The stored codes; made for the caller alone while they are away."""
+        return stored([self.held])[0]  # not by `place`: another thread may be about to change it
+
+    def leave(self, stand_in: Tensor, make: Callable[[], Tensor]) -> None:
+        """Lets go of the stored codes.
+
+        Args:
+            stand_in: What is held instead.
+            make: Gives the codes again, bit for bit.
+        """
+        _makers[stand_in] = make
+        self.place = Place.AWAY
+        self.held = stand_in
+
+    def come_back(self, place: Place = Place.HERE) -> None:
+        """Has the stored codes held again.
+
+        Args:
+            place: `Place.FIXED` if no kernel may take them over any more.
+        """
+        self.held = self.stored()
+        self.place = place
+
+
+def stored(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The tensors of one or several weights, with stand-ins replaced by the codes."""
+    if not _makers:
+        return tensors
+    return [_makers[tensor]() if tensor in _makers else tensor for tensor in tensors]
