@@ -104,9 +104,10 @@ class PackedWeight(Tensor):
         Dynamo's guards do at every call, and look at shape and dtype. Code that another backend
         compiles reads them: when one was seen, all come back that are asked for.
         """
-        if codes.are_read_elsewhere() and self.codes.place is not Place.FIXED:
-            self.codes.come_back(Place.FIXED)
-        return self.codes.held
+        own: Codes = self.__dict__["codes"]  # attributes of a tensor are looked up slowly
+        if codes.are_read_elsewhere() and own.place is not Place.FIXED:
+            own.come_back(Place.FIXED)
+        return own.held
 
     def tensors(self) -> list[Tensor]:
         """The stored parts, in the order of ``encoding.parts``.
