@@ -84,6 +84,15 @@ def test_models(tmp_path):
     assert {line["met"] for line in found["targets"]} == {None}
 
 
+def test_memory(tmp_path):
+    found = run("memory", tmp_path / "memory.json", "--contenders", "torch bf16")
+    (line,) = found["contenders"]
+    # Two layers of 44 million weights, an embedding and a head of 66 million each.
+    assert line["weights_mb"] == pytest.approx(2 * (2 * 44.05 + 2 * 65.5), rel=0.01)
+    assert line["weights_mb"] < line["resident_mb"] < line["weights_mb"] + 300
+    assert line["resident_mb"] <= line["peak_mb"]
+
+
 def case_of(shape, rows, medians, *, read_rate=1e9):
     lines = [
         {"name": name, "median_us": median, "weight_bytes": 1_000_000}

@@ -15,7 +15,7 @@ from torch import Tensor
 from fxquant.formats.codes import Place, are_read_elsewhere
 from fxquant.formats.packed import PackedWeight
 from fxquant.runtime.cpp import CppKernel
-from fxquant.runtime.memory import Block
+from fxquant.runtime.memory import Block, Freed
 
 
 def parts_for(readers: Sequence[CppKernel], packed: PackedWeight) -> list[Tensor]:
@@ -49,6 +49,7 @@ def _hand_over(packed: PackedWeight, kernels: Sequence[CppKernel]) -> None:
     with torch.inference_mode(mode=False):  # there tensors have no version
         stand_in, last = torch.empty_like(first), first[-1:].clone()
     stand_in.untyped_storage().resize_(0)
+    Freed.add(first.nbytes)  # but for this one, which is in use
     blocks = [kernel.take([first, *others], [stand_in, *others]) for kernel in kernels]
     block = blocks[restores.index(restore)]
     codes.leave(stand_in, functools.partial(_made, restore, block, last))

@@ -1,10 +1,11 @@
-"""Aligned memory for kernels: huge pages for repacked weights, a scratch buffer for each thread."""
+"""Memory for kernels, aligned and in huge pages, and what is freed for it given back."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import mmap
+import os
 import threading
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 HUGE = 2 << 20
 """Bytes of a huge page on the processors that there are kernels for."""
+FREED_AT_ONCE = 64 << 20
+"""Bytes that wait for each other: to go through all that is free takes milliseconds."""
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 _PRIVATE = (
     # The default is memory that a forked child shares: its results would be everybody's.
     {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -45,6 +49,24 @@ class Block:
         """The memory as uint8 ``[size]``, for as long as the block lives."""
         memory = (ctypes.c_uint8 * self.size).from_address(self.address)
         return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+class Freed:
+    """Returns large tensors that were freed to the system, some at a time.
+
+    glibc keeps them for later: the stored codes of a model would stay beside the repacked ones.
+    """
+
+    _waiting = 0
+
+    @classmethod
+    def add(cls, size: int) -> None:
+        """Counts bytes that were freed, or are about to be."""
+        cls._waiting += size
+        if cls._waiting >= FREED_AT_ONCE:
+            cls._waiting = 0
+            if _trim is not None:
+                _trim(0)
 
 
 class Scratch(threading.local):
