@@ -29,6 +29,9 @@ stays in registers: by this it has to be better."""
 ALL_ROWS = sys.maxsize
 """The threshold of a kernel for which few rows are never slower."""
 
+THIRDS_PRODUCTS = {1: 3, 2: 5, 3: 6}
+"""Products of three parts of an activation with as many of a level, the smallest ones left out."""
+
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
@@ -133,6 +136,8 @@ def many_cost(plan: Plan) -> Cost:
     """Of `many`: a tile is decoded once for `SUPER_ROWS` rows, to memory, with its scales."""
     if plan.uses_tiles:
         return _tiles_cost(plan)
+    if plan.has_thirds:
+        return _thirds_cost(plan)
     least, most = plan.many_heights[-1], plan.many_heights[0]
     rows, supers = least * sympy.ceiling(M / least), sympy.ceiling(M / SUPER_ROWS)
     panels = sympy.ceiling(sympy.Min(M, SUPER_ROWS, evaluate=False) / most)
@@ -178,6 +183,29 @@ def _tiles_cost(plan: Plan) -> Cost:
     return Cost(_traffic(plan), rows * weights * steps, weights * work, _share(tiles * parts))
 
 
+def _thirds_cost(plan: Plan) -> Cost:
+    """Of `thirds`: whole panels times all parts, whose sums are scaled after every 64 inputs."""
+    panels, supers = sympy.ceiling(M / TILE_ROWS), sympy.ceiling(M / plan.super_rows)
+    tiles, steps, weights = _tiles(plan), _steps(plan) // 2, plan.spec.weights
+    wanted = sympy.Min(sympy.ceiling(2 * THREADS / tiles), panels, evaluate=False)
+    parts = sympy.Max(1, wanted, evaluate=False)
+    levels = len(plan.level_thirds)
+    products = THIRDS_PRODUCTS[levels]
+    decoded = supers * parts * steps * (1 + levels * (1 + _STORE))
+    scales = supers * parts * tiles * plan.blocks * _scales(plan)
+    # Every product has an operand that is loaded for it, and some have two.
+    loaded = panels * steps * (products + 3) * _LOAD
+    sums = TILE_ROWS * panels * tiles * _vectors(plan) * (plan.k_padded // TILE) * 4
+    work = weights * (decoded + scales + loaded + sums)
+    dots = TILE_ROWS * panels * weights * steps * products
+    return Cost(_traffic(plan), dots, work, _share(tiles * parts))
+
+
+def many_rate(plan: Plan, rates: Rates) -> float:
+    """Dot products a second that one thread makes of many rows."""
+    return rates.many["bf16" if plan.has_thirds else plan.path]
+
+
 def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     """The most rows for which the skeleton for few rows is chosen.
 
@@ -194,7 +222,7 @@ def threshold(plan: Plan, rates: Rates, threads: int) -> int:
     """
     if not plan.is_regular:
         return 0
-    costs = (few_cost(plan), few_rate(plan, rates)), (many_cost(plan), rates.many[plan.path])
+    costs = (few_cost(plan), few_rate(plan, rates)), (many_cost(plan), many_rate(plan, rates))
     few, many = (_seconds(cost.time, rates, dots, threads) for cost, dots in costs)
     few_work, many_work = (_seconds(cost.work, rates, dots, threads) for cost, dots in costs)
     height, found = plan.few_heights[0], 0
@@ -214,8 +242,7 @@ def prediction(plan: Plan, rates: Rates, threads: int) -> Callable[[int], float]
         rates: Of the machine with this many threads.
         threads: That the kernel runs on.
     """
-    path = plan.path
-    many = _seconds(many_cost(plan).time, rates, rates.many[path], threads)
+    many = _seconds(many_cost(plan).time, rates, many_rate(plan, rates), threads)
     if not plan.is_regular:
         return many
     few = _seconds(few_cost(plan).time, rates, few_rate(plan, rates), threads)

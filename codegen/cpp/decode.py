@@ -20,6 +20,9 @@ def decode(plan: Plan) -> str:
     if plan.path == "bf16" and plan.encoding.bits < 8:
         words = _widened([_bfloat16(level) for level in plan.levels], 32)
         parts.append(table("uint16_t", "OPERAND_LEVELS", [f"0x{word:04x}" for word in words]))
+    for number, part in enumerate(plan.level_thirds if plan.has_thirds else ()):
+        words = _widened([_bfloat16(level) for level in part], 32)
+        parts.append(table("uint16_t", f"PART{number}", [f"0x{word:04x}" for word in words]))
     if plan.path == "int8" and plan.encoding.bits < 8:
         values = _widened([integer + plan.byte_bias for integer in plan.integers], 64)
         parts.append(table("uint8_t", "OPERAND_LEVELS", [str(value) for value in values]))
@@ -60,6 +63,7 @@ def _struct(plan: Plan) -> list[str]:
     lines = ["struct Decoder {"]
     lines += [f"  {line}" for line in _value(plan)]
     lines += [f"  {line}" for line in _operand(plan)]
+    lines += [f"  {line}" for line in _thirds(plan)]
     return [*lines, "};", ""]
 
 
@@ -148,6 +152,20 @@ def _operand(plan: Plan) -> list[str]:
         f"  return _mm512_permutexvar_epi16({taken}, operands);",
         "}",
     ]
+
+
+def _thirds(plan: Plan) -> list[str]:
+    """``part0(codes, step)`` ..: the parts of levels that stand half a dword apart."""
+    lines = []
+    for number in range(len(plan.level_thirds) if plan.has_thirds else 0):
+        lines += [
+            f"vi words{number} = load(reinterpret_cast<const uint32_t*>(PART{number}));",
+            f"INLINE vi part{number}(vi codes, int step) const {{  // both halves at once",
+            f"  const vi index = shift_right(codes, {plan.encoding.bits} * step);",
+            f"  return _mm512_permutexvar_epi16(index, words{number});",
+            "}",
+        ]
+    return lines
 
 
 _PAIR_OF_FLOATS = ("  return pair(value(codes, step), value(codes, step + STEPS));",)

@@ -48,6 +48,7 @@ def prelude(plan: Plan) -> set[str]:
     for dtype, short in (("bfloat16", "bf16"), ("float16", "fp16")):
         if dtype in dtypes:
             used |= {f"from_{short}", f"to_{short}"}
+    used |= {"bits_of"} if plan.has_thirds else set()
     return used | (ROW_HELPERS if plan.quantizes_x else set())
 
 

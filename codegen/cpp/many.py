@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from fxquant.codegen.cpp.plan import Plan
-from fxquant.codegen.cpp.tiles import decoder, tiles
+from fxquant.codegen.cpp.thirds import thirds
+from fxquant.codegen.cpp.tiles import decoder, tiles, unit
 
 
 def many(plan: Plan) -> str:
     """The text of the skeleton for many rows."""
     whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
-    if plan.uses_tiles:
+    if plan.has_thirds:
+        text = "\n".join([unit("tdpbf16ps"), thirds(plan), _RUN])
+        unit_, given = "\n  TileUnit unit;", ", unit"
+        pack = "pack_thirds(call, super_first, rows, of)"
+    elif plan.uses_tiles:
         text = "\n".join([_decode(plan), tiles(plan), _RUN])
-        unit, given = "\n  TileUnit unit;", ", unit"
+        unit_, given = "\n  TileUnit unit;", ", unit"
         pack = "pack_tiles(call, super_first, rows, of)"
     else:
         parts = [_decode(plan), _panels(plan), _TILES.replace("@CHUNK@", _chunk(plan)), _RUN]
-        text, unit, given = "\n".join(parts), "", ""
+        text, unit_, given = "\n".join(parts), "", ""
         pack = "pack(call, super_first, rows, MANY_HEIGHTS, of)"
     text = (
         text.replace("@WHOLE@", whole)
-        .replace("@UNIT@", unit)
+        .replace("@UNIT@", unit_)
         .replace("@GIVEN@", given)
         .replace("@PACK@", pack)
     )

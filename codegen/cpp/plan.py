@@ -12,6 +12,7 @@ import functools
 from dataclasses import dataclass
 
 import sympy
+import torch
 
 from fxquant.codegen.cpp.isa import Isa
 from fxquant.codegen.indexing import K, WeightIndex
@@ -187,6 +188,26 @@ class Plan:
         return self.path == "bf16" or self.block % (TILE_ROWS * self.per_step) == 0
 
     @property
+    def has_thirds(self) -> bool:
+        """Whether many rows of floats go through the tile unit in three parts (`thirds`).
+
+        Sums of 64 inputs are scaled, and levels come from tables, whose parts are known.
+        """
+        levels = self.encoding.bits < 8 and not self.encoding.zero_point and self.is_regular
+        floats = self.isa.has_tiles and self.path == "f32" and not self.is_int8
+        return floats and levels and self.block % TILE == 0
+
+    @functools.cached_property
+    def level_thirds(self) -> tuple[tuple[float, ...], ...]:
+        """The bfloat16 parts that levels are sums of, the highest first: as many as are needed."""
+        left = torch.tensor(self.levels, dtype=torch.float32)
+        found = []
+        while left.any():
+            found.append(left.bfloat16().float())
+            left = left - found[-1]
+        return tuple(tuple(part.tolist()) for part in found)
+
+    @property
     def few_heights(self) -> tuple[int, ...]:
         """Rows of a panel that is multiplied with codes decoded in registers, the most first."""
         most = MOST_BESIDE_TILES[self.path] if self.uses_tiles else max(self.isa.few_heights)
@@ -203,6 +224,8 @@ class Plan:
     @property
     def many_heights(self) -> tuple[int, ...]:
         """Rows of a panel that is multiplied with a decoded tile, the most first."""
+        if self.has_thirds:
+            return (TILE_ROWS,)
         return tuple(range(TILE_ROWS, 0, -1)) if self.uses_tiles else self.isa.many_heights
 
     @property
@@ -212,9 +235,10 @@ class Plan:
         All are read again for every tile of outputs. The tile unit is faster than the third-level
         cache, so to decode twice costs it less than more rows than the second holds.
         """
-        if not self.uses_tiles:
+        if not self.uses_tiles and not self.has_thirds:
             return SUPER_ROWS
-        near = NEAR_BYTES // (4 * self.k_padded // self.per_step)
+        row_bytes = 6 * self.k_padded if self.has_thirds else 4 * self.k_padded // self.per_step
+        near = NEAR_BYTES // row_bytes
         return min(SUPER_ROWS, max(64, near // 32 * 32))
 
     # --- levels ---

@@ -16,6 +16,7 @@ from fxquant.codegen.cpp import (
     rows,
     scales,
     share,
+    thirds,
     tiles,
     vectors,
 )
@@ -42,7 +43,7 @@ def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
         "namespace {",
         _sizes(plan),
         vectors.vectors(isa.vectors, plan.path),
-        vectors.pair(isa.vectors, plan.path),
+        vectors.pair(isa.vectors, "bf16" if plan.has_thirds else plan.path),
         vectors.dot(isa.vectors, "f32" if plan.few_in_floats else plan.path),
         SUMS,
         prelude_text(finish.prelude(plan)).strip("\n"),
@@ -93,6 +94,8 @@ def _sizes(plan: Plan) -> str:
     per_step = {"f32": "float", "bf16": "uint32_t", "int8": "uint32_t"}[plan.path]
     stored = plan.path == "int8" and plan.encoding.bits == 8
     decoded = 0 if stored else chunk // plan.per_step * TILE
+    if plan.has_thirds:
+        decoded = thirds.OPERANDS * len(plan.level_thirds)
     totals = (plan.super_rows + plan.many_heights[0]) * TILE
     if plan.uses_tiles and plan.path == "int8" and not plan.scales_sums:
         decoded += totals  # sums of bytes are kept until a block ends
@@ -134,6 +137,7 @@ def _sizes(plan: Plan) -> str:
         ("GROUPS_HELD", plan.held // plan.per_dword, "that registers of the tile unit hold"),
         ("CHUNKS", -(-plan.k_padded // chunk), "in a row"),
         ("DECODED", decoded, "dwords of a decoded chunk"),
+        ("STEPS_OF_PAIRS", plan.per_dword // 2, "that use up a group, two inputs each"),
         ("SPAN_ROWS", tiles.SPAN_ROWS, "up to which sums are scaled span by span"),
         ("SUPER_ROWS", plan.super_rows, "rows that are worked off at a time"),
         ("TOTALS", totals, "floats of the sums of one weight, for many rows"),

@@ -47,9 +47,11 @@ def shared_members(plan: Plan) -> list[Member]:
 def members(plan: Plan) -> list[Member]:
     """What is kept in scratch memory of the rows that are under work."""
     sums = "E * all * BLOCKS" if plan.keeps_sums else "0"
+    # Three times 16 bits for each float.
+    panels = "E * all * ALL_STEPS * 3 / 2" if plan.has_thirds else "E * all * ALL_STEPS"
     found = [
         Member("x_t", "lines", "E * rows * ALL_STEPS", "[e][row][step]"),
-        Member("x_t", "panels", "E * all * ALL_STEPS", "[e][panel][step][row of it]"),
+        Member("x_t", "panels", panels, "[e][panel][step][row of it]"),
         Member(
             *("xsum_t", "sums", sums),
             "[e][panel][block][row of it]: sums of the activation"
@@ -59,6 +61,9 @@ def members(plan: Plan) -> list[Member]:
     ]
     if plan.few_in_floats:
         found.append(Member("float", "floats", "threads * K_PADDED", "[thread][k], a row"))
+    if plan.has_thirds:
+        found.append(Member("bool", "is_odd", "E * rows", "[e][row]: has no three parts"))
+        found.append(Member("float", "odd", "E * rows * K_PADDED", "[e][row][k], those lines"))
     if plan.is_int8:
         found.append(Member("float", "row_scales", "E * all", "[e][row]"))
     if plan.spec.outliers is not None:

@@ -1,0 +1,228 @@
+"""Many rows of floats on the tile unit: each float as the sum of up to three bfloat16.
+
+24 bits are three times eight: ``high = rne(x)``, ``middle = rne(x - high)`` and ``low``, what is
+left, make up a float32 exactly: an activation's as the call packs it, a level's in a table. Products
+of two parts are exact in float32. Those of ``low`` with ``middle`` or with ``low`` are left out:
+parts have 8 bits, so ``|middle| <= 2**-8 |x|`` and ``|low| <= 2**-17 |x|``, and what is left out is
+``2**-24 |x| |w|`` and a little: `fxquant.codegen.bounds.float_sums` counts it with the roundings.
+
+The unit takes subnormal numbers for zeros, and the parts of what is not finite are NaN. So a row
+with any `x` that is neither zero nor of ``2**-80 .. 2**100`` is multiplied as one row is, and so are
+rows that are too few for a panel of their own.
+
+One panel is multiplied with 32 outputs by 64 inputs; meanwhile the sums before are scaled, and the
+next 32 by 64 levels are decoded. Of the unit four registers are in use: with a neighbour on the
+core a product takes 12 ns then, and 27 with eight.
+"""
+
+from __future__ import annotations
+
+from fxquant.codegen.cpp.plan import Plan
+
+OPERANDS = 2 * 32 * 32
+"""Dwords of the decoded levels of two pieces, for each part: 32 outputs by 64 inputs."""
+
+
+def thirds(plan: Plan) -> str:
+    """The text of ``many_tile``, and of ``pack_thirds`` before it."""
+    parts = len(plan.level_thirds)
+    # What is smallest is summed first, and one of both operands stays for the next product.
+    order = [(x, w) for x in (2, 1, 0) for w in range(parts) if x + w <= 2]
+    lines, last = [], None
+    for number, (x, w) in enumerate(order):
+        loaded = f"x({x}), " if x != last else ""
+        lines.append(f"    {loaded}w({w}), beside(i * {len(order)} + {number});")
+        last = x
+    stored = [
+        f"      store(to + {256 * part}, decoder.part{part}(code, step));" for part in range(parts)
+    ]
+    text = _PACK + _TILE
+    for name, value in {
+        "@LINE@": _IN_PLACE if plan.reads_directly else "const x_t* line = own;",
+        "@MADE_UNLESS@": "if (!call.is_line) " if plan.reads_directly else "",
+        "@PARTS@": str(parts),
+        "@SLOTS@": str(2 * len(order)),
+        "@PRODUCTS@": "\n".join(lines),
+        "@STORED@": "\n".join(stored),
+    }.items():
+        text = text.replace(name, value)
+    return text
+
+
+_IN_PLACE = """\
+const stored_t* from = call.x + e * call.x_e + (super_first + row) * call.x_row;
+    const x_t* line = call.is_line ? reinterpret_cast<const x_t*>(from) : own;"""
+
+_PACK = """\
+// --- floats as three bfloat16 each ---
+
+constexpr int64_t ROW_THIRDS = K_PADDED / 2 * 3;  // dwords of a row
+constexpr int64_t ROWS_APART = 3;
+
+// Whether parts of a line are not what they should be: see the bounds of their exponents.
+INLINE bool is_odd(const x_t* line) {
+  constexpr uint32_t LEAST = (127 - 80) << 23, MOST = (127 + 100) << 23;
+  uint32_t odd = 0;
+  for (int64_t k = 0; k < K_PADDED; ++k) {
+    const uint32_t size = bits_of(line[k]) & 0x7fffffffu;
+    odd |= uint32_t(size - LEAST >= MOST - LEAST) & uint32_t(size != 0);
+  }
+  return odd != 0;
+}
+
+// Panels that are multiplied: the last one if it has more rows than take as long one by one.
+constexpr int64_t full_panels(int64_t rows) { return (rows + 15 - ROWS_APART) / 16; }
+
+// Panels of 16 rows: of 32 inputs each, the high parts of all rows, the middle ones, the low ones.
+// A dword's halves are of inputs whose codes stand half a dword apart.
+void pack_thirds(const Call& call, int64_t super_first, int64_t rows, const Share& of) {
+  alignas(64) uint32_t order[16];
+  for (int i = 0; i < 16; ++i) order[i] = i / STEPS_OF_PAIRS * PER_DWORD + i % STEPS_OF_PAIRS;
+  const vi first = load(order), second = add(first, spread(uint32_t(STEPS_OF_PAIRS)));
+  const auto mine = of.part(E * rows);
+  x_t* own = call.lines + mine.first * ALL_STEPS;  // stays near from row to row
+  for (int64_t item = mine.first; item < mine.last; ++item) {
+    const int64_t e = item / rows, row = item % rows;
+    const bool is_last = item + 1 == mine.last;
+    @MADE_UNLESS@make_line(call, super_first, rows, item, MANY_HEIGHTS, is_last, own);
+    @LINE@
+    call.is_odd[item] = row >= 16 * full_panels(rows) || is_odd(line);
+    if (call.is_odd[item]) std::memcpy(call.odd + item * K_PADDED, line, K_PADDED * sizeof(x_t));
+    uint32_t* to = reinterpret_cast<uint32_t*>(call.panels);
+    to += (e * padded(rows, MANY_HEIGHTS) + row / 16 * 16) * ROW_THIRDS + row % 16 * 16;
+    for (int64_t k = 0; k < K_PADDED; k += 32) {
+      const vf x = load(line + k), next = load(line + k + 16);
+      vf low = _mm512_permutex2var_ps(x, first, next);
+      vf high = _mm512_permutex2var_ps(x, second, next);
+      for (int part = 0; part < 3; ++part, to += 256) {
+        const vi both = pair(low, high);
+        store(to, both);
+        low = sub(low, vf(_mm512_slli_epi32(both, 16)));
+        high = sub(high, vf(vi(vu(both) & 0xffff0000u)));
+      }
+    }
+  }
+  of.wait();
+}
+
+"""
+
+_TILE = """\
+constexpr int PIECE = TILE / PER_DWORD;        // groups of 64 inputs
+constexpr int OF_16 = 2 * @PARTS@ * 256;       // dwords of 16 outputs by 64 inputs
+constexpr int OF_PIECE = 2 * OF_16;           // of 32 outputs
+
+// What is decoded for one piece while another one is multiplied, group by group.
+struct Ahead {
+  const uint32_t* codes;
+  uint32_t* own;
+  int at = 0, last = 2 * PIECE;
+
+  INLINE void go_on(const Decoder& decoder) {
+    if (at >= last) return;
+    const int v = at / PIECE, group = at % PIECE, row = group * STEPS_OF_PAIRS;
+    const uint32_t* from = codes + group * TILE + v * LANES;
+    uint32_t* to = own + v * OF_16 + row / 16 * (@PARTS@ * 256) + row % 16 * LANES;
+    prefetch(from + AHEAD);
+    const vi code = load(from);
+#pragma GCC unroll 16
+    for (int step = 0; step < STEPS_OF_PAIRS; ++step, to += LANES) {
+@STORED@
+    }
+    ++at;
+  }
+};
+
+// Sums of 16 rows by 32 outputs on their way to totals.
+struct Sums32 {
+  const float *sums, *scale;
+  float* totals;
+};
+
+// A panel times a piece: sums[row][32]. Beside the products, the sums before are added to their
+// totals, and no more than @SLOTS@ groups are decoded.
+ALONE void piece_dots(const uint32_t* piece, const uint32_t* x_at, float* sums,
+                      const Sums32& before, Ahead& given) {
+  const Decoder decoder;
+  Ahead ahead = given;
+  const vf scale = load(before.scale), more = load(before.scale + LANES);
+  const auto beside = [&](auto slot) INLINE_LAMBDA {
+    ahead.go_on(decoder);
+#pragma GCC unroll 16
+    for (int row = slot * 16 / @SLOTS@; row < (slot + 1) * 16 / @SLOTS@; ++row) {
+      float* total = before.totals + row * TILE;
+      const float* sum = before.sums + row * 2 * LANES;
+      store(total, fma(load(sum), scale, load(total)));
+      store(total + LANES, fma(load(sum + LANES), more, load(total + LANES)));
+    }
+  };
+  tile_zero<0>(), tile_zero<1>();
+  each<2>([&](auto i) INLINE_LAMBDA {
+    const auto x = [&](int part) INLINE_LAMBDA {
+      tile_load<2>(x_at + (i * 3 + part) * 256, 64);
+    };
+    const auto w = [&](int part) INLINE_LAMBDA {
+      const uint32_t* at = piece + (i * @PARTS@ + part) * 256;
+      tile_load<3>(at, 64), tile_dot<0, 2, 3>();
+      tile_load<3>(at + OF_16, 64), tile_dot<1, 2, 3>();
+    };
+@PRODUCTS@
+  });
+  tile_store<0>(sums, 8 * LANES), tile_store<1>(sums + LANES, 8 * LANES);
+  given = ahead;
+}
+
+// One tile of outputs against some panels: totals[row][64]. Sums of 64 inputs each are scaled.
+void panels_tile(const uint32_t* x, int64_t panels, const Weight& w, int64_t tile, uint32_t* own,
+                 float* totals, TileUnit& unit) {
+  constexpr int64_t PIECES = K_PADDED / TILE * 2;
+  const uint32_t* codes = w.codes() + tile * GROUPS * TILE;
+  unit.take({16, 16, 16, 16, 0, 0, 0, 0});
+  std::memset(totals, 0, panels * 16 * TILE * sizeof(float));
+  Scales scales(w, tile);
+  const Decoder decoder;
+  // Sums and scales of two pieces in turns; the first sums are nothing.
+  alignas(64) float sums[2][16 * 2 * LANES] = {}, scale[2][2 * LANES] = {};
+  Sums32 before{sums[1], scale[1], totals};
+  Ahead ahead{codes, own};
+  while (ahead.at < ahead.last) ahead.go_on(decoder);
+  int turn = 0;
+  for (int64_t piece = 0; piece < PIECES; ++piece) {
+    const int n = piece % 2 * 2 * LANES;
+    const uint32_t* operands = own + piece % 2 * OF_PIECE;
+    const int64_t next = std::min(piece + 1, PIECES - 1);
+    ahead = {codes + next / 2 * PIECE * TILE + next % 2 * 2 * LANES,
+             own + (piece + 1) % 2 * OF_PIECE};
+    if (piece + 1 == PIECES) ahead.last = 0;
+    float* scale_now = scale[piece % 2];
+    for (int64_t panel = 0; panel < panels; ++panel, turn ^= 1) {
+      piece_dots(operands, x + panel * 16 * ROW_THIRDS + piece / 2 * 6 * 256, sums[turn], before,
+                 ahead);
+      if (panel == 0)
+        std::memcpy(scale_now, scales.at(piece / 2 * TILE / BLOCK) + n, sizeof scale[0]);
+      before = {sums[turn], scale_now, totals + panel * 16 * TILE + n};
+    }
+    while (ahead.at < ahead.last) ahead.go_on(decoder);
+  }
+  for (int row = 0; row < 16; ++row)
+    for (int n = 0; n < 2 * LANES; n += LANES) {
+      float* total = before.totals + row * TILE + n;
+      const vf sum = load(before.sums + row * 2 * LANES + n);
+      store(total, fma(sum, load(before.scale + n), load(total)));
+    }
+}
+
+// The same for all rows of these panels.
+void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, int64_t first_panel,
+               int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
+  const int64_t e = @MATRIX@, panels = std::min(last_panel, full_panels(rows)) - first_panel;
+  const uint32_t* x = reinterpret_cast<const uint32_t*>(call.panels);
+  x += (e * padded(rows, MANY_HEIGHTS) + first_panel * 16) * ROW_THIRDS;
+  if (panels > 0) panels_tile(x, panels, w, tile, own, totals, unit);
+  const int64_t last_row = std::min(rows, last_panel * 16);
+  for (int64_t row = first_panel * 16; row < last_row; ++row)
+    if (call.is_odd[e * rows + row])
+      few_rows<1>(w, tile, call.odd + (e * rows + row) * K_PADDED, call.sums,
+                  totals + (row - first_panel * 16) * TILE);
+}
+"""
