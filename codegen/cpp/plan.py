@@ -193,9 +193,11 @@ class Plan:
 
         Sums of 64 inputs are scaled, and levels come from tables, whose parts are known.
         """
-        levels = self.encoding.bits < 8 and not self.encoding.zero_point and self.is_regular
-        floats = self.isa.has_tiles and self.path == "f32" and not self.is_int8
-        return floats and levels and self.block % TILE == 0
+        if not self.isa.has_tiles or self.path != "f32" or self.is_int8 or not self.is_regular:
+            return False
+        if self.encoding.bits == 8 or self.encoding.zero_point or self.block % TILE:
+            return False
+        return all(level == 0 or 2**-15 <= abs(level) <= 2**15 for level in self.levels)
 
     @functools.cached_property
     def level_thirds(self) -> tuple[tuple[float, ...], ...]:

@@ -1,14 +1,14 @@
 """Many rows of floats on the tile unit: each float as the sum of up to three bfloat16.
 
 24 bits are three times eight: ``high = rne(x)``, ``middle = rne(x - high)`` and ``low``, what is
-left, make up a float32 exactly: an activation's as the call packs it, a level's in a table. Products
-of two parts are exact in float32. Those of ``low`` with ``middle`` or with ``low`` are left out:
-parts have 8 bits, so ``|middle| <= 2**-8 |x|`` and ``|low| <= 2**-17 |x|``, and what is left out is
-``2**-24 |x| |w|`` and a little: `fxquant.codegen.bounds.float_sums` counts it with the roundings.
+left, make up a float32 exactly: an activation's as the call packs it, a level's in a table. The
+products of two parts are exact in float32. Those of ``low`` with ``middle`` or ``low`` are left
+out: see `fxquant.codegen.bounds.float_sums`.
 
-The unit takes subnormal numbers for zeros, and the parts of what is not finite are NaN. So a row
-with any `x` that is neither zero nor of ``2**-80 .. 2**100`` is multiplied as one row is, and so are
-rows that are too few for a panel of their own.
+The unit takes subnormal numbers for zeros, which is next to nothing where levels are 2**-15 or more
+and `x` is 2**-80 or more, and the parts of what is not finite are NaN. So a row with any `x` that
+is neither zero nor of ``2**-80 .. 2**100`` is multiplied as one row is. Rows that are too few for a
+panel of their own are, too.
 
 One panel is multiplied with 32 outputs by 64 inputs; meanwhile the sums before are scaled, and the
 next 32 by 64 levels are decoded. Of the unit four registers are in use: with a neighbour on the

@@ -44,9 +44,8 @@ def isas_of(number: int, name: str) -> list[str]:
     Where the tile unit is no part of a kernel its text is that of the vectors alone.
     """
     plain = cpp_harness.vector_isas()
-    tiles = [
-        isa for isa in ISA_NAMES if isa not in plain and Plan(SPECS[name], ISAS[isa]).uses_tiles
-    ]
+    plans = {isa: Plan(SPECS[name], ISAS[isa]) for isa in ISA_NAMES if isa not in plain}
+    tiles = [isa for isa, plan in plans.items() if plan.uses_tiles or plan.has_thirds]
     if name in EVERYWHERE:
         return tiles + plain
     return tiles[:1] + plain[: not tiles] + plain[1:][number // 2 % 2 :][: number % 2]

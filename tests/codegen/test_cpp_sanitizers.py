@@ -31,6 +31,7 @@ SPECS = {**cpp_specs.SPECS, **cpp_joined.SPECS}
 BEST, SECOND = [*cpp_harness.isas(), "portable"][:2]
 CASES = [
     *((name, BEST) for name in ("nf4_bf16", "zero4_bf16_odd", "nf4_int8_outliers")),
+    ("nf4_f32_batched", BEST),
     *((name, "portable") for name in ("fp4_f32_odd", "zero8_int8", "nf4_f32_batched")),
     *(
         (name, SECOND)

@@ -108,10 +108,11 @@ def test_rows_that_are_worked_off_at_a_time_stay_near() -> None:
 
 def test_what_the_unit_does_not_multiply_is_the_text_of_vectors() -> None:
     for one in (
-        spec("nf4_f32", NF4, (70, 192)),
+        spec("short_f32", Encoding(4, "nf4", (32,)), (70, 192)),
         spec("short_int8", Encoding(8, block=(1, 32)), (70, 192), compute="int8", x="float32"),
     ):
         assert not Plan(one, AMX).uses_tiles
+        assert not Plan(one, AMX).has_thirds
         vectors = replace(AVX512, looks_ahead=AMX.looks_ahead)
         assert cpp.render(one, Header(), AMX) == cpp.render(one, Header(), vectors)
 
