@@ -60,6 +60,7 @@ SPECS = {
     one.name: one
     for one in (
         joined("gate_nf4_bf16", NF4, (100, 704), ("bfloat16",) * 3, GATE, weights=2),
+        joined("gate_nf4_f32", NF4, (100, 704), ("float32",) * 3, GATE, weights=2),
         joined(
             *("qkv_codes", CHANNELS, (77, 320), ("int8", "int8", "float16")),
             biases("float16"),

@@ -20,6 +20,7 @@ from fxquant.codegen.cpp.cost import (
     few_cost,
     few_rate,
     many_cost,
+    many_rate,
     threshold,
     usual_rates,
 )
@@ -125,7 +126,7 @@ def test_one_row_is_few_and_the_choice_is_the_cheaper(isa: Isa, compute: str) ->
     values = {BANDWIDTH: found.bandwidth, VECTORS: found.vectors, THREADS: 2}
 
     def seconds(rows: int) -> list[tuple[float, float]]:
-        both = (few_cost(one), few_rate(one, found)), (many_cost(one), found.many[one.path])
+        both = (few_cost(one), few_rate(one, found)), (many_cost(one), many_rate(one, found))
         at = [(cost, {**values, DOTS: dots, M: rows}) for cost, dots in both]
         few, many = ((float(cost.time.subs(v)), float(cost.work.subs(v))) for cost, v in at)
         # Of two that wait for memory it is the one with less work, and many rows have to be sure.
@@ -163,7 +164,18 @@ def test_the_tile_unit_is_counted_in_panels_of_eight_rows() -> None:
         tiles, plain = plan(compute=compute, encoding=encoding, isa=AMX), plan(compute=compute)
         for rows, counted in ((1, 8), (8, 8), (17, 24), (768, 768)):
             assert many_cost(tiles).dots.subs(M, rows) == counted * few_cost(plain).dots.subs(M, 1)
-    assert not plan(compute="float32", isa=AMX).uses_tiles
+
+
+def test_floats_in_three_parts_are_counted_in_whole_panels() -> None:
+    three, plain = plan(compute="float32", isa=AMX), plan(compute="float32")
+    assert three.has_thirds
+    for rows, counted in ((1, 16), (16, 16), (17, 32)):
+        # Six products of pairs.
+        dots = many_cost(three).dots.subs(M, rows)
+        assert dots == 6 * counted * few_cost(plain).dots.subs(M, 1) // 2
+    assert threshold(three, usual_rates(AMX), 2) == 16
+    slower = rates(many={"bf16": 12e9, "int8": 12e9, "f32": 6e9})
+    assert threshold(three, slower, 2) > 16
 
 
 def test_the_tile_unit_decodes_levels_for_some_rows_and_weights_for_more() -> None:

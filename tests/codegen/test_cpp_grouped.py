@@ -38,6 +38,7 @@ SPECS = {
     # Rows that are lines as they are, and a scale of scales that changes inside of a matrix.
     "nf4_bf16": made(NF4, (4, 70, 128), ("bfloat16",) * 3),
     "nf4_f32": made(NF4, (3, 33, 77), ("float32",) * 3, epilogue=RESIDUAL),
+    "nf4_f32_regular": made(NF4, (3, 70, 128), ("float32",) * 3, epilogue=SILU, weights=2),
     "int8_in_call": made(CHANNELS, (3, 130, 192), ("float32", "int8", "float32")),
     "int8_codes": made(CHANNELS, (5, 66, 128), ("int8", "int8", "float16"), epilogue=RESIDUAL),
     "nf4_codes_two": made(NF4, (3, 64, 128), ("int8", "int8", "float32"), epilogue=SILU, weights=2),

@@ -19,6 +19,7 @@ from tests.bounds import assert_close_within
 from tests.codegen import cpp_specs, harness
 from tests.codegen.cpp_harness import FEW, MANY, Kernel
 from tests.codegen.cpp_specs import NF4, spec
+from tests.codegen.test_cpp_tiles import check_memory
 
 HALVES = (0.0, *(1 + number / 4096 for number in range(15)))
 """Levels of up to 13 bits."""
@@ -137,6 +138,12 @@ def test_one_input_at_a_time(name: str) -> None:
     dense = reference.operand(one.weight, tensors, torch.float32).double()
     exact = values.double()[:, None] * dense.t()[chosen]
     assert ((got - exact).abs() <= 12 * bounds.UNIT * exact.abs()).all()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("short", [0, 64])
+def test_nothing_behind_the_operands_is_touched(short: int) -> None:
+    check_memory(kernels()["levels"], short)
 
 
 def test_any_layout_of_x() -> None:

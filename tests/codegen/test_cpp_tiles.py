@@ -162,15 +162,19 @@ class Guarded:
 @pytest.mark.parametrize("short", [0, 64])
 @pytest.mark.parametrize("name", ["levels", "groups", "channels"])
 def test_nothing_behind_the_operands_is_touched(name: str, short: int) -> None:
+    check_memory(kernels()[name, "amx"], short)
+
+
+def check_memory(kernel: Kernel, short: int) -> None:
     """In a process of its own, which ends where memory that is a line too short is missed."""
-    one, library = SPECS[name], kernels()[name, "amx"]._library
+    one, library = kernel.spec, kernel._library
     inputs = [operands(one, rows) for rows in (1, 16, 19, 70)]
     child = os.fork()
     if child == 0:
         faulthandler.disable()
         try:
             for x, tensors, _ in inputs:
-                block = kernels()[name, "amx"].prepare(tensors)[0]
+                block = kernel.prepare(tensors)[0]
                 size = library.fxquant_scratch_bytes(len(x), 1)
                 room = Guarded(ctypes.addressof((ctypes.c_char * size)()), size)
                 weight = Guarded(block.address, library.fxquant_prepared_bytes() - short)
