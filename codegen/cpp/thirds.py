@@ -108,9 +108,9 @@ void pack_thirds(const Call& call, int64_t super_first, int64_t rows, const Shar
 """
 
 _TILE = """\
-constexpr int PIECE = TILE / PER_DWORD;        // groups of 64 inputs
-constexpr int OF_16 = 2 * @PARTS@ * 256;       // dwords of 16 outputs by 64 inputs
-constexpr int OF_PIECE = 2 * OF_16;           // of 32 outputs
+constexpr int PIECE = TILE / PER_DWORD;   // groups of 64 inputs
+constexpr int OF_16 = 2 * @PARTS@ * 256;  // dwords of 16 outputs by 64 inputs
+constexpr int OF_PIECE = 2 * OF_16;       // of 32 outputs
 
 // What is decoded for one piece while another one is multiplied, group by group.
 struct Ahead {
