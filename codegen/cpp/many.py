@@ -9,11 +9,13 @@ from fxquant.codegen.cpp.tiles import decoder, tiles, unit
 
 def many(plan: Plan) -> str:
     """The text of the skeleton for many rows."""
+    odd = ""
     whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
     if plan.has_thirds:
         text = "\n".join([unit("tdpbf16ps"), thirds(plan), _RUN])
         unit_, given = "\n  TileUnit unit;", ", unit"
         pack = "pack_thirds(call, super_first, rows, of)"
+        odd = "  if (are_odd(call, rows)) return run_few(call, super_first, rows, of, part);\n"
     elif plan.uses_tiles:
         text = "\n".join([_decode(plan), tiles(plan), _RUN])
         unit_, given = "\n  TileUnit unit;", ", unit"
@@ -27,6 +29,7 @@ def many(plan: Plan) -> str:
         .replace("@UNIT@", unit_)
         .replace("@GIVEN@", given)
         .replace("@PACK@", pack)
+        .replace("@ODD@", odd)
     )
     return plan.placed(text)
 
@@ -296,7 +299,7 @@ _RUN = """\
 void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& of,
               const Part& part) {
   if (part.is_first) @PACK@;
-  const int64_t panels = panels_of(rows, MANY_HEIGHTS);
+@ODD@  const int64_t panels = panels_of(rows, MANY_HEIGHTS);
   uint32_t* decoded = reinterpret_cast<uint32_t*>(call.own + of.thread * OWN_BYTES);
   float* totals = reinterpret_cast<float*>(decoded + DECODED);@UNIT@
   const int64_t wanted = (2 * of.threads + E * N_TILES - 1) / (E * N_TILES);

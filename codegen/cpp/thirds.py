@@ -7,8 +7,8 @@ out: see `fxquant.codegen.bounds.float_sums`.
 
 The unit takes subnormal numbers for zeros, which is next to nothing where levels are 2**-15 or more
 and `x` is 2**-80 or more, and the parts of what is not finite are NaN. So a row with any `x` that
-is neither zero nor of ``2**-80 .. 2**100`` is multiplied as one row is. Rows that are too few for a
-panel of their own are, too.
+is neither zero nor of ``2**-80 .. 2**100`` is multiplied as one row is, and all are as few rows are
+where those are many. Rows that are too few for a panel of their own are as one row, too.
 
 One panel is multiplied with 32 outputs by 64 inputs; meanwhile the sums before are scaled, and the
 next 32 by 64 levels are decoded. Of the unit four registers are in use: with a neighbour on the
@@ -103,6 +103,13 @@ void pack_thirds(const Call& call, int64_t super_first, int64_t rows, const Shar
     }
   }
   of.wait();
+}
+
+// Whether so many rows are odd that all take less time as few rows do.
+INLINE bool are_odd(const Call& call, int64_t rows) {
+  int64_t odd = 0;
+  for (int64_t item = 0; item < E * rows; ++item) odd += call.is_odd[item];
+  return rows > ROWS_APART && 4 * odd > E * rows;
 }
 
 """

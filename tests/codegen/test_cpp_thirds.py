@@ -119,9 +119,28 @@ def test_rows_of_any_magnitude(exponent: int, name: str) -> None:
     x, tensors, extra = operands(one, 20)
     x[::2] = torch.ldexp(x[::2].clamp(-2, 2), torch.tensor(exponent))
     x[1::4, ::2] = torch.ldexp(x[1::4, ::2], torch.tensor(min(exponent, 90)))
-    got = kernel.run(kernel.prepare(tensors), x, extra, MANY, 2)
+    prepared = kernel.prepare(tensors)
+    got = [kernel.run(prepared, x, extra, MANY, threads) for threads in (1, 2)]
+    assert torch.equal(*got)
     want, bound = reference.run(one, x, tensors, extra), bounds.allowed(one, x, tensors, extra)
-    assert_close_within(got, want, bound)
+    assert_close_within(got[0], want, bound)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_many_rows_without_three_parts(name: str) -> None:
+    """They are few rows, in blocks that one thread or all work off."""
+    one, kernel = SPECS[name], kernels()[name]
+    for rows in (1, 5, 40, 2 * Plan(one, AMX).super_rows + 5):
+        x, tensors, extra = operands(one, rows)
+        x[..., ::3, 1] = 1e-30
+        prepared = kernel.prepare(tensors)
+        got = [kernel.run(prepared, x, extra, MANY, threads) for threads in (1, 2)]
+        assert torch.equal(*got)
+        few = kernel.run(prepared, x, extra, FEW, 2)
+        if rows < 100 and one.x_dtype == "float32":
+            assert torch.equal(got[0], few)
+        want, bound = reference.run(one, x, tensors, extra), bounds.allowed(one, x, tensors, extra)
+        assert_close_within(got[0], want, bound)
 
 
 @pytest.mark.parametrize("name", ["levels", "long", "int4_channels"])
