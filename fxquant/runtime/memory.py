@@ -13,6 +13,8 @@ from torch import Tensor
 
 HUGE = 2 << 20
 """Bytes of a huge page on the processors that there are kernels for."""
+MOST_SPARE = 16
+"""The part of a block, one so-many-th, that its last huge page may be larger than what it holds."""
 FREED_AT_ONCE = 64 << 20
 """Bytes that wait for each other: to go through all that is free takes milliseconds."""
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
@@ -26,7 +28,8 @@ class Block:
     """Zeroed memory, aligned to 64 bytes and to huge pages where it fills any.
 
     A product against one row reads the whole weight once, and with pages of 4 KB looks up the
-    address of each: Linux gives huge pages to whom asks.
+    address of each: Linux gives huge pages to whom asks. The last one is asked for only if it would
+    hardly be larger than what it holds.
 
     Args:
         size: In bytes.
@@ -37,13 +40,18 @@ class Block:
     def __init__(self, size: int) -> None:
         spare = HUGE if size >= HUGE else 0
         self._map = mmap.mmap(-1, max(size, 1) + spare, **_PRIVATE)
-        if spare and hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_HUGEPAGE)
         self._view = ctypes.c_char.from_buffer(self._map)
         start = ctypes.addressof(self._view)
         self.address = -(-start // HUGE) * HUGE if spare else start
         self.size = size
+        if spare and hasattr(mmap, "MADV_HUGEPAGE"):
+            first, whole = self.address - start, size // HUGE * HUGE
+            if -size % HUGE <= size // MOST_SPARE:
+                whole += HUGE
+            with contextlib.suppress(OSError):
+                self._map.madvise(mmap.MADV_HUGEPAGE, first, min(whole, len(self._map) - first))
+                if whole < size:  # or they may come unasked
+                    self._map.madvise(mmap.MADV_NOHUGEPAGE, first + whole)
 
     def tensor(self) -> Tensor:
         """The memory as uint8 ``[size]``, for as long as the block lives."""
