@@ -52,8 +52,8 @@ template <int COUNT, int SUMS, int X>
 INLINE void part_dots(const uint32_t* w, const x_t* x, int height, sum_of_one_t* end) {
   tile_zero<SUMS>();
   each<COUNT>([&](auto i) INLINE_LAMBDA {
-    tile_load<4 + i>(w + i * 256, 64), tile_load<X>(x + i * 16 * height, 64);
-    tile_dot<SUMS, X, 4 + i>();
+    tile_load<4>(w + i * 256, 64), tile_load<X>(x + i * 16 * height, 64);
+    tile_dot<SUMS, X, 4>();
   });
   tile_store<SUMS>(end, 64);
 }

@@ -60,8 +60,17 @@ class Kernel:
         run = [*[pointer] * 2, *[long] * 4, pointer, pointer, pointer, number, number]
         self._library.fxquant_run.argtypes, self._library.fxquant_run.restype = run, None
 
-    def prepare(self, tensors: list[Tensor], threads: int = 1) -> list[Block]:
-        """The repacked weights, in memory that held something else, each giving its codes again."""
+    def prepare(
+        self, tensors: list[Tensor], threads: int = 1, *, restores: bool = True
+    ) -> list[Block]:
+        """The repacked weights, in memory that held something else.
+
+        Args:
+            tensors: The stored ones, weight by weight.
+            threads: How many repack.
+            restores: Whether to see that each gives its codes again. Not in a forked child, where
+                torch's threads are not.
+        """
         plan, parts = Plan(self.spec, self.isa), len(self.spec.weight.encoding.parts)
         blocks: list[Block] = []
         for first in range(0, len(tensors), parts):
@@ -69,7 +78,7 @@ class Kernel:
             pointers = _pointers(tensors[first : first + parts])
             self._library.fxquant_prepare(pointers, block.address, threads)
             blocks.append(block)
-            if can_restore(plan):
+            if restores and can_restore(plan):
                 codes = tensors[first]
                 assert torch.equal(restore(plan, block.tensor(), codes[-1:]), codes)
         return blocks

@@ -174,7 +174,7 @@ def check_memory(kernel: Kernel, short: int) -> None:
         faulthandler.disable()
         try:
             for x, tensors, _ in inputs:
-                block = kernel.prepare(tensors)[0]
+                block = kernel.prepare(tensors, restores=False)[0]
                 size = library.fxquant_scratch_bytes(len(x), 1)
                 room = Guarded(ctypes.addressof((ctypes.c_char * size)()), size)
                 weight = Guarded(block.address, library.fxquant_prepared_bytes() - short)
