@@ -112,6 +112,7 @@ ALONE void span_rows(int height, const uint32_t* codes, const uint32_t* ahead, i
   }
   add(parts - 1);
   each<ROWS>([&](auto r) INLINE_LAMBDA { store(totals + r * TILE, at<r>(total)); });
+  tile_zero<SUMS>(), tile_zero<X>();  // ends their use: see `panel_dots`
 }
 
 // The last panel, which may be lower, has registers of its own.

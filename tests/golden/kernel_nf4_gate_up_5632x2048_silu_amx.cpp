@@ -786,8 +786,8 @@ template <int COUNT, int SUMS, int X>
 INLINE void part_dots(const uint32_t* w, const x_t* x, int height, sum_of_one_t* end) {
   tile_zero<SUMS>();
   each<COUNT>([&](auto i) INLINE_LAMBDA {
-    tile_load<4 + i>(w + i * 256, 64), tile_load<X>(x + i * 16 * height, 64);
-    tile_dot<SUMS, X, 4 + i>();
+    tile_load<4>(w + i * 256, 64), tile_load<X>(x + i * 16 * height, 64);
+    tile_dot<SUMS, X, 4>();
   });
   tile_store<SUMS>(end, 64);
 }
@@ -847,6 +847,7 @@ ALONE void span_rows(int height, const uint32_t* codes, const uint32_t* ahead, i
   }
   add(parts - 1);
   each<ROWS>([&](auto r) INLINE_LAMBDA { store(totals + r * TILE, at<r>(total)); });
+  tile_zero<SUMS>(), tile_zero<X>();  // ends their use: see `panel_dots`
 }
 
 // The last panel, which may be lower, has registers of its own.
@@ -892,76 +893,41 @@ void span_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
   }
 }
 
-// Two panels, the second one as high as is said, against steps of half of a decoded tile:
-// sums[row][32] += , or = where they begin.
-template <bool ASKS_AHEAD>
-ALONE void two_panels(const uint32_t* w, int64_t count, const x_t* x0, const x_t* x1, int height,
+// A panel against steps of half of a decoded tile: sums[row][32] += , or = where they begin. With
+// a neighbour on the core a product takes the longer the more registers are in use: there are four,
+// and those of a last panel that is lower are zeroed, which ends their use.
+template <bool ASKS_AHEAD, int SUMS, int X>
+ALONE void panel_dots(const uint32_t* w, int64_t count, const x_t* x, int64_t height,
                       sum_of_one_t* sums, bool begin) {
   const uint32_t* next = w + 16 * apart(count * 16);
-  if (begin) {
-    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  } else {
-    tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
-    tile_load<2>(sums + 16 * TILE, 4 * TILE), tile_load<3>(sums + 16 * TILE + 16, 4 * TILE);
-  }
+  if (begin)
+    tile_zero<SUMS>(), tile_zero<SUMS + 1>();
+  else
+    tile_load<SUMS>(sums, 4 * TILE), tile_load<SUMS + 1>(sums + 16, 4 * TILE);
   for (int64_t i = 0; i < count; ++i, w += OF_TILE, next += OF_TILE) {
-    tile_load<4>(x0 + i * 256, 64), tile_load<6>(w, OF_ROW);
-    tile_dot<0, 4, 6>();
+    tile_load<X>(x + i * 16 * height, 64), tile_load<7>(w, OF_ROW);
+    tile_dot<SUMS, X, 7>();
     tile_load<7>(next, OF_ROW);
-    tile_dot<1, 4, 7>();
-    tile_load<5>(x1 + i * 16 * height, 64);
-    tile_dot<2, 5, 6>(), tile_dot<3, 5, 7>();
+    tile_dot<SUMS + 1, X, 7>();
   }
-  tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
-  tile_store<2>(sums + 16 * TILE, 4 * TILE), tile_store<3>(sums + 16 * TILE + 16, 4 * TILE);
-}
-
-// One panel against all outputs of the tile.
-template <bool ASKS_AHEAD>
-ALONE void one_panel(const uint32_t* w, int64_t count, const x_t* x, int height,
-                     sum_of_one_t* sums, bool begin) {
-  const int64_t more = 16 * apart(count * 16);
-  if (begin) {
-    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-  } else {
-    tile_load<0>(sums, 4 * TILE), tile_load<1>(sums + 16, 4 * TILE);
-    tile_load<2>(sums + 32, 4 * TILE), tile_load<3>(sums + 48, 4 * TILE);
-  }
-  for (int64_t i = 0; i < count; ++i, w += OF_TILE) {
-    tile_load<4>(x + i * 16 * height, 64), tile_load<6>(w, OF_ROW);
-    tile_dot<0, 4, 6>();
-    tile_load<7>(w + more, OF_ROW);
-    tile_dot<1, 4, 7>();
-    tile_load<6>(w + 2 * more, OF_ROW);
-    tile_dot<2, 4, 6>();
-    tile_load<7>(w + 3 * more, OF_ROW);
-    tile_dot<3, 4, 7>();
-  }
-  tile_store<0>(sums, 4 * TILE), tile_store<1>(sums + 16, 4 * TILE);
-  tile_store<2>(sums + 32, 4 * TILE), tile_store<3>(sums + 48, 4 * TILE);
+  tile_store<SUMS>(sums, 4 * TILE), tile_store<SUMS + 1>(sums + 16, 4 * TILE);
+  if constexpr (SUMS != 0) tile_zero<SUMS>(), tile_zero<SUMS + 1>(), tile_zero<X>();
 }
 
 // Panels against steps of a decoded tile: sums[row][64] += , or = where they begin.
 void wide_panels(const uint32_t* w, int64_t first_step, int64_t steps, const x_t* x, int64_t rows,
                  sum_of_one_t* sums, bool begin, TileUnit& unit) {
-  const int64_t count = steps / 16, pairs = (rows + 15) / 32 * 32;
+  const uint8_t rest = uint8_t((rows - 1) % 16 + 1);
+  unit.take({16, 16, 16, rest, rest, rest, 0, 16});
   // Half of the operands stays near while all rows are gone through.
   for (int n = 0; n < TILE; n += 32)
-    for (int64_t row = 0; row < pairs; row += 32) {
-      const uint8_t height = uint8_t(std::min<int64_t>(rows - row - 16, 16));
-      const x_t* first = x + row * ALL_STEPS + first_step * 16;
-      const x_t* second = x + (row + 16) * ALL_STEPS + first_step * height;
-      unit.take({16, 16, height, height, 16, height, 16, 16});
-      (row ? two_panels<false> : two_panels<true>)(w + n * apart(steps), count, first, second,
-                                                   height, sums + row * TILE + n, begin);
+    for (int64_t row = 0; row < rows; row += 16) {
+      const int64_t height = std::min<int64_t>(rows - row, 16);
+      const auto run = height == 16 ? (row ? panel_dots<false, 0, 2> : panel_dots<true, 0, 2>)
+                                    : (row ? panel_dots<false, 3, 5> : panel_dots<true, 3, 5>);
+      run(w + n * apart(steps), steps / 16, x + row * ALL_STEPS + first_step * height, height,
+          sums + row * TILE + n, begin);
     }
-  if (pairs < rows) {
-    const uint8_t height = uint8_t(std::min<int64_t>(rows - pairs, 16));
-    const x_t* last = x + pairs * ALL_STEPS + first_step * height;
-    unit.take({height, height, height, height, height, height, 16, 16});
-    sums += pairs * TILE;
-    (pairs ? one_panel<false> : one_panel<true>)(w, count, last, height, sums, begin);
-  }
 }
 
 // One tile of outputs against some panels, scales in the weight: totals[row][64].
