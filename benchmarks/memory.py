@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks import results
 from benchmarks.models import BUILDERS, DECODED, Decoder, make_llama
+from benchmarks.ours import require_kernels
 from benchmarks.peers import quiet
 
 STATUS, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -62,6 +63,8 @@ def measure(name: str, layers: int) -> dict[str, Any]:
         layers: Of the decoder.
     """
     quiet()
+    if name.startswith("fxquant"):
+        require_kernels()
     before = _now("VmRSS")
     dense = make_llama(layers)
     config = dense.config

@@ -118,9 +118,10 @@ def float_sums(
     Floats may be multiplied in three bfloat16 parts of 8 bits each, ``|middle| <= 2**-8 |x|`` and
     ``|low| <= 2**-17 |x|``, without the products of ``low`` with ``middle`` or ``low``. Those are
     ``u |x||w|`` and a little, one rounding. There are no more others than k: an instruction sums
-    two times 16 products and adds them up, and twelve of them, whose largest products come third
-    from last, sum 64 inputs: 28 roundings, then one for each 64. Of k < 32 inputs the largest
-    products go through k roundings and three; that and what is small are of the six above.
+    two times 16 products and adds them up (Intel's manual, TDPBF16PS), and twelve of them, whose
+    largest products come third from last, sum 64 inputs: 28 roundings, then one for each 64. Of
+    k < 32 inputs the largest products go through k roundings and three; that and what is small are
+    of the six above.
 
     Args:
         rows: ``[.., m, k]`` float64, what is multiplied.

@@ -29,9 +29,6 @@ stays in registers: by this it has to be better."""
 ALL_ROWS = sys.maxsize
 """The threshold of a kernel for which few rows are never slower."""
 
-THIRDS_PRODUCTS = {1: 3, 2: 5, 3: 6}
-"""Products of three parts of an activation with as many of a level, the smallest ones left out."""
-
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
@@ -190,7 +187,7 @@ def _thirds_cost(plan: Plan) -> Cost:
     wanted = sympy.Min(sympy.ceiling(2 * THREADS / tiles), panels, evaluate=False)
     parts = sympy.Max(1, wanted, evaluate=False)
     levels = len(plan.level_thirds)
-    products = THIRDS_PRODUCTS[levels]
+    products = len(plan.third_products)
     decoded = supers * parts * steps * (1 + levels * (1 + _STORE))
     scales = supers * parts * tiles * plan.blocks * _scales(plan)
     # Every product has an operand that is loaded for it, and some have two.

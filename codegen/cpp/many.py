@@ -13,20 +13,20 @@ def many(plan: Plan) -> str:
     whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
     if plan.has_thirds:
         text = "\n".join([unit("tdpbf16ps"), thirds(plan), _RUN])
-        unit_, given = "\n  TileUnit unit;", ", unit"
+        declared, given = "\n  TileUnit unit;", ", unit"
         pack = "pack_thirds(call, super_first, rows, of)"
         odd = "  if (are_odd(call, rows)) return run_few(call, super_first, rows, of, part);\n"
     elif plan.uses_tiles:
         text = "\n".join([_decode(plan), tiles(plan), _RUN])
-        unit_, given = "\n  TileUnit unit;", ", unit"
+        declared, given = "\n  TileUnit unit;", ", unit"
         pack = "pack_tiles(call, super_first, rows, of)"
     else:
         parts = [_decode(plan), _panels(plan), _TILES.replace("@CHUNK@", _chunk(plan)), _RUN]
-        text, unit_, given = "\n".join(parts), "", ""
+        text, declared, given = "\n".join(parts), "", ""
         pack = "pack(call, super_first, rows, MANY_HEIGHTS, of)"
     text = (
         text.replace("@WHOLE@", whole)
-        .replace("@UNIT@", unit_)
+        .replace("@UNIT@", declared)
         .replace("@GIVEN@", given)
         .replace("@PACK@", pack)
         .replace("@ODD@", odd)

@@ -210,6 +210,15 @@ class Plan:
         return tuple(tuple(part.tolist()) for part in found)
 
     @property
+    def third_products(self) -> list[tuple[int, int]]:
+        """Which parts of an activation and of a level are multiplied, the smallest products first.
+
+        One of both stays for the next product. Left out is what `bounds.float_sums` says.
+        """
+        parts = range(len(self.level_thirds))
+        return [(x, w) for x in (2, 1, 0) for w in parts if x + w <= 2]
+
+    @property
     def few_heights(self) -> tuple[int, ...]:
         """Rows of a panel that is multiplied with codes decoded in registers, the most first."""
         most = MOST_BESIDE_TILES[self.path] if self.uses_tiles else max(self.isa.few_heights)

@@ -26,9 +26,7 @@ OPERANDS = 2 * 32 * 32
 def thirds(plan: Plan) -> str:
     """The text of ``many_tile``, and of ``pack_thirds`` before it."""
     parts = len(plan.level_thirds)
-    # What is smallest is summed first, and one of both operands stays for the next product.
-    order = [(x, w) for x in (2, 1, 0) for w in range(parts) if x + w <= 2]
-    lines, last = [], None
+    order, lines, last = plan.third_products, [], None
     for number, (x, w) in enumerate(order):
         loaded = f"x({x}), " if x != last else ""
         lines.append(f"    {loaded}w({w}), beside(i * {len(order)} + {number});")

@@ -55,7 +55,7 @@ class Codes:
     """The codes of a packed weight, and of all tensors that alias it.
 
     Args:
-        stored: The codes: uint8, flat.
+        stored: The codes: uint8 or int8, flat.
 
     Attributes:
         held: The stored codes or, while they are away, their stand-in.

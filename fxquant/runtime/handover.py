@@ -7,6 +7,7 @@ once, and the stored ones are let go of, weight by weight.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +17,8 @@ from fxquant.formats.codes import Place, are_read_elsewhere
 from fxquant.formats.packed import PackedWeight
 from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.memory import Block, Freed
+
+LOG = logging.getLogger("fxquant.handover")
 
 
 def parts_for(readers: Sequence[CppKernel], packed: PackedWeight) -> list[Tensor]:
@@ -45,6 +48,12 @@ def _hand_over(packed: PackedWeight, kernels: Sequence[CppKernel]) -> None:
     restore = next(filter(None, restores), None)
     if restore is None or not first.is_cpu or not first.is_contiguous():
         codes.place = Place.FIXED
+        LOG.info(
+            "a weight of shape %s (%s) stays in its stored form beside the repacked one, which "
+            "does not say all of its codes",
+            list(packed.shape),
+            packed.encoding,
+        )
         return
     with torch.inference_mode(mode=False):  # there tensors have no version
         stand_in, last = torch.empty_like(first), first[-1:].clone()

@@ -8,18 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
-from fxquant.codegen import Header, KernelSpec, bounds, cpp, reference
+from fxquant.codegen import Header, bounds, cpp, reference
 from fxquant.codegen.cpp.isa import AMX, AVX512
 from fxquant.codegen.cpp.plan import Plan
-from fxquant.formats import Encoding
-from fxquant.runtime import toolchain
+from fxquant.formats import Encoding, pack
 from tests.bounds import assert_close_within
-from tests.codegen import cpp_specs, harness
+from tests.codegen import cpp_specs
 from tests.codegen.cpp_harness import FEW, MANY, Kernel
 from tests.codegen.cpp_specs import NF4, spec
-from tests.codegen.test_cpp_tiles import check_memory
+from tests.codegen.test_cpp_tiles import check_memory, needs_tiles, operands
 
 HALVES = (0.0, *(1 + number / 4096 for number in range(15)))
 """Levels of up to 13 bits."""
@@ -41,9 +39,7 @@ SPECS = {
 }
 ROWS = (0, 1, 3, 4, 16, 17, 19, 20, 33, 64, 69, 97)
 
-pytestmark = pytest.mark.skipif(
-    not toolchain.runs(AMX) or toolchain.compiler() is None, reason="there is no tile unit here"
-)
+pytestmark = needs_tiles
 
 
 @functools.cache
@@ -52,11 +48,6 @@ def kernels() -> dict[str, Kernel]:
     with ThreadPoolExecutor(2) as pool:
         built = pool.map(lambda one: Kernel(one, isa), SPECS.values())
         return dict(zip(SPECS, built, strict=True))
-
-
-def operands(one: KernelSpec, rows: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    tensors = harness.stored(one.weight.encoding, one.weight.shape)
-    return harness.activation(one, rows), tensors, harness.operands(one, rows)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -177,3 +168,14 @@ def test_any_layout_of_x() -> None:
     shifted.copy_(x)
     for same in (apart, turned, shifted):
         assert torch.equal(kernel.run(prepared, same, extra, MANY, 2), want)
+
+
+def test_an_instruction_sums_its_products_before_it_adds_them() -> None:
+    """As Intel's manual has it, and `bounds.float_sums` counts on it; one by one 7 would be 8."""
+    one = spec("sevens", Encoding(4, block=(1, -1)), (16, 64))
+    kernel = Kernel(one, replace(AMX, few_heights=(1,)))
+    tensors = pack(torch.full((16, 64), 7.0), one.weight.encoding).tensors()
+    x = torch.zeros(16, 64)
+    x[:, 0], x[:, 32:] = 2.0**24, 1
+    got = kernel.run(kernel.prepare(tensors), x, [], MANY)
+    assert (got == 7 * 2.0**24 + 7 * 32).all()

@@ -266,11 +266,14 @@ class Sliced(nn.Module):
         return nn.functional.linear(x, first) - nn.functional.linear(x, second).sin()
 
 
-def test_parts_of_a_weight_leave_it_where_it_is() -> None:
+def test_parts_of_a_weight_leave_it_where_it_is(caplog: pytest.LogCaptureFixture) -> None:
     model, x = packed_model(model=Sliced()), torch.randn(3, 64)
     eager = model(x)
-    torch.testing.assert_close(compile_(model)(x), eager, rtol=1e-4, atol=1e-4)
+    with caplog.at_level("INFO", "fxquant.handover"):
+        torch.testing.assert_close(compile_(model)(x), eager, rtol=1e-4, atol=1e-4)
     assert places(model) == {Place.FIXED}
+    assert "shape [128, 64]" in caplog.text
+    assert "stays in its stored form" in caplog.text
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "smoothquant"])
