@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -46,6 +47,14 @@ def pytest_sessionfinish() -> None:
     """Removes the kernel cache of this run."""
     if not IS_WORKER:
         shutil.rmtree(CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def alone() -> None:
+    """No other backend was seen: from then on codes of weights stay, for the rest of a process."""
+    codes = sys.modules.get("fxquant.formats.codes")
+    if codes is not None:
+        codes._Process.reads_elsewhere = False
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fxquant.formats.codes import Place, are_read_elsewhere
 from fxquant.formats.packed import PackedWeight
+from fxquant.runtime import repacked
 from fxquant.runtime.cpp import CppKernel
 from fxquant.runtime.memory import Block, Freed
 
@@ -33,7 +34,9 @@ def parts_for(readers: Sequence[CppKernel], packed: PackedWeight) -> list[Tensor
         if codes.place is Place.HERE and not are_read_elsewhere():
             _hand_over(packed, readers)
     elif codes.place is not Place.FIXED:
+        away = packed.held()
         codes.come_back(Place.FIXED)
+        repacked.also_of(away, packed.held())
     return packed.held()
 
 

@@ -142,3 +142,16 @@ _stores: weakref.WeakValueDictionary[Hashable, Store] = weakref.WeakValueDiction
 def store(form: Hashable) -> Store:
     """The weights in one form, shared by all kernels that have it; None is a form of one's own."""
     return Store() if form is None else _stores.setdefault(form, Store())
+
+
+def also_of(known: Sequence[Tensor], weight: Sequence[Tensor]) -> None:
+    """Has kernels find what they made of a weight by other tensors of the same values, too.
+
+    Args:
+        known: The tensors that they found it by.
+        weight: The others.
+    """
+    for shared in list(_stores.values()):
+        found: Repacked | None = shared.found.get(id(known[0]))
+        if found is not None and found.is_current(known):
+            shared.keep(weight[:1], Repacked(weight, found.block))

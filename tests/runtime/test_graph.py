@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.runtime import repacked
+from fxquant.runtime import cpp
 from fxquant.runtime.store import STORE
 from tests.bounds import assert_close_within, product_bound
 from tests.helpers import TwoLayers, compile_, decoded, frozen, packed_of
@@ -177,14 +177,14 @@ def test_kernels_repack_each_weight_once_and_drop_it_with_the_model(
 ) -> None:
     made: list[weakref.ref[Any]] = []
 
-    class Counted(repacked.Repacked):
+    class Counted(cpp.Block):
         __slots__ = ("__weakref__",)
 
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, size: int) -> None:
+            super().__init__(size)
             made.append(weakref.ref(self))
 
-    monkeypatch.setattr(repacked, "Repacked", Counted)
+    monkeypatch.setattr(cpp, "Block", Counted)
     model = frozen(TwoLayers())
     compiled = compile_(model)
     for rows in (3, 3, 5, 7):

@@ -6,7 +6,6 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,7 @@ from fxquant.formats.codes import Codes, Place
 from fxquant.runtime import handover
 from tests.helpers import TwoLayers, compile_, frozen
 
-pytestmark = pytest.mark.usefixtures("few_heights", "fresh", "alone")
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """No other backend was seen."""
-    yield
-    codes._Process.reads_elsewhere = False
+pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 
 
 @pytest.fixture
