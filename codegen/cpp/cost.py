@@ -17,7 +17,6 @@ import sympy
 from fxquant.codegen.cpp.isa import Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
 from fxquant.codegen.cpp.plan import CHUNK, SUPER_ROWS, TILE, TILE_ROWS, Plan
-from fxquant.codegen.cpp.tiles import SPAN_ROWS
 
 M, THREADS = sympy.symbols("m threads", integer=True, positive=True)
 BANDWIDTH, DOTS, VECTORS = sympy.symbols("bandwidth dots vectors", positive=True)
@@ -173,10 +172,13 @@ def _tiles_cost(plan: Plan) -> Cost:
         work += sums * 2 * math.ceil(plan.k_padded / plan.chunk)
         work += sums * plan.blocks * _round_trip(plan) if plan.path == "int8" else 0
     if plan.has_spans:
-        # While levels are decoded, four rows of sums at a time are added to totals in registers.
-        added = 4 * sympy.ceiling(M / 4) * tiles * _vectors(plan) * (_round_trip(plan) - 1)
-        spans = steps * (parts * (_operand(plan) + _AT_ONCE) + panels * _LOAD)
-        work = sympy.Piecewise((spans + scales + added * ends, M <= SPAN_ROWS), (work, True))
+        # Every panel decodes for itself; its rows are loaded for each product, and sums take a trip
+        # through memory to totals that are there, too.
+        decoded = panels * steps * (_operand(plan) + _AT_ONCE + _LOAD)
+        added = M * tiles * _vectors(plan) * ends * (_round_trip(plan) + 2)
+        spans = decoded + panels * tiles * plan.blocks * _scales(plan)
+        spans += M * steps // TILE_ROWS * _LOAD + added
+        work = sympy.Piecewise((spans, plan.span_rows >= M), (work, True))
     return Cost(_traffic(plan), rows * weights * steps, weights * work, _share(tiles * parts))
 
 

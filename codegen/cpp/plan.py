@@ -37,9 +37,6 @@ TILE_ROWS = 16
 HELD_TILES = 4
 """Registers of the tile unit that hold a part of the weight for one panel after another."""
 
-SPAN = 16
-"""Registers of the tile unit that some rows go through for 16 outputs, then for the next 16."""
-
 MOST_BESIDE_TILES = {"bf16": 1, "int8": 8}
 """Rows of the highest panel that is multiplied without the tile unit, where there is one."""
 
@@ -356,6 +353,11 @@ class Plan:
         return self.scales_sums and not (self.path == "int8" and self.encoding.bits == 8)
 
     @property
+    def span_rows(self) -> int:
+        """Up to how many rows that is done: every panel of them decodes for itself."""
+        return 4 * TILE_ROWS if self.encoding.bits < 8 else TILE_ROWS
+
+    @property
     def chunk(self) -> int:
         """Inputs of a tile that are decoded at a time for many rows."""
         if self.path == "int8" and not self.keeps_totals:
@@ -366,7 +368,7 @@ class Plan:
     def blocks_at_once(self) -> int:
         """Blocks whose scales stand side by side."""
         if self.has_spans:
-            return max(1, SPAN * TILE_ROWS * self.per_step // self.block)
+            return max(2, self.blocks_held)
         if self.uses_tiles:
             return self.blocks_held
         return CHUNK // self.block if self.keeps_totals else 1

@@ -17,7 +17,6 @@ from fxquant.codegen.cpp import (
     scales,
     share,
     thirds,
-    tiles,
     vectors,
 )
 from fxquant.codegen.cpp.isa import PORTABLE, Isa
@@ -138,7 +137,7 @@ def _sizes(plan: Plan) -> str:
         ("CHUNKS", -(-plan.k_padded // chunk), "in a row"),
         ("DECODED", decoded, "dwords of a decoded chunk"),
         ("STEPS_OF_PAIRS", plan.per_dword // 2, "that use up a group, two inputs each"),
-        ("SPAN_ROWS", tiles.SPAN_ROWS, "up to which sums are scaled span by span"),
+        ("SPAN_ROWS", plan.span_rows, "up to which sums are scaled"),
         ("SUPER_ROWS", plan.super_rows, "rows that are worked off at a time"),
         ("TOTALS", totals, "floats of the sums of one weight, for many rows"),
         ("NEAR_TOTALS", 8192, "the same that few rows make before they are read"),

@@ -13,9 +13,6 @@ from __future__ import annotations
 from fxquant.codegen.cpp.plan import HELD_TILES, TILE_ROWS, Plan
 from fxquant.codegen.cpp.spans import spans
 
-SPAN_ROWS = 64
-"""Up to how many rows levels are multiplied and sums are scaled, span by span."""
-
 
 def tiles(plan: Plan) -> str:
     """The text of ``many_tile`` for the tile unit, and of what it needs but ``decode_chunk``."""
@@ -26,7 +23,7 @@ def tiles(plan: Plan) -> str:
     parts = [unit(dot), _IN_PLACE if _is_stored(plan) else _APART]
     ways = [("", "narrow" if is_narrow else "wide")]
     if plan.has_spans:
-        xsum = "sums[block * height + std::min<int>(r, height - 1)]"
+        xsum = "sums[block * height + r]"
         parts.append(spans(plan, _end(plan, "part_of_row", xsum, "zeros"), decoder(plan)))
         ways.insert(0, ("rows <= SPAN_ROWS", "span"))
     parts.append(_narrow(plan) if is_narrow else _wide(plan))

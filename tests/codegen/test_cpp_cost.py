@@ -27,7 +27,6 @@ from fxquant.codegen.cpp.cost import (
 from fxquant.codegen.cpp.isa import AMX, AVX2, AVX512, ISAS, PORTABLE, Isa
 from fxquant.codegen.cpp.layout import prepared_bytes
 from fxquant.codegen.cpp.plan import SUPER_ROWS, Plan
-from fxquant.codegen.cpp.tiles import SPAN_ROWS
 from fxquant.codegen.epilogue import Epilogue, EpilogueResult
 from fxquant.codegen.spec import KernelSpec, WeightOperand
 from fxquant.formats import Encoding
@@ -179,15 +178,20 @@ def test_floats_in_three_parts_are_counted_in_whole_panels() -> None:
 
 
 def test_the_tile_unit_decodes_levels_for_some_rows_and_weights_for_more() -> None:
-    work = many_cost(plan(isa=AMX)).operations.subs(THREADS, 2)
+    one = plan(isa=AMX)
+    work = many_cost(one).operations.subs(THREADS, 2)
     of_row, of_weight = [], []
-    for rows in (1, SPAN_ROWS + 1):
+    for rows in (1, one.span_rows + 1):
         first, later = (float(work.subs(M, m)) for m in (rows, rows + 12))
         of_row.append((later - first) / 12)
         of_weight.append(first - rows * of_row[-1])
-    assert of_row[0] == 4 * of_row[1], "sums are taken up by blocks of 64, not by chunks of 256"
+    vectors, blocks, chunks = 1024 // 16, 1024 // 64, 1024 // 256
+    assert of_row[1] == 2 * vectors * chunks, "sums are taken up by chunks of 256"
+    loaded = vectors * (1024 // 2) // 16  # a vector of a row for each register of 16 pairs
+    assert of_row[0] == 5 * vectors * blocks + loaded, "sums are taken up by blocks of 64"
     assert 3 * of_weight[0] < 2 * of_weight[1], "weights are scaled one by one"
-    assert len({work.subs(M, m) for m in range(1, 17)}) == 4, "totals are kept four rows at a time"
+    first, second = work.subs(M, 16), work.subs(M, 17)
+    assert second - first - of_row[0] == of_weight[0], "every panel decodes for itself"
 
 
 def test_tiles_take_many_rows_sooner() -> None:

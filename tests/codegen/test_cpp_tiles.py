@@ -19,7 +19,6 @@ from torch import Tensor
 from fxquant.codegen import Header, KernelSpec, bounds, cpp, reference
 from fxquant.codegen.cpp.isa import AMX, AVX512
 from fxquant.codegen.cpp.plan import SUPER_ROWS, Plan
-from fxquant.codegen.cpp.tiles import SPAN_ROWS
 from fxquant.codegen.spec import Outliers
 from fxquant.formats import Encoding
 from fxquant.runtime import toolchain
@@ -60,7 +59,7 @@ SPECS = {
         ),
     )
 }
-ROWS = (0, 1, 2, 15, 16, 17, 31, 33, SPAN_ROWS, SPAN_ROWS + 5, 97)
+ROWS = (0, 1, 2, 15, 16, 17, 31, 33, 64, 69, 97)  # on both sides of `Plan.span_rows`
 SPANS = {"levels", "channels_bf16", "short_blocks", "zeros", "nf4_int8", "zeros_int8"}
 NARROW = {"nf4_int8", "zeros_int8", "groups", "outliers"}
 ALSO_WITHOUT = ("nf4_int8", "groups", "channels")

@@ -60,11 +60,11 @@ constexpr int64_t BLOCK = 64;  // inputs that are summed before a scale is appli
 constexpr int64_t BLOCKS = 32;  // in a row
 constexpr int64_t GROUPS_OF_BLOCK = 8;
 constexpr int64_t GROUPS_AT_ONCE = 32;  // that few rows go through before the next
-constexpr int64_t BLOCKS_AT_ONCE = 8;  // whose scales stand side by side
+constexpr int64_t BLOCKS_AT_ONCE = 2;  // whose scales stand side by side
 constexpr int64_t GROUPS_OF_CHUNK = 32;  // that are decoded at a time for many rows
 constexpr int64_t CHUNKS = 8;  // in a row
 constexpr int64_t DECODED = 8192;  // dwords of a decoded chunk
-constexpr int64_t SPAN_ROWS = 64;  // up to which sums are scaled span by span
+constexpr int64_t SPAN_ROWS = 64;  // up to which sums are scaled
 constexpr int64_t SUPER_ROWS = 320;  // rows that are worked off at a time
 constexpr int64_t TOTALS = 21504;  // floats of the sums of one weight, for many rows
 constexpr int64_t NEAR_TOTALS = 8192;  // the same that few rows make before they are read
@@ -772,93 +772,95 @@ struct TileUnit {
 constexpr int64_t OF_ROW = 64, OF_TILE = 256;             // bytes, dwords
 constexpr int64_t apart(int64_t steps) { return steps; }  // dwords from one output to the next
 
-// --- some rows: totals in registers ---
+// --- some rows: decoded beside the products ---
 
 constexpr int64_t REGISTERS = ALL_STEPS / 16;  // of the tile unit, for a row
-constexpr int64_t REGISTERS_OF_BLOCK = 2;
-constexpr int64_t SPAN = 16;  // that 16 outputs go through before the next 16
 constexpr int PART = 2;  // whose products one register sums
 constexpr int REST = 0;  // of the last part, where it is shorter
+constexpr int64_t PARTS = (REGISTERS + PART - 1) / PART, PARTS_OF_BLOCK = 1;
 constexpr int GROUPS_OF_REGISTER = 16 / STEPS;
 
-// A panel times COUNT registers of the weight: end[row][16].
-template <int COUNT, int SUMS, int X>
-INLINE void part_dots(const uint32_t* w, const x_t* x, int height, sum_of_one_t* end) {
-  tile_zero<SUMS>();
-  each<COUNT>([&](auto i) INLINE_LAMBDA {
-    tile_load<4>(w + i * 256, 64), tile_load<X>(x + i * 16 * height, 64);
-    tile_dot<SUMS, X, 4>();
-  });
-  tile_store<SUMS>(end, 64);
-}
+// What sums are multiplied with.
+struct ScaledBy {
+  int64_t block;
+  const float *scale, *zeros;
+};
 
-// A span of a panel of up to ROWS rows against 16 outputs: totals[row][64] += .
-template <bool DECODES, int ROWS, int SUMS, int X>
-ALONE void span_rows(int height, const uint32_t* codes, const uint32_t* ahead, int64_t count,
-                     const x_t* x, const xsum_t* sums, const float* scales, const float* all_zeros,
-                     float* totals, uint32_t* own, sum_of_one_t* ends) {
-  (void)codes, (void)ahead, (void)sums, (void)all_zeros;
+// A panel of rows against a tile of outputs: totals[row][64] += . Items take turns with two
+// registers of sums.
+template <int SUMS, int X>
+ALONE void span_panel(const Weight& w, int64_t tile, int height, const x_t* x, const xsum_t* sums,
+                      uint32_t* own, sum_of_one_t* ends, float* totals) {
+  (void)sums;
   const Decoder decoder;
   (void)decoder;
-  const int64_t parts = (count + PART - 1) / PART;
-  Sums<ROWS, vf> total;
-  each<ROWS>([&](auto r) INLINE_LAMBDA { at<r>(total) = load(totals + r * TILE); });
-  const auto decode = [&](int64_t part) INLINE_LAMBDA {
-    if constexpr (!DECODES) return;
-    const int64_t last = std::min<int64_t>(count, (part + 1) * PART);
-    for (int64_t i = part * PART; i < last; ++i) {
+  Scales scales(w, tile);
+  const uint32_t* codes = w.codes() + tile * GROUPS * TILE;
+  ScaledBy now{}, before{};
+  // One register of an item.
+  const auto decode = [&](int64_t part, int n, int i) INLINE_LAMBDA {
+    const int64_t number = part * PART + i;
+    if (number >= REGISTERS) return;
 #pragma GCC unroll 16
-      for (int g = 0; g < GROUPS_OF_REGISTER; ++g) {
-        const int64_t group = i * GROUPS_OF_REGISTER + g;
-        prefetch(ahead + group * LANES);
-        bring_near(codes + NEAR + group * TILE);
-        const vi code = load(codes + group * TILE);
+    for (int g = 0; g < GROUPS_OF_REGISTER; ++g) {
+      const uint32_t* code_of_group = codes + (number * GROUPS_OF_REGISTER + g) * TILE + n * LANES;
+      prefetch(code_of_group + AHEAD);
+      bring_near(code_of_group + NEAR);
+      const vi code = load(code_of_group);
+      const auto* bytes = reinterpret_cast<const unsigned char*>(code_of_group);
+      const vi further = _mm512_loadu_si512(bytes + 1);  // shifted by eight bits
 #pragma GCC unroll 16
-        for (int step = 0; step < STEPS; ++step)
-          store(own + (group * STEPS + step) * LANES, decoder.operand(code, step));
-      }
+      for (int step = 0; step < STEPS; ++step)
+        store(own + ((n * PART + i) * 16 + g * STEPS + step) * LANES, decoder.operand(step * 4 < 8 ? code : further, step % 2));
     }
   };
-  const auto dots = [&](int64_t part) INLINE_LAMBDA {
-    const uint32_t* w = own + part * PART * 256;
-    const x_t* from = x + part * PART * 16 * height;
-    sum_of_one_t* end = ends + part % 2 * 256;
-    if (REST == 0 || (part + 1) * PART <= count)
-      part_dots<PART, SUMS, X>(w, from, height, end);
-    else
-      part_dots<REST, SUMS, X>(w, from, height, end);
+  const auto add = [&](int n, const ScaledBy& by) INLINE_LAMBDA {
+    const int64_t block = by.block;
+    const float* zeros = by.zeros + n * LANES;
+    (void)block, (void)zeros;
+    const vf scale = load(by.scale + n * LANES);
+    for (int r = 0; r < height; ++r) {
+      const sum_of_one_t* part_of_row = ends + n % 2 * 256 + r * LANES;
+      float* total = totals + r * TILE + n * LANES;
+      store(total, fma(to_float(load(part_of_row)), scale, load(total)));
+    }
   };
-  const auto add = [&](int64_t part) INLINE_LAMBDA {
-    const int64_t block = part * PART / REGISTERS_OF_BLOCK;
-    const vf scale = load(scales + block * TILE);
-    const float* zeros = all_zeros + block * TILE;
-    (void)zeros;
-    each<ROWS>([&](auto r) INLINE_LAMBDA {
-      const sum_of_one_t* part_of_row = ends + part % 2 * 256 + r * LANES;
-      at<r>(total) = fma(to_float(load(part_of_row)), scale, at<r>(total));
-    });
-  };
-  decode(0), decode(1);
+  for (int i = 0; i < PART; ++i) decode(0, 0, i), decode(0, 1, i);
 #pragma GCC unroll 1
-  for (int64_t part = 0; part < parts; ++part) {
-    dots(part);
-    if (part) add(part - 1);
-    decode(part + 2);
+  for (int64_t part = 0; part < PARTS; ++part) {
+    before = now;
+    if (part % PARTS_OF_BLOCK == 0) {
+      const int64_t block = part / PARTS_OF_BLOCK;
+      const float* scale = scales.at(block);
+      now = {block, scale, scale};
+    }
+    each<TILE / LANES>([&](auto n) INLINE_LAMBDA {
+      constexpr int NOW = SUMS + n % 2, BEFORE = SUMS + 1 - n % 2;
+      tile_zero<NOW>();
+#pragma GCC unroll 4
+      for (int i = 0; i < PART; ++i) {
+        const int64_t number = part * PART + i;
+        if (REST == 0 || number < REGISTERS) {
+          tile_load<6>(own + (n * PART + i) * 256, 64), tile_load<X>(x + number * 16 * height, 64);
+          tile_dot<NOW, X, 6>();
+        }
+        if (i == PART - 1) {
+          if (n > 0 || part > 0) tile_store<BEFORE>(ends + (1 - n % 2) * 256, 64);
+          if (n > 1)
+            add(n - 2, now);
+          else if (part > 0)
+            add(n + 2, before);
+        }
+        if (n < 2)
+          decode(part, n + 2, i);
+        else
+          decode(part + 1, n - 2, i);
+      }
+    });
   }
-  add(parts - 1);
-  each<ROWS>([&](auto r) INLINE_LAMBDA { store(totals + r * TILE, at<r>(total)); });
-  tile_zero<SUMS>(), tile_zero<X>();  // ends their use: see `panel_dots`
-}
-
-// The last panel, which may be lower, has registers of its own.
-template <bool DECODES, typename... Given>
-INLINE void span_of_rows(bool is_last, int height, Given... given) {
-  if (!is_last)
-    span_rows<DECODES, 16, 0, 2>(height, given...);
-  else if (height > 4)
-    span_rows<DECODES, 16, 1, 3>(height, given...);
-  else
-    span_rows<DECODES, 4, 1, 3>(height, given...);
+  tile_store<SUMS + 1>(ends + 256, 64);
+  add(2, now), add(3, now);
+  tile_zero<SUMS>(), tile_zero<SUMS + 1>(), tile_zero<X>();  // ends their use: see `panel_dots`
 }
 
 // One tile of outputs against some panels, with scales applied to sums: totals[row][64].
@@ -866,30 +868,16 @@ void span_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
                  int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
   const int64_t e = tile / N_TILES, first_row = first_panel * 16, at = e * rows + first_row;
   const int64_t count = std::min(rows, last_panel * 16) - first_row;
-  const x_t* panels = call.panels + at * ALL_STEPS;
-  const xsum_t* all_sums = call.sums + at * BLOCKS;
   const uint8_t rest = uint8_t((count - 1) % 16 + 1);
-  unit.take({16, rest, 16, rest, 16, 16, 16, 16});
-  alignas(64) sum_of_one_t ends[2 * 256] = {};
-  std::memset(totals, 0, (count + 15) / 16 * 16 * TILE * sizeof(float));
-  Scales scales(w, tile);
-  for (int64_t first = 0; first < REGISTERS; first += SPAN) {
-    const int64_t registers = std::min(SPAN, REGISTERS - first), block = first / REGISTERS_OF_BLOCK;
-    const float *scale = scales.at(block), *zeros = scale;
-    for (int64_t i = 1; i < BLOCKS_AT_ONCE && block + i < BLOCKS; ++i) scales.at(block + i);
-    const uint32_t* codes = w.codes() + (tile * GROUPS + first * GROUPS_OF_REGISTER) * TILE;
-    const uint32_t* ahead = codes + SPAN * GROUPS_OF_REGISTER * TILE;
-    for (int n = 0; n < TILE; n += LANES, ahead += registers * GROUPS_OF_REGISTER * LANES)
-      for (int64_t row = 0; row < count; row += 16) {
-        const int height = int(std::min<int64_t>(count - row, 16));
-        const x_t* x = panels + row * ALL_STEPS + first * 16 * height;
-        const xsum_t* sums = all_sums + row * BLOCKS + block * height;
-        const auto run = [&](auto decodes) INLINE_LAMBDA {
-          span_of_rows<decodes>(row + 16 >= count, height, codes + n, ahead, registers, x, sums,
-                                scale + n, zeros + n, totals + row * TILE + n, own, ends);
-        };
-        row ? run(std::false_type{}) : run(std::true_type{});  // then they are decoded
-      }
+  unit.take({16, 16, rest, rest, 16, rest, 16, 16});
+  alignas(64) sum_of_one_t ends[2 * 256];
+  std::memset(totals, 0, count * TILE * sizeof(float));
+  for (int64_t row = 0; row < count; row += 16) {
+    const int height = int(std::min<int64_t>(count - row, 16));
+    // The last panel, which may be lower, has registers of its own.
+    const auto run = row + 16 < count ? span_panel<0, 4> : span_panel<2, 5>;
+    run(w, tile, height, call.panels + (at + row) * ALL_STEPS, call.sums + (at + row) * BLOCKS,
+        own, ends, totals + row * TILE);
   }
 }
 
