@@ -62,6 +62,8 @@ _USUAL = {
         {"bf16": 3.6e9, "int8": 3.6e9, "f32": 3.6e9},
         11e9,
     ),
+    "avx512vnni": Rates(20e9, {"int8": 5.5e9, "f32": 5.5e9}, {"int8": 5.5e9, "f32": 5.5e9}, 10e9),
+    "avx2vnni": Rates(20e9, {"int8": 4e9, "f32": 4.6e9}, {"int8": 5.7e9, "f32": 5.7e9}, 11e9),
     "avx2": Rates(20e9, {"int8": 1e9, "f32": 5e9}, {"int8": 1.3e9, "f32": 7e9}, 18e9),
     "portable": Rates(20e9, {"int8": 0.1e9, "f32": 1.3e9}, {"int8": 0.1e9, "f32": 1.3e9}, 5e9),
 }
@@ -70,7 +72,8 @@ _USUAL = {
 def usual_rates(isa: Isa) -> Rates:
     """Rates to reckon with where they cannot be measured.
 
-    Those of a Zen 4 at 3.6 GHz, with tiles those of a Sapphire Rapids at 3 GHz.
+    Those of a Zen 4 at 3.6 GHz, with tiles or without products of pairs those of a Sapphire Rapids
+    at 3 GHz.
     """
     return _USUAL[isa.name]
 

@@ -10,7 +10,7 @@ class Isa:
     """An instruction set.
 
     Attributes:
-        name: ``"amx"``, ``"avx512"``, ``"avx2"`` or ``"portable"``.
+        name: As in `ISAS`.
         vectors: The name of the one whose vector instructions it has.
         lanes: 32-bit lanes of a vector.
         flags: Arguments that make g++ and clang++ use it.
@@ -22,6 +22,8 @@ class Isa:
         dot_bf16: There is an instruction for dot products of bfloat16 pairs.
         dot_int8: There is an instruction for dot products of four bytes.
         holds_totals: There are registers for totals beside the sums that are added to them.
+        makers: Of the processors that it is the best for, as ``/proc/cpuinfo`` spells them; none
+            are all that have it.
         looks_ahead: Its processors read ahead by themselves as well as by being asked.
         has_tiles: There is a unit that multiplies tiles of bfloat16 pairs and of bytes, once the
             kernel of the system permits a process to use it.
@@ -38,10 +40,18 @@ class Isa:
     dot_bf16: bool = False
     dot_int8: bool = False
     holds_totals: bool = False
+    makers: tuple[str, ...] = ()
     looks_ahead: bool = True
     has_tiles: bool = False
 
 
+_FLAGS_512 = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni"),
+    *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
+)
+_FEATURES_512 = (
+    *("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni", "fma", "f16c"),
+)
 AVX512 = Isa(
     "avx512",
     "avx512",
@@ -49,25 +59,31 @@ AVX512 = Isa(
     24,
     (16, 12, 8, 6, 4, 3, 2, 1),
     (12, 8, 4),
-    (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi"),
-        *("-mavx512vnni", "-mavx512bf16", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
-    ),
-    (
-        *("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi"),
-        *("avx512_vnni", "avx512_bf16", "fma", "f16c"),
-    ),
+    (*_FLAGS_512, "-mavx512bf16"),
+    (*_FEATURES_512, "avx512_bf16"),
     dot_bf16=True,
     dot_int8=True,
     holds_totals=True,
+    # Of Intel's processors a product of pairs takes twice as long as two of floats.
+    makers=("AuthenticAMD", "HygonGenuine"),
 )
 AMX = replace(
     AVX512,
     name="amx",
     flags=(*AVX512.flags, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     features=(*AVX512.features, "amx_tile", "amx_bf16", "amx_int8"),
+    makers=(),
     looks_ahead=False,
     has_tiles=True,
+)
+AVX512_VNNI = replace(
+    AVX512,
+    name="avx512vnni",
+    flags=_FLAGS_512,
+    features=_FEATURES_512,
+    dot_bf16=False,
+    makers=(),
+    looks_ahead=False,
 )
 AVX2 = Isa(
     "avx2",
@@ -79,7 +95,14 @@ AVX2 = Isa(
     ("-mavx2", "-mfma", "-mf16c"),
     ("avx2", "fma", "f16c"),
 )
+AVX2_VNNI = replace(
+    AVX2,
+    name="avx2vnni",
+    flags=(*AVX2.flags, "-mavxvnni"),
+    features=(*AVX2.features, "avx_vnni"),
+    dot_int8=True,
+)
 PORTABLE = Isa("portable", "portable", 8, 8, (8, 4, 2, 1), (4, 2))
 
-ISAS = {isa.name: isa for isa in (AMX, AVX512, AVX2, PORTABLE)}
+ISAS = {isa.name: isa for isa in (AMX, AVX512, AVX512_VNNI, AVX2_VNNI, AVX2, PORTABLE)}
 """The instruction sets by name, the best first."""

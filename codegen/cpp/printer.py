@@ -43,7 +43,7 @@ def render(spec: KernelSpec, header: Header, isa: Isa = PORTABLE) -> str:
         _sizes(plan),
         vectors.vectors(isa.vectors, plan.path),
         vectors.pair(isa.vectors, "bf16" if plan.has_thirds else plan.path),
-        vectors.dot(isa.vectors, "f32" if plan.few_in_floats else plan.path),
+        vectors.dot(isa, "f32" if plan.few_in_floats else plan.path),
         SUMS,
         prelude_text(finish.prelude(plan)).strip("\n"),
         _conversions(plan),

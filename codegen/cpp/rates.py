@@ -27,7 +27,7 @@ def render_rates(isa: Isa) -> str:
         operand = "float" if path == "f32" else "uint32_t"
         sums = "uint32_t" if path == "int8" else "float"
         body = _DOTS.replace("@OPERAND@", operand).replace("@SUM@", sums)
-        texts = [vectors.vectors(isa.vectors, path), SUMS, vectors.dot(isa.vectors, path), body]
+        texts = [vectors.vectors(isa.vectors, path), SUMS, vectors.dot(isa, path), body]
         has_tiles = isa.has_tiles and path != "f32"
         texts += [tiles.unit(_TILE_DOTS[path]), _TILES] if has_tiles else []
         inner = "\n".join(text.strip("\n") for text in texts)

@@ -6,6 +6,8 @@ every instruction set.
 
 from __future__ import annotations
 
+from fxquant.codegen.cpp.isa import Isa
+
 _AVX512 = """\
 using vf = __m512;   // 16 floats
 using vi = __m512i;  // 16 dwords
@@ -128,6 +130,14 @@ INLINE void dot(vi& sum, vi w, const uint32_t* x) {  // += four unsigned bytes t
 }
 """,
     "avx2": """\
+INLINE void dot(vi& sum, vi w, vi x) {  // += four unsigned bytes times signed ones
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(w), "x"(x));
+}
+INLINE void dot(vi& sum, vi w, const uint32_t* x) { dot(sum, w, spread(*x)); }
+""",
+}
+_DOT_INT8_WITHOUT = {
+    "avx2": """\
 INLINE void dot(vi& sum, vi w, vi x) {  // += four unsigned bytes times signed ones, exactly
   const vi w_even = _mm256_and_si256(w, _mm256_set1_epi16(255)), w_odd = _mm256_srli_epi16(w, 8);
   const vi x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
@@ -166,15 +176,15 @@ def pair(isa: str, path: str) -> str:
     return _PAIR if path == "bf16" else ""
 
 
-def dot(isa: str, path: str) -> str:
+def dot(isa: Isa, path: str) -> str:
     """The text of ``dot``, the product that sums are made of.
 
     Args:
-        isa: The name of the instruction set's vectors.
+        isa: The instruction set.
         path: What is multiplied: ``"bf16"``, ``"f32"`` or ``"int8"``.
     """
     if path == "int8":
-        return _DOT_INT8[isa]
+        return (_DOT_INT8 if isa.dot_int8 else _DOT_INT8_WITHOUT)[isa.vectors]
     if path == "bf16":
         return _DOT_BF16
-    return _DOT_FLOAT_AVX512 if isa == "avx512" else _DOT_FLOAT
+    return _DOT_FLOAT_AVX512 if isa.vectors == "avx512" else _DOT_FLOAT

@@ -110,7 +110,8 @@ def host_isa() -> Isa:
     """
     named, features = os.environ.get(ISA, ""), cpu_features()
     if not named:
-        return next(isa for isa in ISAS.values() if runs(isa))
+        usable = (isa for isa in ISAS.values() if runs(isa))
+        return next(isa for isa in usable if not isa.makers or cpu_maker() in isa.makers)
     if named not in ISAS:
         raise errors.unknown_isa(ISA, named, ISAS)
     missing = [name for name in ISAS[named].features if name not in features]
@@ -141,23 +142,28 @@ def cpu_features() -> frozenset[str]:
     """What the processor can do, as ``/proc/cpuinfo`` spells it; empty where it does not say."""
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return frozenset()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return frozenset()
-    flags = (line.partition(":")[2] for line in lines if line.startswith("flags"))
-    return frozenset(next(flags, "").split())
+    return frozenset(_told("flags").split())
+
+
+@functools.lru_cache(maxsize=1)
+def cpu_maker() -> str:
+    """Who made the processor, as ``/proc/cpuinfo`` spells it; empty where it does not say."""
+    return _told("vendor_id")
 
 
 @functools.lru_cache(maxsize=1)
 def cpu_name() -> str:
     """The processor's name: what tells measurements on it from those on another."""
+    return _told("model name") or platform.processor() or platform.machine()
+
+
+def _told(key: str) -> str:
+    """What ``/proc/cpuinfo`` says of the first processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")
 
 
 def toolchain() -> Toolchain | None:

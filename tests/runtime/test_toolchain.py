@@ -184,7 +184,7 @@ def test_the_instruction_set_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("FXQUANT_ISA", "sse9")
     with pytest.raises(
         errors.OptionError,
-        match="FXQUANT_ISA must be one of amx, avx512, avx2, portable, got 'sse9'",
+        match=r"FXQUANT_ISA must be one of amx, avx512, .*, portable, got 'sse9'",
     ):
         toolchain.toolchain()
 
@@ -205,13 +205,14 @@ AMX = ISAS["amx"]
 @pytest.fixture
 def with_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that has a tile unit, which the system does not permit this process to use."""
+    monkeypatch.setattr(toolchain, "cpu_maker", lambda: "GenuineIntel")
     monkeypatch.setattr(toolchain, "cpu_features", lambda: frozenset(AMX.features))
     monkeypatch.setattr(tile_unit, "refusal", lambda: "the system says no")
 
 
 @pytest.mark.usefixtures("with_tiles")
 def test_a_tile_unit_that_is_not_permitted_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert toolchain.host_isa() is ISAS["avx512"]
+    assert toolchain.host_isa() is ISAS["avx512vnni"]
     monkeypatch.setenv("FXQUANT_ISA", "amx")
     with pytest.raises(errors.OptionError, match="is 'amx', but the system says no: unset it"):
         toolchain.host_isa()
@@ -225,7 +226,7 @@ def test_a_tile_unit_that_is_not_permitted_is_done_without(monkeypatch: pytest.M
 def test_permission_is_not_asked_for_without_a_tile_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile_unit, "refusal", lambda: pytest.fail("asked"))
     monkeypatch.setattr(toolchain, "cpu_features", lambda: frozenset(ISAS["avx512"].features))
-    assert toolchain.host_isa() is ISAS["avx512"]
+    assert toolchain.host_isa() is ISAS["avx512vnni"]
 
 
 def test_other_processors_get_portable_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,91 @@
+"""Instruction sets that lie between others: their texts are those, and run on what they ask for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fxquant.codegen import Header, KernelSpec, bounds, cpp, reference
+from fxquant.codegen.cpp.isa import AMX, AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, ISAS, Isa
+from fxquant.codegen.cpp.plan import Plan
+from fxquant.runtime import toolchain
+from tests.bounds import assert_close_within
+from tests.codegen import cpp_harness, harness
+from tests.codegen.cpp_harness import FEW, MANY
+from tests.codegen.cpp_specs import SPECS
+
+LIKE = {
+    AVX512_VNNI: replace(AVX512, dot_bf16=False, looks_ahead=AMX.looks_ahead),
+    AVX2_VNNI: replace(AVX2, dot_int8=True),
+}
+"""What else would have their texts."""
+DOT = re.compile(r"INLINE void dot\(vi& sum, vi w, vi x\).*?\n}\n", re.DOTALL)
+BUILT = [
+    *((AVX512_VNNI, name) for name in ("nf4_bf16", "int8_int8", "nf4_int8_outliers")),
+    *((AVX2_VNNI, name) for name in ("int8_int8", "nf4_int8_outliers", "zero8_int8")),
+]
+
+
+def test_those_are_all_that_other_tests_leave_out() -> None:
+    assert {isa.name for isa in LIKE} == set(cpp_harness.OF_OTHERS) < set(ISAS)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("isa", LIKE, ids=lambda isa: isa.name)
+def test_their_text_is_that_of_others(isa: Isa, name: str) -> None:
+    spec = SPECS[name]
+    text = cpp.render(spec, Header(), isa)
+    assert text == cpp.render(spec, Header(), LIKE[isa])
+    if isa is AVX512_VNNI:
+        plan = Plan(spec, isa)
+        assert plan.path != "bf16"
+        assert "bf16ps" not in text
+        if plan.path == Plan(spec, AVX512).path:
+            assert text == cpp.render(spec, Header(), replace(AVX512, looks_ahead=False))
+    else:
+        without, is_int8 = cpp.render(spec, Header(), AVX2), Plan(spec, isa).path == "int8"
+        assert DOT.sub("", text) == DOT.sub("", without)
+        assert ("{vex%} vpdpbusd" in text) == is_int8 == (text != without)
+
+
+@pytest.mark.parametrize(("isa", "name"), BUILT, ids=lambda value: getattr(value, "name", value))
+def test_kernels_are_right_where_they_run(isa: Isa, name: str) -> None:
+    if not toolchain.runs(isa) or toolchain.compiler() is None:
+        pytest.skip(f"there is no {isa.name} here")
+    spec: KernelSpec = SPECS[name]
+    few = cpp_harness.with_few_heights(isa)
+    kernel = cpp_harness.Kernel(spec, few)
+    plain = cpp_harness.Kernel(spec, cpp_harness.with_few_heights(AVX2))
+    tensors = harness.stored(spec.weight.encoding, spec.weight.shape)
+    for rows in (1, 5, 17):
+        x = cpp_harness.rows_of(spec, rows, outliers=(1,) if spec.outliers else ())
+        extra = harness.operands(spec, rows)
+        want, bound = (
+            reference.run(spec, x, tensors, extra),
+            bounds.allowed(spec, x, tensors, extra),
+        )
+        for way in (FEW, MANY):
+            got = kernel.run(kernel.prepare(tensors), x, extra, way)
+            assert_close_within(got, want, bound)
+            if isa is AVX2_VNNI:
+                assert torch.equal(got, plain.run(plain.prepare(tensors), x, extra, way))
+
+
+def test_pairs_of_bfloat16_are_left_to_processors_that_are_quick_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features = frozenset((*AVX512.features, *AVX2_VNNI.features))
+    monkeypatch.setattr(toolchain, "cpu_features", lambda: features)
+    for maker, isa in (("AuthenticAMD", AVX512), ("GenuineIntel", AVX512_VNNI), ("", AVX512_VNNI)):
+        monkeypatch.setattr(toolchain, "cpu_maker", lambda maker=maker: maker)
+        assert toolchain.host_isa() is isa
+    monkeypatch.setenv("FXQUANT_ISA", "avx512")
+    assert toolchain.host_isa() is AVX512
+    monkeypatch.delenv("FXQUANT_ISA")
+    monkeypatch.setattr(toolchain, "cpu_features", lambda: frozenset(AVX512_VNNI.features))
+    assert toolchain.host_isa() is AVX512_VNNI
+    monkeypatch.setattr(toolchain, "cpu_features", lambda: frozenset(AVX2_VNNI.features))
+    assert toolchain.host_isa() is AVX2_VNNI
