@@ -62,6 +62,7 @@ _USUAL = {
         {"bf16": 3.6e9, "int8": 3.6e9, "f32": 3.6e9},
         11e9,
     ),
+    "avx512vbmi": Rates(20e9, {"int8": 5.5e9, "f32": 5.5e9}, {"int8": 5.5e9, "f32": 5.5e9}, 10e9),
     "avx512vnni": Rates(20e9, {"int8": 5.5e9, "f32": 5.5e9}, {"int8": 5.5e9, "f32": 5.5e9}, 10e9),
     "avx2vnni": Rates(20e9, {"int8": 4e9, "f32": 4.6e9}, {"int8": 5.7e9, "f32": 5.7e9}, 11e9),
     "avx2": Rates(20e9, {"int8": 1e9, "f32": 5e9}, {"int8": 1.3e9, "f32": 7e9}, 18e9),
@@ -320,7 +321,7 @@ def _operand(plan: Plan) -> int:
         return 2 * _value(plan) + (2 if plan.encoding.is_uniform else 3)
     if isa.vectors == "portable":
         return 12 * isa.lanes
-    return 3 if isa.vectors == "avx2" else 2
+    return 2 if isa.looks_up_bytes else 3
 
 
 def _stored_operand(plan: Plan) -> int:
@@ -342,4 +343,4 @@ def _scales(plan: Plan) -> int:
     """For the scales of a tile's outputs at one block."""
     if not plan.keeps_scale_codes:
         return 0
-    return 48 if plan.isa.vectors == "avx512" else 3 * TILE
+    return 48 if plan.isa.looks_up_bytes else 3 * TILE

@@ -201,9 +201,10 @@ def _bytes(plan: Plan, head: str) -> list[str]:
         ]
     load = "vi operands = load(reinterpret_cast<const uint32_t*>(OPERAND_LEVELS));"
     taken = f"shift_right(codes, {bits} * step)"
-    if isa == "avx512":
+    if plan.isa.looks_up_bytes:
         found = f"_mm512_permutexvar_epi8({taken}, operands)"
     else:
-        low = f"_mm256_and_si256({taken}, _mm256_set1_epi8({mask}))"
-        found = f"_mm256_shuffle_epi8(\n        operands, {low})"
+        kind, whole = ("_mm512", "si512") if isa == "avx512" else ("_mm256", "si256")
+        low = f"{kind}_and_{whole}({taken}, {kind}_set1_epi8({mask}))"
+        found = f"{kind}_shuffle_epi8(\n        operands, {low})"
     return [load, head + "  // four bytes at once", f"  return {found};", "}"]

@@ -21,6 +21,7 @@ class Isa:
         many_heights: Rows of a panel that is multiplied with a decoded tile, the most first.
         dot_bf16: There is an instruction for dot products of bfloat16 pairs.
         dot_int8: There is an instruction for dot products of four bytes.
+        looks_up_bytes: There is a look-up of bytes in all of a vector, or of two.
         holds_totals: There are registers for totals beside the sums that are added to them.
         makers: Of the processors that it is the best for, as ``/proc/cpuinfo`` spells them; none
             are all that have it.
@@ -39,6 +40,7 @@ class Isa:
     features: tuple[str, ...] = ()
     dot_bf16: bool = False
     dot_int8: bool = False
+    looks_up_bytes: bool = False
     holds_totals: bool = False
     makers: tuple[str, ...] = ()
     looks_ahead: bool = True
@@ -46,12 +48,10 @@ class Isa:
 
 
 _FLAGS_512 = (
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vbmi", "-mavx512vnni"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
     *("-mfma", "-mf16c", "-mprefer-vector-width=512"),
 )
-_FEATURES_512 = (
-    *("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vbmi", "avx512_vnni", "fma", "f16c"),
-)
+_FEATURES_512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c")
 AVX512 = Isa(
     "avx512",
     "avx512",
@@ -59,10 +59,11 @@ AVX512 = Isa(
     24,
     (16, 12, 8, 6, 4, 3, 2, 1),
     (12, 8, 4),
-    (*_FLAGS_512, "-mavx512bf16"),
-    (*_FEATURES_512, "avx512_bf16"),
+    (*_FLAGS_512, "-mavx512vbmi", "-mavx512bf16"),
+    (*_FEATURES_512, "avx512vbmi", "avx512_bf16"),
     dot_bf16=True,
     dot_int8=True,
+    looks_up_bytes=True,
     holds_totals=True,
     # Of Intel's processors a product of pairs takes twice as long as two of floats.
     makers=("AuthenticAMD", "HygonGenuine"),
@@ -76,14 +77,21 @@ AMX = replace(
     looks_ahead=False,
     has_tiles=True,
 )
-AVX512_VNNI = replace(
+AVX512_VBMI = replace(
     AVX512,
-    name="avx512vnni",
-    flags=_FLAGS_512,
-    features=_FEATURES_512,
+    name="avx512vbmi",
+    flags=(*_FLAGS_512, "-mavx512vbmi"),
+    features=(*_FEATURES_512, "avx512vbmi"),
     dot_bf16=False,
     makers=(),
     looks_ahead=False,
+)
+AVX512_VNNI = replace(
+    AVX512_VBMI,
+    name="avx512vnni",
+    flags=_FLAGS_512,
+    features=_FEATURES_512,
+    looks_up_bytes=False,
 )
 AVX2 = Isa(
     "avx2",
@@ -104,5 +112,5 @@ AVX2_VNNI = replace(
 )
 PORTABLE = Isa("portable", "portable", 8, 8, (8, 4, 2, 1), (4, 2))
 
-ISAS = {isa.name: isa for isa in (AMX, AVX512, AVX512_VNNI, AVX2_VNNI, AVX2, PORTABLE)}
+ISAS = {isa.name: isa for isa in (AMX, AVX512, AVX512_VBMI, AVX512_VNNI, AVX2_VNNI, AVX2, PORTABLE)}
 """The instruction sets by name, the best first."""

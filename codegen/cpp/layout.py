@@ -152,7 +152,7 @@ def _fill_scales(plan: Plan) -> str:
     else:
         # The vector lookup leaves its results in this order; without one it is the plain one.
         row = "row"
-        if plan.isa.vectors == "avx512":
+        if plan.isa.looks_up_bytes:
             row = "(row / 4 % 4 * 16 + row / 16 * 4 + row % 4)"
         put = [
             f"w.scale_codes()[at + {row}] =",

@@ -27,11 +27,9 @@ def scales(plan: Plan) -> str:
     table = levels(plan.encoding.scale)
     assert table is not None, "scales are encoded by a codebook"
     nested = index_text(plan.nested_index(), NAMES, "/")
-    text = _PLANES if plan.isa.vectors == "avx512" else _CODES
-    if plan.isa.vectors == "avx512":
-        tables = _byte_planes(table)
-    else:
-        tables = float_table("SCALE_LEVELS", table)
+    text, tables = _CODES, float_table("SCALE_LEVELS", table)
+    if plan.isa.looks_up_bytes:
+        text, tables = _PLANES, _byte_planes(table)
     add = " + offset" if plan.encoding.scale.offset else ""
     cursor = _CURSOR.replace("@NESTED@", nested).replace("@ZEROS@", zeros)
     start = "    const float offset = w.offset()[0];\n" if add else ""

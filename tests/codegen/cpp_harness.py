@@ -27,7 +27,7 @@ GUARD = 64
 """Elements behind a result that nothing may write to."""
 
 
-OF_OTHERS = ("avx512vnni", "avx2vnni")
+OF_OTHERS = ("avx512vbmi", "avx512vnni", "avx2vnni")
 """Instruction sets whose kernels are made of the texts of others: see ``test_cpp_isa.py``."""
 
 

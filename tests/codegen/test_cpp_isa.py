@@ -9,22 +9,36 @@ import pytest
 import torch
 
 from fxquant.codegen import Header, KernelSpec, bounds, cpp, reference
-from fxquant.codegen.cpp.isa import AMX, AVX2, AVX2_VNNI, AVX512, AVX512_VNNI, ISAS, Isa
+from fxquant.codegen.cpp.isa import (
+    AMX,
+    AVX2,
+    AVX2_VNNI,
+    AVX512,
+    AVX512_VBMI,
+    AVX512_VNNI,
+    ISAS,
+    Isa,
+)
+from fxquant.codegen.cpp.pack import render_pack
 from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.runtime import toolchain
 from tests.bounds import assert_close_within
-from tests.codegen import cpp_harness, harness
+from tests.codegen import cpp_harness, harness, prologues
 from tests.codegen.cpp_harness import FEW, MANY
 from tests.codegen.cpp_specs import SPECS
 
+INTEL = replace(AVX512, looks_ahead=AMX.looks_ahead)
 LIKE = {
-    AVX512_VNNI: replace(AVX512, dot_bf16=False, looks_ahead=AMX.looks_ahead),
+    AVX512_VBMI: replace(INTEL, dot_bf16=False),
+    AVX512_VNNI: replace(INTEL, dot_bf16=False, looks_up_bytes=False),
     AVX2_VNNI: replace(AVX2, dot_int8=True),
 }
 """What else would have their texts."""
 DOT = re.compile(r"INLINE void dot\(vi& sum, vi w, vi x\).*?\n}\n", re.DOTALL)
 BUILT = [
-    *((AVX512_VNNI, name) for name in ("nf4_bf16", "int8_int8", "nf4_int8_outliers")),
+    *((AVX512_VBMI, name) for name in ("nf4_bf16", "int8_int8", "nf4_int8_outliers")),
+    *((AVX512_VNNI, name) for name in ("nf4_bf16", "nf4_int8_outliers", "codes_fp4_odd")),
     *((AVX2_VNNI, name) for name in ("int8_int8", "nf4_int8_outliers", "zero8_int8")),
 ]
 
@@ -39,12 +53,16 @@ def test_their_text_is_that_of_others(isa: Isa, name: str) -> None:
     spec = SPECS[name]
     text = cpp.render(spec, Header(), isa)
     assert text == cpp.render(spec, Header(), LIKE[isa])
-    if isa is AVX512_VNNI:
+    if isa is not AVX2_VNNI:
         plan = Plan(spec, isa)
         assert plan.path != "bf16"
         assert "bf16ps" not in text
-        if plan.path == Plan(spec, AVX512).path:
-            assert text == cpp.render(spec, Header(), replace(AVX512, looks_ahead=False))
+        looks_up = re.search("permutex2?var_epi8", cpp.render(spec, Header(), AVX512_VBMI))
+        assert bool(re.search("permutex2?var_epi8", text)) == (
+            bool(looks_up) and isa.looks_up_bytes
+        )
+        if isa is AVX512_VBMI and plan.path == Plan(spec, AVX512).path:
+            assert text == cpp.render(spec, Header(), INTEL)
     else:
         without, is_int8 = cpp.render(spec, Header(), AVX2), Plan(spec, isa).path == "int8"
         assert DOT.sub("", text) == DOT.sub("", without)
@@ -74,18 +92,29 @@ def test_kernels_are_right_where_they_run(isa: Isa, name: str) -> None:
                 assert torch.equal(got, plain.run(plain.prepare(tensors), x, extra, way))
 
 
+def test_all_kinds_of_kernels_need_no_more_than_that() -> None:
+    compiler = toolchain.compiler()
+    if not toolchain.runs(AVX512_VNNI) or compiler is None:
+        pytest.skip("there is no avx512vnni here")
+    chain = toolchain.Toolchain(compiler, AVX512_VNNI, openmp=True)
+    for spec in (QuantizeSpec(77, "bfloat16"), prologues.fixed(96, "bfloat16")[0]):
+        toolchain.build(chain, spec.name, cpp.render(spec, Header(), AVX512_VNNI))
+    encoding = SPECS["nf4_bf16"].weight.encoding
+    toolchain.build(chain, "pack", render_pack(encoding, torch.bfloat16, AVX512_VNNI))
+
+
 def test_pairs_of_bfloat16_are_left_to_processors_that_are_quick_with_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     features = frozenset((*AVX512.features, *AVX2_VNNI.features))
     monkeypatch.setattr(toolchain, "cpu_features", lambda: features)
-    for maker, isa in (("AuthenticAMD", AVX512), ("GenuineIntel", AVX512_VNNI), ("", AVX512_VNNI)):
+    for maker, isa in (("AuthenticAMD", AVX512), ("GenuineIntel", AVX512_VBMI), ("", AVX512_VBMI)):
         monkeypatch.setattr(toolchain, "cpu_maker", lambda maker=maker: maker)
         assert toolchain.host_isa() is isa
     monkeypatch.setenv("FXQUANT_ISA", "avx512")
     assert toolchain.host_isa() is AVX512
     monkeypatch.delenv("FXQUANT_ISA")
-    monkeypatch.setattr(toolchain, "cpu_features", lambda: frozenset(AVX512_VNNI.features))
-    assert toolchain.host_isa() is AVX512_VNNI
+    monkeypatch.setattr(toolchain, "cpu_features", lambda: frozenset(AVX512_VBMI.features))
+    assert toolchain.host_isa() is AVX512_VBMI
     monkeypatch.setattr(toolchain, "cpu_features", lambda: frozenset(AVX2_VNNI.features))
     assert toolchain.host_isa() is AVX2_VNNI
