@@ -176,11 +176,12 @@ def _tiles_cost(plan: Plan) -> Cost:
         work += sums * 2 * math.ceil(plan.k_padded / plan.chunk)
         work += sums * plan.blocks * _round_trip(plan) if plan.path == "int8" else 0
     if plan.has_spans:
-        # Every panel decodes for itself; its rows are loaded for each product, and sums take a trip
-        # through memory to totals that are there, too.
-        decoded = panels * steps * (_operand(plan) + _AT_ONCE + _LOAD)
+        # Every two panels decode for themselves; rows are loaded for each product, and sums take a
+        # trip through memory to totals that are there, too.
+        pairs = sympy.ceiling(M / (2 * TILE_ROWS))
+        decoded = pairs * steps * (_operand(plan) + _AT_ONCE + _LOAD)
         added = M * tiles * _vectors(plan) * ends * (_round_trip(plan) + 2)
-        spans = decoded + panels * tiles * plan.blocks * _scales(plan)
+        spans = decoded + pairs * tiles * plan.blocks * _scales(plan)
         spans += M * steps // TILE_ROWS * _LOAD + added
         work = sympy.Piecewise((spans, plan.span_rows >= M), (work, True))
     return Cost(_traffic(plan), rows * weights * steps, weights * work, _share(tiles * parts))

@@ -354,8 +354,8 @@ class Plan:
 
     @property
     def span_rows(self) -> int:
-        """Up to how many rows that is done: every panel of them decodes for itself."""
-        return 4 * TILE_ROWS if self.encoding.bits < 8 else TILE_ROWS
+        """Up to how many rows that is done: every two panels of them decode for themselves."""
+        return 4 * TILE_ROWS if self.encoding.bits < 8 else 2 * TILE_ROWS
 
     @property
     def chunk(self) -> int:

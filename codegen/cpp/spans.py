@@ -3,7 +3,7 @@
 A part is what a register sums before a scale is applied; an item is a part of 16 outputs, of which
 a tile has four. While the unit multiplies one, the sums of the item before it are stored, those of
 the one before that are added to the totals, and the second next is decoded: nothing waits for what
-was made just now. Every panel of rows decodes for itself.
+was made just now. Two panels of rows are multiplied at a time; every two decode for themselves.
 """
 
 from __future__ import annotations
@@ -61,12 +61,13 @@ struct ScaledBy {
   const float *scale, *zeros;
 };
 
-// A panel of rows against a tile of outputs: totals[row][64] += . Items take turns with two
-// registers of sums.
-template <int SUMS, int X>
-ALONE void span_panel(const Weight& w, int64_t tile, int height, const x_t* x, const xsum_t* sums,
-                      uint32_t* own, sum_of_one_t* ends, float* totals) {
+// One or two panels of rows against a tile of outputs: totals[row][64] += . Items take turns with
+// two registers of sums for each.
+template <int PANELS>
+ALONE void span_panels(const Weight& w, int64_t tile, int rows, const x_t* x, const xsum_t* sums,
+                       uint32_t* own, float* totals) {
   (void)sums;
+  alignas(64) sum_of_one_t ends[PANELS * 2 * 256];
 @DECODER@  (void)decoder;
   Scales scales(w, tile);
   const uint32_t* codes = w.codes() + tile * GROUPS * TILE;
@@ -82,20 +83,35 @@ ALONE void span_panel(const Weight& w, int64_t tile, int height, const x_t* x, c
       bring_near(code_of_group + NEAR);
       const vi code = load(code_of_group);
 @FURTHER@#pragma GCC unroll 16
-      for (int step = 0; step < STEPS; ++step)
-        store(own + ((n * PART + i) * 16 + g * STEPS + step) * LANES, @OPERAND@);
+      for (int step = 0; step < STEPS; ++step) {
+        const vi operand = @OPERAND@;
+        store(own + ((n * PART + i) * 16 + g * STEPS + step) * LANES, operand);
+      }
     }
   };
+  const int last_height = rows - (PANELS - 1) * 16;
+  const auto height_of = [&](int panel) INLINE_LAMBDA {
+    return panel + 1 < PANELS ? 16 : last_height;
+  };
   const auto add = [&](int n, const ScaledBy& by) INLINE_LAMBDA {
-    const int64_t block = by.block;
     const float* zeros = by.zeros + n * LANES;
-    (void)block, (void)zeros;
+    (void)zeros;
     const vf scale = load(by.scale + n * LANES);
-    for (int r = 0; r < height; ++r) {
-      const sum_of_one_t* part_of_row = ends + n % 2 * 256 + r * LANES;
-      float* total = totals + r * TILE + n * LANES;
-      store(total, fma(@END@, scale, load(total)));
+    for (int panel = 0; panel < PANELS; ++panel) {
+      const int height = height_of(panel);
+      const xsum_t* xsums = sums + panel * 16 * BLOCKS + by.block * height;
+      (void)xsums;
+      for (int r = 0; r < height; ++r) {
+        const sum_of_one_t* part_of_row = ends + (panel * 2 + n % 2) * 256 + r * LANES;
+        float* total = totals + (panel * 16 + r) * TILE + n * LANES;
+        store(total, fma(@END@, scale, load(total)));
+      }
     }
+  };
+  const auto store_sums = [&](auto parity) INLINE_LAMBDA {
+    each<PANELS>([&](auto panel) INLINE_LAMBDA {
+      tile_store<2 * panel + parity>(ends + (panel * 2 + parity) * 256, 64);
+    });
   };
   for (int i = 0; i < PART; ++i) decode(0, 0, i), decode(0, 1, i);
 #pragma GCC unroll 1
@@ -107,17 +123,21 @@ ALONE void span_panel(const Weight& w, int64_t tile, int height, const x_t* x, c
       now = {block, scale, @ZEROS@};
     }
     each<TILE / LANES>([&](auto n) INLINE_LAMBDA {
-      constexpr int NOW = SUMS + n % 2, BEFORE = SUMS + 1 - n % 2;
-      tile_zero<NOW>();
+      constexpr int NOW = n % 2, BEFORE = 1 - NOW;
+      each<PANELS>([&](auto panel) INLINE_LAMBDA { tile_zero<2 * panel + NOW>(); });
 #pragma GCC unroll 4
       for (int i = 0; i < PART; ++i) {
         const int64_t number = part * PART + i;
         if (REST == 0 || number < REGISTERS) {
-          tile_load<6>(own + (n * PART + i) * 256, 64), tile_load<X>(x + number * 16 * height, 64);
-          tile_dot<NOW, X, 6>();
+          tile_load<6>(own + (n * PART + i) * 256, 64);
+          each<PANELS>([&](auto panel) INLINE_LAMBDA {
+            const x_t* of_panel = x + panel * 16 * ALL_STEPS;
+            tile_load<4 + panel>(of_panel + number * 16 * height_of(panel), 64);
+            tile_dot<2 * panel + NOW, 4 + panel, 6>();
+          });
         }
         if (i == PART - 1) {
-          if (n > 0 || part > 0) tile_store<BEFORE>(ends + (1 - n % 2) * 256, 64);
+          if (n > 0 || part > 0) store_sums(std::integral_constant<int, BEFORE>{});
           if (n > 1)
             add(n - 2, now);
           else if (part > 0)
@@ -130,9 +150,8 @@ ALONE void span_panel(const Weight& w, int64_t tile, int height, const x_t* x, c
       }
     });
   }
-  tile_store<SUMS + 1>(ends + 256, 64);
+  store_sums(std::integral_constant<int, 1>{});
   add(2, now), add(3, now);
-  tile_zero<SUMS>(), tile_zero<SUMS + 1>(), tile_zero<X>();  // ends their use: see `panel_dots`
 }
 
 // One tile of outputs against some panels, with scales applied to sums: totals[row][64].
@@ -140,16 +159,14 @@ void span_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
                  int64_t last_panel, uint32_t* own, float* totals, TileUnit& unit) {
   const int64_t e = @MATRIX@, first_row = first_panel * 16, at = e * rows + first_row;
   const int64_t count = std::min(rows, last_panel * 16) - first_row;
-  const uint8_t rest = uint8_t((count - 1) % 16 + 1);
-  unit.take({16, 16, rest, rest, 16, rest, 16, 16});
-  alignas(64) sum_of_one_t ends[2 * 256];
   std::memset(totals, 0, count * TILE * sizeof(float));
-  for (int64_t row = 0; row < count; row += 16) {
-    const int height = int(std::min<int64_t>(count - row, 16));
-    // The last panel, which may be lower, has registers of its own.
-    const auto run = row + 16 < count ? span_panel<0, 4> : span_panel<2, 5>;
-    run(w, tile, height, call.panels + (at + row) * ALL_STEPS, call.sums + (at + row) * BLOCKS,
-        own, ends, totals + row * TILE);
+  for (int64_t row = 0; row < count; row += 32) {
+    const int some = int(std::min<int64_t>(count - row, 32));
+    const uint8_t first = uint8_t(std::min(some, 16)), second = uint8_t(some - first);
+    unit.take({first, first, second, second, first, second, 16, 0});
+    const auto run = second ? span_panels<2> : span_panels<1>;
+    run(w, tile, some, call.panels + (at + row) * ALL_STEPS, call.sums + (at + row) * BLOCKS, own,
+        totals + row * TILE);
   }
 }
 """

@@ -23,7 +23,7 @@ def tiles(plan: Plan) -> str:
     parts = [unit(dot), _IN_PLACE if _is_stored(plan) else _APART]
     ways = [("", "narrow" if is_narrow else "wide")]
     if plan.has_spans:
-        xsum = "sums[block * height + r]"
+        xsum = "xsums[r]"
         parts.append(spans(plan, _end(plan, "part_of_row", xsum, "zeros"), decoder(plan)))
         ways.insert(0, ("rows <= SPAN_ROWS", "span"))
     parts.append(_narrow(plan) if is_narrow else _wide(plan))

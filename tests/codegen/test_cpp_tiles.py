@@ -59,7 +59,7 @@ SPECS = {
         ),
     )
 }
-ROWS = (0, 1, 2, 15, 16, 17, 31, 33, 64, 69, 97)  # on both sides of `Plan.span_rows`
+ROWS = (0, 1, 2, 15, 16, 17, 31, 32, 33, 49, 64, 69, 97)  # on both sides of `Plan.span_rows`
 SPANS = {"levels", "channels_bf16", "short_blocks", "zeros", "nf4_int8", "zeros_int8"}
 NARROW = {"nf4_int8", "zeros_int8", "groups", "outliers"}
 ALSO_WITHOUT = ("nf4_int8", "groups", "channels")
