@@ -146,7 +146,7 @@ def test_a_forced_instruction_set_is_what_kernels_are_printed_for(
     assert not any("immintrin.h" in kernel.source for kernel in kernels)
     monkeypatch.setenv("FXQUANT_ISA", "mmx")
     torch._dynamo.reset()
-    with pytest.raises(Exception, match="FXQUANT_ISA must be one of amx, avx512, avx2, portable"):
+    with pytest.raises(Exception, match=r"FXQUANT_ISA must be one of amx, .*portable"):
         compile_(model)(x)
 
 

@@ -188,7 +188,10 @@ def _tiles_cost(plan: Plan) -> Cost:
 
 
 def _thirds_cost(plan: Plan) -> Cost:
-    """Of `thirds`: whole panels times all parts, whose sums are scaled after every 64 inputs."""
+    """Of `thirds`: whole panels times all parts, whose sums are scaled after every 64 inputs.
+
+    Panels after the first decode once more, beside products that take longer.
+    """
     panels, supers = sympy.ceiling(M / TILE_ROWS), sympy.ceiling(M / plan.super_rows)
     tiles, steps, weights = _tiles(plan), _steps(plan) // 2, plan.spec.weights
     wanted = sympy.Min(sympy.ceiling(2 * THREADS / tiles), panels, evaluate=False)

@@ -367,7 +367,7 @@ class Plan:
     @property
     def blocks_at_once(self) -> int:
         """Blocks whose scales stand side by side."""
-        if self.has_spans:
+        if self.has_spans or self.has_thirds:  # those of two parts, one after the other
             return max(2, self.blocks_held)
         if self.uses_tiles:
             return self.blocks_held

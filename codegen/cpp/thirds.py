@@ -10,9 +10,9 @@ and `x` is 2**-80 or more, and the parts of what is not finite are NaN. So a row
 is neither zero nor of ``2**-80 .. 2**100`` is multiplied as one row is, and all are as few rows are
 where those are many. Rows that are too few for a panel of their own are as one row, too.
 
-One panel is multiplied with 32 outputs by 64 inputs; meanwhile the sums before are scaled, and the
-next 32 by 64 levels are decoded. Of the unit four registers are in use: with a neighbour on the
-core a product takes 12 ns then, and 27 with eight.
+One panel at a time is multiplied with 16 outputs by 64 inputs, as in `spans`, and decodes for
+itself. Of the unit four registers are in use: with a neighbour on the core a product takes 12 ns
+then, and 27 with eight.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from __future__ import annotations
 from fxquant.codegen.cpp.plan import Plan
 
 OPERANDS = 2 * 32 * 32
-"""Dwords of the decoded levels of two pieces, for each part: 32 outputs by 64 inputs."""
+"""Dwords of the decoded levels of four items, for each part: 16 outputs by 64 inputs."""
 
 
 def thirds(plan: Plan) -> str:
@@ -28,8 +28,9 @@ def thirds(plan: Plan) -> str:
     parts = len(plan.level_thirds)
     order, lines, last = plan.third_products, [], None
     for number, (x, w) in enumerate(order):
-        loaded = f"x({x}), " if x != last else ""
-        lines.append(f"    {loaded}w({w}), beside(i * {len(order)} + {number});")
+        loaded = f"x_of({x}), " if x != last else ""
+        slot = f"std::integral_constant<int, i * {len(order)} + {number}>{{}}"
+        lines.append(f"        {loaded}w_of({w}), beside({slot});")
         last = x
     stored = [
         f"      store(to + {256 * part}, decoder.part{part}(code, step));" for part in range(parts)
@@ -113,108 +114,74 @@ INLINE bool are_odd(const Call& call, int64_t rows) {
 """
 
 _TILE = """\
-constexpr int PIECE = TILE / PER_DWORD;   // groups of 64 inputs
-constexpr int OF_16 = 2 * @PARTS@ * 256;  // dwords of 16 outputs by 64 inputs
-constexpr int OF_PIECE = 2 * OF_16;       // of 32 outputs
+constexpr int PIECE = TILE / PER_DWORD;  // groups of 64 inputs
+constexpr int64_t PIECES = K_PADDED / TILE;
+constexpr int OF_ITEM = 2 * @PARTS@ * 256;  // dwords of 16 outputs by 64 inputs
 
-// What is decoded for one piece while another one is multiplied, group by group.
-struct Ahead {
-  const uint32_t* codes;
-  uint32_t* own;
-  int at = 0, last = 2 * PIECE;
-
-  INLINE void go_on(const Decoder& decoder) {
-    if (at >= last) return;
-    const int v = at / PIECE, group = at % PIECE, row = group * STEPS_OF_PAIRS;
-    const uint32_t* from = codes + group * TILE + v * LANES;
-    uint32_t* to = own + v * OF_16 + row / 16 * (@PARTS@ * 256) + row % 16 * LANES;
+// A panel against a tile of outputs: totals[row][64] += . An item is 16 outputs by 64 inputs.
+// Beside its products the sums of the item before it are stored, those of the one before that are
+// added to the totals, and the second next is decoded, in @SLOTS@ slots: nothing waits for what
+// was made just now.
+ALONE void panel_of_parts(const uint32_t* x, const Weight& w, int64_t tile, uint32_t* own,
+                          float* totals) {
+  const Decoder decoder;
+  Scales scales(w, tile);
+  const uint32_t* codes = w.codes() + tile * GROUPS * TILE;
+  alignas(64) float ends[2][256];
+  const float *scale = nullptr, *scale_before = nullptr;
+  const auto decode = [&](int64_t piece, int n, int group) INLINE_LAMBDA {
+    const int row = group * STEPS_OF_PAIRS;
+    const uint32_t* from = codes + (piece * PIECE + group) * TILE + n * LANES;
+    uint32_t* to = own + n * OF_ITEM + row / 16 * (@PARTS@ * 256) + row % 16 * LANES;
     prefetch(from + AHEAD);
     const vi code = load(from);
 #pragma GCC unroll 16
     for (int step = 0; step < STEPS_OF_PAIRS; ++step, to += LANES) {
 @STORED@
     }
-    ++at;
-  }
-};
-
-// Sums of 16 rows by 32 outputs on their way to totals.
-struct Sums32 {
-  const float *sums, *scale;
-  float* totals;
-};
-
-// A panel times a piece: sums[row][32]. Beside the products, the sums before are added to their
-// totals, and no more than @SLOTS@ groups are decoded.
-ALONE void piece_dots(const uint32_t* piece, const uint32_t* x_at, float* sums,
-                      const Sums32& before, Ahead& given) {
-  const Decoder decoder;
-  Ahead ahead = given;
-  const vf scale = load(before.scale), more = load(before.scale + LANES);
-  const auto beside = [&](auto slot) INLINE_LAMBDA {
-    ahead.go_on(decoder);
-#pragma GCC unroll 16
-    for (int row = slot * 16 / @SLOTS@; row < (slot + 1) * 16 / @SLOTS@; ++row) {
-      float* total = before.totals + row * TILE;
-      const float* sum = before.sums + row * 2 * LANES;
-      store(total, fma(load(sum), scale, load(total)));
-      store(total + LANES, fma(load(sum + LANES), more, load(total + LANES)));
-    }
   };
-  tile_zero<0>(), tile_zero<1>();
-  each<2>([&](auto i) INLINE_LAMBDA {
-    const auto x = [&](int part) INLINE_LAMBDA {
-      tile_load<2>(x_at + (i * 3 + part) * 256, 64);
-    };
-    const auto w = [&](int part) INLINE_LAMBDA {
-      const uint32_t* at = piece + (i * @PARTS@ + part) * 256;
-      tile_load<3>(at, 64), tile_dot<0, 2, 3>();
-      tile_load<3>(at + OF_16, 64), tile_dot<1, 2, 3>();
-    };
-@PRODUCTS@
-  });
-  tile_store<0>(sums, 8 * LANES), tile_store<1>(sums + LANES, 8 * LANES);
-  given = ahead;
-}
-
-// One tile of outputs against some panels: totals[row][64]. Sums of 64 inputs each are scaled.
-void panels_tile(const uint32_t* x, int64_t panels, const Weight& w, int64_t tile, uint32_t* own,
-                 float* totals, TileUnit& unit) {
-  constexpr int64_t PIECES = K_PADDED / TILE * 2;
-  const uint32_t* codes = w.codes() + tile * GROUPS * TILE;
-  unit.take({16, 16, 16, 16, 0, 0, 0, 0});
-  std::memset(totals, 0, panels * 16 * TILE * sizeof(float));
-  Scales scales(w, tile);
-  const Decoder decoder;
-  // Sums and scales of two pieces in turns; the first sums are nothing.
-  alignas(64) float sums[2][16 * 2 * LANES] = {}, scale[2][2 * LANES] = {};
-  Sums32 before{sums[1], scale[1], totals};
-  Ahead ahead{codes, own};
-  while (ahead.at < ahead.last) ahead.go_on(decoder);
-  int turn = 0;
+  const auto add = [&](int n, const float* by, int row) INLINE_LAMBDA {
+    float* total = totals + row * TILE + n * LANES;
+    store(total, fma(load(ends[n % 2] + row * LANES), load(by + n * LANES), load(total)));
+  };
+  for (int n = 0; n < 2; ++n)
+    for (int group = 0; group < PIECE; ++group) decode(0, n, group);
+#pragma GCC unroll 1
   for (int64_t piece = 0; piece < PIECES; ++piece) {
-    const int n = piece % 2 * 2 * LANES;
-    const uint32_t* operands = own + piece % 2 * OF_PIECE;
-    const int64_t next = std::min(piece + 1, PIECES - 1);
-    ahead = {codes + next / 2 * PIECE * TILE + next % 2 * 2 * LANES,
-             own + (piece + 1) % 2 * OF_PIECE};
-    if (piece + 1 == PIECES) ahead.last = 0;
-    float* scale_now = scale[piece % 2];
-    for (int64_t panel = 0; panel < panels; ++panel, turn ^= 1) {
-      piece_dots(operands, x + panel * 16 * ROW_THIRDS + piece / 2 * 6 * 256, sums[turn], before,
-                 ahead);
-      if (panel == 0)
-        std::memcpy(scale_now, scales.at(piece / 2 * TILE / BLOCK) + n, sizeof scale[0]);
-      before = {sums[turn], scale_now, totals + panel * 16 * TILE + n};
-    }
-    while (ahead.at < ahead.last) ahead.go_on(decoder);
+    scale_before = scale, scale = scales.at(piece * TILE / BLOCK);
+    const bool is_first = piece == 0, is_last = piece + 1 == PIECES;
+    each<TILE / LANES>([&](auto n) INLINE_LAMBDA {
+      constexpr int NOW = n % 2, BEFORE = 1 - NOW;
+      const auto beside = [&](auto slot) INLINE_LAMBDA {
+        if constexpr (slot == 2)
+          if (n > 0 || !is_first) tile_store<BEFORE>(ends[BEFORE], 64);
+        if (n > 1 || !is_first) {
+#pragma GCC unroll 16
+          for (int row = slot * 16 / @SLOTS@; row < (slot + 1) * 16 / @SLOTS@; ++row)
+            add((n + 2) % 4, n > 1 ? scale : scale_before, row);
+        }
+        if (n < 2 || !is_last) {
+#pragma GCC unroll 16
+          for (int group = slot * PIECE / @SLOTS@; group < (slot + 1) * PIECE / @SLOTS@; ++group)
+            decode(piece + n / 2, (n + 2) % 4, group);
+        }
+      };
+      tile_zero<NOW>();
+      each<2>([&](auto i) INLINE_LAMBDA {
+        const auto x_of = [&](int part) INLINE_LAMBDA {
+          tile_load<2>(x + (piece * 6 + i * 3 + part) * 256, 64);
+        };
+        const auto w_of = [&](int part) INLINE_LAMBDA {
+          tile_load<3>(own + n * OF_ITEM + (i * @PARTS@ + part) * 256, 64);
+          tile_dot<NOW, 2, 3>();
+        };
+@PRODUCTS@
+      });
+    });
   }
-  for (int row = 0; row < 16; ++row)
-    for (int n = 0; n < 2 * LANES; n += LANES) {
-      float* total = before.totals + row * TILE + n;
-      const vf sum = load(before.sums + row * 2 * LANES + n);
-      store(total, fma(sum, load(before.scale + n), load(total)));
-    }
+  tile_store<1>(ends[1], 64);
+  for (int n = 2; n < 4; ++n)
+    for (int row = 0; row < 16; ++row) add(n, scale, row);
 }
 
 // The same for all rows of these panels.
@@ -223,7 +190,10 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
   const int64_t e = @MATRIX@, panels = std::min(last_panel, full_panels(rows)) - first_panel;
   const uint32_t* x = reinterpret_cast<const uint32_t*>(call.panels);
   x += (e * padded(rows, MANY_HEIGHTS) + first_panel * 16) * ROW_THIRDS;
-  if (panels > 0) panels_tile(x, panels, w, tile, own, totals, unit);
+  unit.take({16, 16, 16, 16, 0, 0, 0, 0});
+  std::memset(totals, 0, panels * 16 * TILE * sizeof(float));
+  for (int64_t panel = 0; panel < panels; ++panel)
+    panel_of_parts(x + panel * 16 * ROW_THIRDS, w, tile, own, totals + panel * 16 * TILE);
   const int64_t last_row = std::min(rows, last_panel * 16);
   for (int64_t row = first_panel * 16; row < last_row; ++row)
     if (call.is_odd[e * rows + row])
