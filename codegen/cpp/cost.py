@@ -182,7 +182,7 @@ def _tiles_cost(plan: Plan) -> Cost:
         decoded = pairs * steps * (_operand(plan) + _AT_ONCE + _LOAD)
         added = M * tiles * _vectors(plan) * ends * (_round_trip(plan) + 2)
         spans = decoded + pairs * tiles * plan.blocks * _scales(plan)
-        spans += M * steps // TILE_ROWS * _LOAD + added
+        spans += M * (steps // TILE_ROWS) * _LOAD + added
         work = sympy.Piecewise((spans, plan.span_rows >= M), (work, True))
     return Cost(_traffic(plan), rows * weights * steps, weights * work, _share(tiles * parts))
 

@@ -190,8 +190,10 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
   const int64_t e = @MATRIX@, panels = std::min(last_panel, full_panels(rows)) - first_panel;
   const uint32_t* x = reinterpret_cast<const uint32_t*>(call.panels);
   x += (e * padded(rows, MANY_HEIGHTS) + first_panel * 16) * ROW_THIRDS;
-  unit.take({16, 16, 16, 16, 0, 0, 0, 0});
-  std::memset(totals, 0, panels * 16 * TILE * sizeof(float));
+  if (panels > 0) {
+    unit.take({16, 16, 16, 16, 0, 0, 0, 0});
+    std::memset(totals, 0, panels * 16 * TILE * sizeof(float));
+  }
   for (int64_t panel = 0; panel < panels; ++panel)
     panel_of_parts(x + panel * 16 * ROW_THIRDS, w, tile, own, totals + panel * 16 * TILE);
   const int64_t last_row = std::min(rows, last_panel * 16);
