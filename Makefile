@@ -32,8 +32,9 @@ types: $(VENV)/.test tree ## mypy, strict, on the installed package
 	cd $(TREE) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.mypy_cache -p fxquant
 
+# pytest-xdist 3.8 replaces a process that crashed, and then may wait for ever.
 check-tests: $(VENV)/.test
-	$(BIN)/pytest -n $(JOBS) --dist loadfile $(PYTEST)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 $(PYTEST)
 
 bench: $(VENV)/.test ## Products, models and packing beside other packages: minutes, on an idle machine
 	$(BIN)/python -m benchmarks.linear

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import secrets
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -168,15 +169,14 @@ def _lower(
     fuses = ctx.config.fuse and kernels.choice.runs != "torch"
     fuse = Fuse(version, kernels.build, STEPS if fuses else (), before=users)
     patches["post_grad_custom_post_pass"] = fuse
-    compiled: Any = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
-    if not ctx.sites:
-        return compiled
+    if not ctx.sites or fuse.uuid() is None:  # nothing to keep, or Inductor keeps nothing
+        return cast("Any", compile_fx(ctx.gm, ctx.inputs, config_patches=patches))
     key = _graph_key(ctx, patches, str(fuse.uuid()))
-    if not kernels.recall(key):
-        # Inductor's caches answered, and what its code launches is not known or not at hand.
-        patches["force_disable_caches"] = True
-        compiled = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
-    kernels.keep(key)
+    known = kernels.recall(key)
+    fuse.edition = known or secrets.token_hex(8)
+    compiled: Any = compile_fx(ctx.gm, ctx.inputs, config_patches=patches)
+    if not known:
+        kernels.keep(key, fuse.edition)
     return compiled
 
 

@@ -18,14 +18,14 @@ from fxquant.runtime import cache, dump, launch, targets, timing, verify
 from fxquant.runtime.targets import Choice
 
 LOG = logging.getLogger("fxquant.backend")
-_FILE = "kernels.json"
 
 
 class Kernels:
     """What computes each product of a graph.
 
     Inductor may take a graph from its caches, and then nothing is fused again: what was decided is
-    kept beside, in the kernel cache.
+    kept beside, in the kernel cache. It has to be what was decided for that very code, which reads
+    codes itself where a kernel could not be built: hence the edition.
 
     Args:
         sites: The graph's products.
@@ -67,7 +67,7 @@ class Kernels:
         """
         for text, numbers in serves.items():
             self.serves[text] = tuple(dict.fromkeys((*self.serves.get(text, ()), *numbers)))
-        self.decisions += decisions
+        self.decisions += [new for new in decisions if new not in self.decisions]
         headers = {text: self._header(text) for text in serves}
         self.choices.update(targets.build(self.choice, headers, self.device))
         return {text: self._named(self.choices[text].runs) for text in serves}
@@ -113,35 +113,48 @@ class Kernels:
         dump.write(where, self.printed())
         verify.write_to(where, self.serves)
 
-    def keep(self, key: str) -> None:
-        """Keeps what was decided, for compiles of the same graph that Inductor's caches answer."""
-        cache.get_or_build("fused", key, self._write)
-
-    def recall(self, key: str) -> bool:
+    def recall(self, key: str) -> str:
         """Takes up what an earlier compile of the same graph decided.
 
+        Args:
+            key: Of the graph with all that its code depends on, but for its kernels.
+
         Returns:
-            Whether it is known, and every kernel runs on the target that it ran on then.
+            The edition of the code that was made then, or ``""`` if that is not known, or a kernel
+            runs on another target than it ran on then.
         """
-        if self.choices:
-            return True
         try:
-            kept = json.loads((cache.root() / "fused" / key / _FILE).read_text(encoding="utf-8"))
+            kept = json.loads(_path(key).read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return False
+            return ""
         serves = {text: tuple(numbers) for text, (_, numbers) in kept["kernels"].items()}
         decisions = [Decision(k, tuple(n), done=d, reason=r) for k, n, d, r in kept["decisions"]]
         self.build(serves, decisions)
         if all(self.choices[text].runs == runs for text, (runs, _) in kept["kernels"].items()):
-            return True
+            return str(kept["edition"])
         self.choices, self.serves, self.decisions = {}, {}, []
-        return False
+        return ""
 
-    def _write(self, folder: Path) -> None:
+    def keep(self, key: str, edition: str) -> None:
+        """Keeps what was decided, for compiles of the same graph that Inductor's caches answer.
+
+        Args:
+            key: As for `recall`.
+            edition: Of the code that Inductor made of it.
+
+        Raises:
+            FolderError: The kernel cache cannot be written.
+        """
         kernels = {t: (self.choices[t].runs, numbers) for t, numbers in self.serves.items()}
         decisions = [(d.kind, d.sites, d.done, d.reason) for d in self.decisions]
-        text = json.dumps({"kernels": kernels, "decisions": decisions})
-        (folder / _FILE).write_text(text, encoding="utf-8")
+        kept = {"edition": edition, "kernels": kernels, "decisions": decisions}
+        path = _path(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cache.write_atomically(path, json.dumps(kept))
+        except OSError as error:
+            place = ("kernel cache", path.parent, cache.ENVIRONMENT)
+            raise errors.unwritable_folder(*place, error) from error
 
     def _header(self, text: str) -> Header:
         served = [self.origins[number] for number in self.serves.get(text, ())]
@@ -149,6 +162,10 @@ class Kernels:
         where = dict.fromkeys(place for place in places if place)
         scheme = served[0][1] if served else ""
         return Header(tuple(dict.fromkeys(modules)), scheme, tuple(where))
+
+
+def _path(key: str) -> Path:
+    return cache.root() / "fused" / f"{key}.json"
 
 
 _DONE = {"epilogue": "fused", "join": "joined", "prologue": "fused before it"}

@@ -19,9 +19,11 @@ os.environ.pop("FXQUANT_DUMP", None)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Workers of pytest-xdist share the cache of the process that started them.
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+# No run sees what another has left behind, in Inductor's cache neither.
+CACHES = ("FXQUANT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 if not IS_WORKER:
-    os.environ["FXQUANT_CACHE_DIR"] = tempfile.mkdtemp(prefix="fxquant-test-cache-")
-CACHE = os.environ["FXQUANT_CACHE_DIR"]
+    for name in CACHES:
+        os.environ[name] = tempfile.mkdtemp(prefix="fxquant-test-cache-")
 
 # Compiling takes seconds, and shared machines are uneven: the timeout of pytest is the limit.
 hypothesis.settings.register_profile("fxquant", deadline=None)
@@ -44,9 +46,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish() -> None:
-    """Removes the kernel cache of this run."""
+    """Removes the caches of this run."""
     if not IS_WORKER:
-        shutil.rmtree(CACHE, ignore_errors=True)
+        for name in CACHES:
+            shutil.rmtree(os.environ[name], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache
 
 import fxquant
 from fxquant.codegen.cpp.isa import ISAS
@@ -121,19 +124,60 @@ def test_inductor_takes_the_compiler_that_we_found(monkeypatch: pytest.MonkeyPat
     assert targets.inductor_patches() == {}
 
 
-def test_a_kernel_that_cannot_be_loaded(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(path: str) -> None:
+@pytest.fixture
+def unloadable(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Kernels are built and cannot be loaded, until this is undone."""
+    load = ctypes.CDLL
+
+    def refuse(path: str | None, **options: Any) -> ctypes.CDLL:
+        if path is None or not path.endswith("kernel.so"):
+            return load(path, **options)
         raise OSError("failed to map segment from shared object")
 
     launch._build_once.cache_clear()
-    monkeypatch.setattr("fxquant.runtime.cpp.ctypes.CDLL", refuse)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxquant.runtime.cpp.ctypes.CDLL", refuse)
+        yield patch
+    launch._build_once.cache_clear()
+
+
+@pytest.mark.usefixtures("unloadable")
+def test_a_kernel_that_cannot_be_loaded(caplog: pytest.LogCaptureFixture) -> None:
     model, x = frozen(TwoLayers()), torch.randn(3, 128)
     torch.testing.assert_close(compile_(model)(x), decoded(model)(x), rtol=1e-4, atol=1e-4)
     assert "point FXQUANT_CACHE_DIR at a folder from which programs may run" in caplog.text
     assert all("cannot be loaded (failed to map" in kernel for kernel in kernels_of(model))
-    launch._build_once.cache_clear()
+
+
+@pytest.mark.parametrize("folders", [1, 2])
+def test_code_that_was_made_without_kernels_is_not_taken_with_them(
+    folders: int,
+    unloadable: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def compiled() -> list[str]:
+        torch._dynamo.reset()
+        model = frozen(TwoLayers())
+        torch.testing.assert_close(compile_(model)(x), decoded(model)(x), rtol=1e-4, atol=1e-4)
+        return [kernel.partition(":")[0] for kernel in kernels_of(model)]
+
+    def answered() -> int:
+        found: int = torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
+        return found
+
+    x = torch.randn(3, 128)
+    with fresh_cache():
+        assert [compiled() for _ in range(2)] == [["torch", "torch"]] * 2
+        assert answered() == 1
+        unloadable.undo()
+        launch._build_once.cache_clear()
+        if folders == 2:
+            monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "another"))
+        assert compiled() == ["cpp", "cpp"]
+        assert answered() == 1
+        assert [compiled() for _ in range(2)] == [["cpp", "cpp"]] * 2
+        assert answered() == 3
 
 
 def test_a_forced_instruction_set_is_what_kernels_are_printed_for(

@@ -52,6 +52,10 @@ class Fuse(CustomGraphPass):
         build: Told of all kernels before they are launched.
         steps: What is fused; none with ``options={"fuse": False}``.
         before: A pass of the user's own, run first.
+
+    Attributes:
+        edition: Goes into the cache key, too: what the graph becomes depends on which kernels can
+            be built, and that is known only after it.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class Fuse(CustomGraphPass):
         self.build = build
         self.steps = steps
         self.before = before
+        self.edition = ""
 
     def __call__(self, graph: fx.Graph) -> None:
         """Rewrites the graph in place."""
@@ -80,4 +85,4 @@ class Fuse(CustomGraphPass):
             if inner is None:
                 return None
         steps = tuple(step.__name__ for step in self.steps)
-        return ("fxquant", self.version, steps, inner)
+        return ("fxquant", self.version, self.edition, steps, inner)
