@@ -19,6 +19,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from fxquant import codegen, formats, passes, runtime
 from fxquant.config import Config
+from fxquant.guards import forget_parts
 from fxquant.kernels import Kernels
 from fxquant.ledger import Ledger
 from fxquant.online import online
@@ -63,6 +64,7 @@ def fxquant(
         FolderError: The dump folder or the kernel cache cannot be written.
     """
     config = Config.from_options(options)
+    forget_parts(gm, example_inputs)
     _warn_of_limit()
     compile_ = functools.partial(_compile, mode=mode)
     if config.calibration_steps:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator
 
@@ -50,14 +49,6 @@ def pytest_sessionfinish() -> None:
     if not IS_WORKER:
         for name in CACHES:
             shutil.rmtree(os.environ[name], ignore_errors=True)
-
-
-@pytest.fixture(autouse=True)
-def alone() -> None:
-    """No other backend was seen: from then on codes of weights stay, for the rest of a process."""
-    codes = sys.modules.get("fxquant.formats.codes")
-    if codes is not None:
-        codes._Process.reads_elsewhere = False
 
 
 @pytest.fixture(scope="module")

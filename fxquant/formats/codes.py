@@ -6,38 +6,14 @@ tensor of their shape without memory. `stored` makes the codes again for everybo
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-LOG = logging.getLogger("fxquant.formats")
 _makers: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """What makes codes again, by their stand-in."""
-
-
-class _Process:
-    """What was seen so far.
-
-    Attributes:
-        reads_elsewhere: Whether another backend compiled a graph that reads codes.
-    """
-
-    reads_elsewhere = False
-
-
-def read_elsewhere() -> None:
-    """Notes that another backend compiles a graph that will read codes."""
-    if not _Process.reads_elsewhere:
-        LOG.info("another backend compiles packed weights: codes stay in their stored form, too")
-    _Process.reads_elsewhere = True
-
-
-def are_read_elsewhere() -> bool:
-    """Whether `read_elsewhere` was called: no codes leave any more."""
-    return _Process.reads_elsewhere
 
 
 class Place(Enum):
@@ -62,24 +38,32 @@ class Codes:
         place: Where they are.
     """
 
-    __slots__ = ("__weakref__", "held", "place")
+    __slots__ = ("__weakref__", "_told", "held", "place")
 
     def __init__(self, stored: Tensor) -> None:
         self.held = stored
         self.place = Place.HERE
+        self._told: Callable[[Tensor], None] | None = None
 
     def stored(self) -> Tensor:
         """The stored codes; made for the caller alone while they are away."""
         return stored([self.held])[0]  # not by `place`: another thread may be about to change it
 
-    def leave(self, stand_in: Tensor, make: Callable[[], Tensor]) -> None:
+    def leave(
+        self,
+        stand_in: Tensor,
+        make: Callable[[], Tensor],
+        told: Callable[[Tensor], None] | None = None,
+    ) -> None:
         """Lets go of the stored codes.
 
         Args:
             stand_in: What is held instead.
             make: Gives the codes again, bit for bit.
+            told: Called with the codes when they come back.
         """
         _makers[stand_in] = make
+        self._told = told
         self.place = Place.AWAY
         self.held = stand_in
 
@@ -89,7 +73,10 @@ class Codes:
         Args:
             place: `Place.FIXED` if no kernel may take them over any more.
         """
-        self.held = self.stored()
+        codes, told = self.stored(), self._told
+        if told is not None:
+            told(codes)
+        self.held, self._told = codes, None
         self.place = place
 
 

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_map_only
 
-from fxquant.formats import codes
 from fxquant.formats.codes import Codes, Place
 from fxquant.formats.decode import decode
 from fxquant.formats.encode import encode
 from fxquant.formats.encoding import Encoding
 
+LOG = logging.getLogger("fxquant.formats")
 aten = torch.ops.aten
+_LOOK_AT_METADATA = {
+    "torch._dynamo.variables.builder",
+    "torch._subclasses.fake_tensor",
+    "torch._subclasses.meta_utils",
+}
+"""Modules that take tensors apart for types and shapes alone, whenever a graph is traced."""
 
 
 def pack(tensor: Tensor, encoding: Encoding, *, name: str = "weight") -> PackedWeight:
@@ -99,14 +107,21 @@ class PackedWeight(Tensor):
 
     @property
     def packed_codes(self) -> Tensor:
-        """The codes as they are in memory, for whoever takes the tensor apart.
+        """The codes, for whoever takes the tensor apart, as code of other backends does.
 
-        Dynamo's guards do at every call, and look at shape and dtype. Code that another backend
-        compiles reads them: when one was seen, all come back that are asked for.
+        Where a C++ kernel has taken them over they come back for good, but for those who look at
+        shape and dtype only.
         """
         own: Codes = self.__dict__["codes"]  # attributes of a tensor are looked up slowly
-        if codes.are_read_elsewhere() and own.place is not Place.FIXED:
-            own.come_back(Place.FIXED)
+        if own.place is Place.AWAY:
+            reader = sys._getframe(1).f_globals.get("__name__")
+            if reader not in _LOOK_AT_METADATA:
+                LOG.info(
+                    "the codes of a weight of shape %s are read outside of our kernels: they stay "
+                    "in their stored form, too",
+                    list(self.shape),
+                )
+                own.come_back(Place.FIXED)
         return own.held
 
     def tensors(self) -> list[Tensor]:
@@ -139,6 +154,12 @@ class PackedWeight(Tensor):
     def tolist(self) -> Any:
         """The decoded tensor as nested lists."""
         return self.dequantize().tolist()
+
+    def share_memory_(self) -> PackedWeight:
+        """Moves the parts to memory that processes share; a packed weight has none of its own."""
+        for name in self._names:
+            getattr(self, name).share_memory_()
+        return self
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         kind = "PackedWeight" if not getattr(self, "_is_param", False) else "PackedWeight parameter"
@@ -177,13 +198,9 @@ class PackedWeight(Tensor):
     ) -> PackedWeight:
         encoding, dtype = meta
         tensors = [inner[f"packed_{part}"] for part in encoding.parts]
-        if isinstance(tensors[0], FunctionalTensor):
-            codes.read_elsewhere()
         return cls(tensors, encoding, outer_size, dtype)
 
     def _stable_hash_for_caching(self) -> str:
-        # AOTAutograd asks for it, which is never given a packed weight by our own backend.
-        codes.read_elsewhere()
         described = (type(self).__name__, str(self.encoding), tuple(self.shape), str(self.dtype))
         return hashlib.sha256(repr(described).encode()).hexdigest()
 
@@ -305,6 +322,8 @@ def _copy(self: PackedWeight, source: Tensor, non_blocking: bool = False) -> Pac
         self.codes.come_back()
     for mine, new in zip(self.tensors(), parts, strict=True):
         mine.copy_(new, non_blocking)
+        if not mine.is_inference():
+            increment_version(mine)  # nothing does, this far below autograd
     return self
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from fxquant.formats.codes import Place, are_read_elsewhere
+from fxquant.formats.codes import Place
 from fxquant.formats.packed import PackedWeight
 from fxquant.runtime import repacked
 from fxquant.runtime.cpp import CppKernel
@@ -31,12 +32,10 @@ def parts_for(readers: Sequence[CppKernel], packed: PackedWeight) -> list[Tensor
     """
     codes = packed.codes
     if readers:
-        if codes.place is Place.HERE and not are_read_elsewhere():
+        if codes.place is Place.HERE:
             _hand_over(packed, readers)
     elif codes.place is not Place.FIXED:
-        away = packed.held()
         codes.come_back(Place.FIXED)
-        repacked.also_of(away, packed.held())
     return packed.held()
 
 
@@ -64,9 +63,16 @@ def _hand_over(packed: PackedWeight, kernels: Sequence[CppKernel]) -> None:
     Freed.add(first.nbytes)  # but for this one, which is in use
     blocks = [kernel.take([first, *others], [stand_in, *others]) for kernel in kernels]
     block = blocks[restores.index(restore)]
-    codes.leave(stand_in, functools.partial(_made, restore, block, last))
+    make = functools.partial(_made, restore, block, last)
+    codes.leave(stand_in, make, functools.partial(_found_by, [stand_in, *others]))
+
+
+def _found_by(away: Sequence[Tensor], codes: Tensor) -> None:
+    """Has kernels find what they made of a weight by its codes, which come back."""
+    repacked.also_of(away, [codes, *away[1:]])
 
 
 def _made(restore: Callable[[Tensor, Tensor], Tensor], block: Block, last: Tensor) -> Tensor:
-    with torch.inference_mode(mode=False):
+    # Asked for while a graph is traced, too, where tensors would be fake.
+    with _disable_current_modes(), torch.inference_mode(mode=False):
         return restore(block.tensor(), last)

@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.formats import PackedWeight, codes
+from fxquant.formats import PackedWeight, codes, pack
 from fxquant.formats.codes import Codes, Place
 from fxquant.runtime import handover
+from fxquant.runtime.cpp import CppKernel
 from tests.helpers import TwoLayers, compile_, frozen
 
 pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
@@ -217,18 +219,86 @@ def test_other_backends_get_the_codes(backend: str, warm: bool) -> None:
     if warm:  # AOTAutograd's cache answers the second time
         torch.compile(copy.deepcopy(model), backend=backend)(x)
         torch._dynamo.reset()
-        codes._Process.reads_elsewhere = False
     ours = compile_(model)
     out = ours(x)
     assert places(model) == {Place.AWAY}
     other = torch.compile(model, backend=backend)
-    for _ in range(2):
-        torch.testing.assert_close(other(x), eager, rtol=1e-5, atol=1e-5)
-        assert torch.equal(ours(x), out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CppKernel, "_repack", None)  # what kernels made of the codes still holds
+        for _ in range(2):
+            torch.testing.assert_close(other(x), eager, rtol=1e-5, atol=1e-5)
+            assert torch.equal(ours(x), out)
     assert places(model) == {Place.FIXED}
     new = packed_model()
     assert torch.isfinite(compile_(new)(x)).all()
-    assert places(new) == {Place.FIXED}
+    assert places(new) == {Place.AWAY}
+
+
+@torch.no_grad()
+def test_constants_of_another_backend_are_the_codes() -> None:
+    model, x = packed_model(), torch.randn(3, 128)
+    eager = model(x)
+    compile_(model)(x)
+    frozen_graph = torch.compile(model, options={"freezing": True})
+    torch.testing.assert_close(frozen_graph(x), eager, rtol=1e-5, atol=1e-5)
+    assert places(model) == {Place.FIXED}
+
+
+def taken_apart(model: nn.Module, x: Tensor) -> None:
+    for weight in weights(model):
+        names, _ = weight.__tensor_flatten__()
+        assert all(map(torch.equal, weight.tensors(), [getattr(weight, name) for name in names]))
+
+
+def exported(model: nn.Module, x: Tensor) -> None:
+    program = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def shared(model: nn.Module, x: Tensor) -> None:
+    assert model.share_memory() is model
+    assert all(part.is_shared() for weight in weights(model) for part in weight.tensors())
+
+
+@pytest.mark.parametrize(
+    ("read", "place"), [(taken_apart, Place.FIXED), (exported, Place.AWAY), (shared, Place.FIXED)]
+)
+def test_whoever_takes_a_weight_apart_gets_codes(
+    read: Callable[[nn.Module, Tensor], None], place: Place
+) -> None:
+    model, x = packed_model(), torch.randn(3, 128)
+    compiled = compile_(model)
+    out = compiled(x)
+    assert places(model) == {Place.AWAY}
+    read(model, x)
+    assert places(model) == {place}
+    assert torch.equal(compiled(x), out)
+
+
+def test_calls_do_not_take_weights_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = packed_model(), torch.randn(3, 128)
+    compiled = compile_(model)
+    out = compiled(x)
+    asked: list[PackedWeight] = []
+    monkeypatch.setattr(PackedWeight, "packed_codes", property(asked.append))
+    assert torch.equal(compiled(x), out)
+    assert asked == []
+
+
+@pytest.mark.parametrize("place", [Place.FIXED, Place.AWAY])
+def test_a_weight_that_is_written_to_is_repacked(place: Place) -> None:
+    model, x = packed_model(), torch.randn(3, 128, requires_grad=place is Place.FIXED)
+    compiled, before = compile_(model), [part.clone() for part in model.up.weight.tensors()]
+    for write in (
+        lambda weight: weight.mul_(2.0),
+        lambda weight: weight.copy_(torch.randn(64, 128)),
+        lambda weight: weight.copy_(pack(torch.randn(64, 128), weight.encoding)),
+    ):
+        compiled(x)
+        assert places(model) == {place}
+        write(model.up.weight)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert not any(map(torch.equal, model.up.weight.tensors()[:2], before))
 
 
 def test_kernels_of_another_form_get_what_they_need() -> None:
