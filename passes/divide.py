@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxquant.codegen.spec import WeightOperand
@@ -22,6 +24,11 @@ from fxquant.passes.sources import Rule
 from fxquant.passes.writes import Written
 
 _mul = torch.ops.aten.mul.Tensor
+_POINTWISE = {
+    *(F.gelu, F.silu, F.mish, F.tanh, F.sigmoid, torch.tanh, torch.sigmoid),
+    *(torch.mul, operator.mul),
+}
+"""What computes in float32 and rounds its result."""
 
 
 class Division:
@@ -55,7 +62,8 @@ class Division:
             x = site.x
             # What is written to in place may not be the same for the next product.
             if x not in made or x in self.written:
-                made[x] = self._times(x, Spread(scale, _trimmed(pattern), inverse=True), site.node)
+                spread = Spread(scale, _trimmed(pattern), inverse=True)
+                made[x] = self._times(self._unrounded(x, sites, site.node), spread, site.node, x)
             site.x = made[x]
 
     def fold(
@@ -94,12 +102,34 @@ class Division:
                     site.node.replace_input_with(old, site.bias)
         self._scale_weights()
 
-    def _times(self, x: fx.Node, spread: Spread, before: fx.Node) -> fx.Node:
-        """``x * spread`` in x's dtype, rounded once."""
+    def _unrounded(self, x: fx.Node, sites: Sequence[LinearSite], before: fx.Node) -> fx.Node:
+        """An activation of 16 bits in float32, where that is as little work; else itself.
+
+        It would be rounded, multiplied and rounded again. What takes part must be read here alone.
+        """
+        dtype, readers = x.meta["val"].dtype, {site.node for site in sites if site.x is x}
+        inputs = [arg for arg in x.args if isinstance(arg, fx.Node)]
+        if (
+            x.target not in _POINTWISE
+            or dtype not in (torch.bfloat16, torch.float16)
+            or x.kwargs.get("inplace")
+            or not readers.issuperset(x.users)
+            or any(node in self.written for node in (x, *inputs))
+            or any(values.value(arg).dtype != dtype for arg in inputs)
+        ):
+            return x
+        with x.graph.inserting_before(before):
+            wide = fx.node.map_arg(x.args, lambda arg: adapt.cast(arg, torch.float32, x))
+            return values.emit(x.graph, x, x.target, *wide, **x.kwargs)
+
+    def _times(
+        self, x: fx.Node, spread: Spread, before: fx.Node, like: fx.Node | None = None
+    ) -> fx.Node:
+        """``x * spread``, rounded once, in the dtype of x or of another value."""
         scale = self._input("inverse_scale" if spread.inverse else "scale", spread, x.graph)
         with x.graph.inserting_before(before):
             out = values.emit(x.graph, x, _mul, x, scale)
-            return adapt.cast(out, x.meta["val"].dtype, x)
+            return adapt.cast(out, (like or x).meta["val"].dtype, x)
 
     def _inside(self, site: LinearSite, scale: Rule) -> adapt.Adapter:
         spread = Spread(scale, torch.arange(site.operand.k), inverse=True)

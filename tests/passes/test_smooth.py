@@ -154,6 +154,31 @@ def test_what_must_not_be_folded_is_multiplied_in_the_graph(form) -> None:
     assert reason in note
 
 
+# By form: the forward, and whether what is multiplied was rounded to 16 bits before.
+IN_16_BITS = {
+    "gelu": (lambda m, x: m.down(F.gelu(m.a(x), approximate="tanh")), False),
+    "a gate of its own": (lambda m, x: m.down(F.silu(m.a(x)) * F.silu(m.b(x))), False),
+    "two products": (then(wide, lambda m, y: m.down(z := F.silu(y)) + m.down(z)), False),
+    "read by another": (then(wide, lambda m, y: (m.down(z := F.gelu(y)), z)), True),
+    "written to": (then(wide, lambda m, y: m.down(F.gelu(y).mul_(2))), True),
+    "made of what is written to": (then(wide, lambda m, y: (m.down(F.gelu(y)), y.add_(1))), True),
+    "of other dtypes": (lambda m, x: m.down(m.a(x).exp() * torch.arange(48)), True),
+    "softmax": (lambda m, x: m.down(m.a(x).softmax(-1)), True),
+}
+
+
+@pytest.mark.parametrize("form", IN_16_BITS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_16_bits_are_multiplied_before_they_are_rounded(form, dtype) -> None:
+    forward, is_rounded = IN_16_BITS[form]
+    model = Block().to(dtype)
+    found = run(lambda x: forward(model, x), X.to(dtype), tol=40 * torch.finfo(dtype).eps)
+    assert any("down" in name for name in found.multiplied())
+    (graph,) = [ctx.gm.graph for ctx in found.contexts]
+    times = [node for node in graph.nodes if "inverse_scale" in str(node.args[1:])]
+    assert times[-1].args[0].meta["val"].dtype == (dtype if is_rounded else torch.float32)
+
+
 def test_products_that_read_a_value_before_and_after_a_write() -> None:
     def forward(m, x):
         y = torch.tanh(x)
