@@ -32,9 +32,10 @@ types: $(VENV)/.test tree ## mypy, strict, on the installed package
 	cd $(TREE) && $(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
 	    --cache-dir $(CURDIR)/.mypy_cache -p fxquant
 
-# pytest-xdist 3.8 replaces a process that crashed, and then may wait for ever.
+# pytest-xdist 3.8 replaces a process that crashed, and then may wait for ever. The order of files
+# is that of tests/conftest.py.
 check-tests: $(VENV)/.test
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --max-worker-restart 0 $(PYTEST)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(PYTEST)
 
 bench: $(VENV)/.test ## Products, models and packing beside other packages: minutes, on an idle machine
 	$(BIN)/python -m benchmarks.linear

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 
 import hypothesis
@@ -42,6 +43,21 @@ def pytest_configure(config: pytest.Config) -> None:
     """Adds the exceptions to ``filterwarnings = error``."""
     for line in THIRD_PARTY_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+# Few tests and minutes of work: begun last, they would keep one process busy beside idle ones.
+FIRST = (
+    *("tests/test_demo.py", "tests/models/test_transformers.py", "tests/test_benchmarks.py"),
+    *("tests/property/test_random_models.py", "tests/test_fallbacks.py"),
+    "tests/test_triton_end_to_end.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take longest first: `FIRST`, then those with the most tests."""
+    files = [item.nodeid.partition("::")[0] for item in items]
+    order = {file: (file not in FIRST, -count, file) for file, count in Counter(files).items()}
+    items.sort(key=lambda item: order[item.nodeid.partition("::")[0]])
 
 
 def pytest_sessionfinish() -> None:
