@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -67,17 +68,27 @@ class Codes:
         self.place = Place.AWAY
         self.held = stand_in
 
-    def come_back(self, place: Place = Place.HERE) -> None:
-        """Has the stored codes held again.
+    def renew(self) -> None:
+        """Holds memory for codes again, without those that are away: for who writes all of them."""
+        with torch.inference_mode(mode=False):
+            self.held = torch.empty_like(self.held)
+        self._told = None
+        self.place = Place.HERE
 
-        Args:
-            place: `Place.FIXED` if no kernel may take them over any more.
+    def rename(self) -> None:
+        """Holds the same memory by another tensor, after a write that left no trace.
+
+        Kernels know by the tensor what they made of codes.
         """
+        self.held = self.held.view(-1)
+
+    def come_back(self) -> None:
+        """Has the stored codes held again, for good."""
         codes, told = self.stored(), self._told
         if told is not None:
             told(codes)
         self.held, self._told = codes, None
-        self.place = place
+        self.place = Place.FIXED
 
 
 def stored(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -121,7 +121,7 @@ class PackedWeight(Tensor):
                     "in their stored form, too",
                     list(self.shape),
                 )
-                own.come_back(Place.FIXED)
+                own.come_back()
         return own.held
 
     def tensors(self) -> list[Tensor]:
@@ -319,11 +319,14 @@ def _copy(self: PackedWeight, source: Tensor, non_blocking: bool = False) -> Pac
         dense = dense.to(self.device, self.dtype).expand(self.shape)
         parts = encode(dense, self.encoding, "the tensor copied into a packed weight")
     if self.codes.place is Place.AWAY:
-        self.codes.come_back()
-    for mine, new in zip(self.tensors(), parts, strict=True):
+        self.codes.renew()
+    held = self.tensors()
+    for mine, new in zip(held, parts, strict=True):
         mine.copy_(new, non_blocking)
         if not mine.is_inference():
             increment_version(mine)  # nothing does, this far below autograd
+    if any(mine.is_inference() for mine in held):
+        self.codes.rename()
     return self
 
 

@@ -35,7 +35,7 @@ def parts_for(readers: Sequence[CppKernel], packed: PackedWeight) -> list[Tensor
         if codes.place is Place.HERE:
             _hand_over(packed, readers)
     elif codes.place is not Place.FIXED:
-        codes.come_back(Place.FIXED)
+        codes.come_back()
     return packed.held()
 
 

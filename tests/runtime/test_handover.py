@@ -285,6 +285,24 @@ def test_calls_do_not_take_weights_apart(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == []
 
 
+@pytest.mark.parametrize("start", ["here", "fixed", "came back"])
+@torch.inference_mode()
+def test_a_weight_without_versions_that_is_written_to_is_repacked(start: str) -> None:
+    model, x = packed_model(), torch.randn(3, 128)
+    assert all(part.is_inference() for part in model.up.weight.tensors()[1:])
+    compiled, place = compile_(model), Place.AWAY if start == "here" else Place.FIXED
+    for weight in weights(model) if start == "fixed" else ():
+        weight.codes.place = Place.FIXED
+    compiled(x)
+    if start == "came back":
+        taken_apart(model, x)
+    for _ in range(2):
+        compiled(x)
+        assert places(model) == {place}
+        model.up.weight.mul_(2.0)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("place", [Place.FIXED, Place.AWAY])
 def test_a_weight_that_is_written_to_is_repacked(place: Place) -> None:
     model, x = packed_model(), torch.randn(3, 128, requires_grad=place is Place.FIXED)
@@ -387,6 +405,16 @@ def test_codes_tell_where_they_are() -> None:
     assert torch.equal(one.stored(), stored)
     assert codes.stored([stored, stand_in])[0] is stored
     assert torch.equal(codes.stored([stored, stand_in])[1], stored)
-    one.come_back(Place.FIXED)
+    told: list[Tensor] = []
+    one.leave(stand_in, lambda: torch.arange(4, dtype=torch.uint8), told.append)
+    one.come_back()
     assert one.place is Place.FIXED
     assert torch.equal(one.held, stored)
+    assert len(told) == 1
+    assert told[0] is one.held
+    one.leave(stand_in, lambda: torch.arange(4, dtype=torch.uint8), told.append)
+    one.renew()
+    assert one.place is Place.HERE
+    assert one.held is not stand_in
+    assert (one.held.shape, one.held.dtype) == (stored.shape, stored.dtype)
+    assert len(told) == 1
