@@ -166,6 +166,9 @@ def _lower(
         **(list_mode_options(mode) if mode else {}),
         **ctx.config.inductor,
     }
+    if ctx.sites and patches.get("cpp_wrapper", inductor_config.cpp_wrapper):
+        LOG.warning("Inductor's cpp_wrapper cannot call fxquant's kernels: this graph does without")
+        patches["cpp_wrapper"] = False
     users = patches.get("post_grad_custom_post_pass", inductor_config.post_grad_custom_post_pass)
     version = (cache.fingerprint(codegen, formats, passes, runtime), *kernels.version)
     fuses = ctx.config.fuse and kernels.choice.runs != "torch"

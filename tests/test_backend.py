@@ -205,6 +205,20 @@ def test_inductor_options_are_handed_on() -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("options", [{"cpp_wrapper": True}, {}])
+def test_inductors_wrapper_in_cpp_is_done_without(
+    options: dict[str, bool], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It writes texts into its code without escaping them, and ours hold quotation marks."""
+    model, x = frozen(TwoLayers()), torch.randn(3, 128)
+    with torch._inductor.config.patch(cpp_wrapper=not options):
+        out, kernels = run_and_get_kernels(compile_(model, inductor=options), x)
+    torch.testing.assert_close(out, decoded(model)(x), rtol=1e-4, atol=1e-4)
+    assert {kernel.target for kernel in kernels} == {"cpp"}
+    said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert said == ["Inductor's cpp_wrapper cannot call fxquant's kernels: this graph does without"]
+
+
 def test_kernels_are_collected_and_dumped(tmp_path: Path) -> None:
     layers = [nn.Linear(64, 64), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
     model = frozen(nn.Sequential(*layers, nn.Linear(64, 32)))
