@@ -63,7 +63,8 @@ class Division:
             # What is written to in place may not be the same for the next product.
             if x not in made or x in self.written:
                 spread = Spread(scale, _trimmed(pattern), inverse=True)
-                made[x] = self._times(self._unrounded(x, sites, site.node), spread, site.node, x)
+                alone = {site.node for site in sites if site.x is x}.issuperset(x.users)
+                made[x] = self._times(x, spread, site.node, alone=alone)
             site.x = made[x]
 
     def fold(
@@ -102,34 +103,37 @@ class Division:
                     site.node.replace_input_with(old, site.bias)
         self._scale_weights()
 
-    def _unrounded(self, x: fx.Node, sites: Sequence[LinearSite], before: fx.Node) -> fx.Node:
-        """An activation of 16 bits in float32, where that is as little work; else itself.
+    def _times(
+        self, x: fx.Node, spread: Spread, before: fx.Node, *, alone: bool = False
+    ) -> fx.Node:
+        """``x * spread`` in x's dtype, rounded once.
 
-        It would be rounded, multiplied and rounded again. What takes part must be read here alone.
+        Args:
+            x: What is multiplied.
+            spread: By what.
+            before: Where.
+            alone: Whether nothing else reads x: its own rounding may be left out, too.
         """
-        dtype, readers = x.meta["val"].dtype, {site.node for site in sites if site.x is x}
-        inputs = [arg for arg in x.args if isinstance(arg, fx.Node)]
+        scale = self._input("inverse_scale" if spread.inverse else "scale", spread, x.graph)
+        with x.graph.inserting_before(before):
+            factor = self._unrounded(x) if alone else x
+            out = values.emit(x.graph, x, _mul, factor, scale)
+            return adapt.cast(out, x.meta["val"].dtype, x)
+
+    def _unrounded(self, x: fx.Node) -> fx.Node:
+        """A value of 16 bits in float32, where making it so is no more work; else itself."""
+        dtype, inputs = x.meta["val"].dtype, x.all_input_nodes
         if (
             x.target not in _POINTWISE
             or dtype not in (torch.bfloat16, torch.float16)
-            or x.kwargs.get("inplace")
-            or not readers.issuperset(x.users)
             or any(node in self.written for node in (x, *inputs))
-            or any(values.value(arg).dtype != dtype for arg in inputs)
+            or any(getattr(values.value(node), "dtype", None) != dtype for node in inputs)
         ):
             return x
-        with x.graph.inserting_before(before):
-            wide = fx.node.map_arg(x.args, lambda arg: adapt.cast(arg, torch.float32, x))
-            return values.emit(x.graph, x, x.target, *wide, **x.kwargs)
-
-    def _times(
-        self, x: fx.Node, spread: Spread, before: fx.Node, like: fx.Node | None = None
-    ) -> fx.Node:
-        """``x * spread``, rounded once, in the dtype of x or of another value."""
-        scale = self._input("inverse_scale" if spread.inverse else "scale", spread, x.graph)
-        with x.graph.inserting_before(before):
-            out = values.emit(x.graph, x, _mul, x, scale)
-            return adapt.cast(out, (like or x).meta["val"].dtype, x)
+        args, kwargs = fx.node.map_arg(
+            (x.args, x.kwargs), lambda node: adapt.cast(node, torch.float32, x)
+        )
+        return values.emit(x.graph, x, x.target, *args, **kwargs)
 
     def _inside(self, site: LinearSite, scale: Rule) -> adapt.Adapter:
         spread = Spread(scale, torch.arange(site.operand.k), inverse=True)

@@ -20,10 +20,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Workers of pytest-xdist share the cache of the process that started them.
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 # No run sees what another has left behind, in Inductor's cache neither.
-CACHES = ("FXQUANT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+CACHES: dict[str, str] = {}
 if not IS_WORKER:
-    for name in CACHES:
-        os.environ[name] = tempfile.mkdtemp(prefix="fxquant-test-cache-")
+    for variable in ("FXQUANT_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+        CACHES[variable] = tempfile.mkdtemp(prefix="fxquant-test-cache-")
+    os.environ.update(CACHES)
 
 # Compiling takes seconds, and shared machines are uneven: the timeout of pytest is the limit.
 hypothesis.settings.register_profile("fxquant", deadline=None)
@@ -62,9 +63,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_sessionfinish() -> None:
     """Removes the caches of this run."""
-    if not IS_WORKER:
-        for name in CACHES:
-            shutil.rmtree(os.environ[name], ignore_errors=True)
+    for folder in CACHES.values():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

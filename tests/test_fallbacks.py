@@ -180,6 +180,21 @@ def test_code_that_was_made_without_kernels_is_not_taken_with_them(
         assert answered() == 3
 
 
+def test_decisions_are_kept_where_inductor_forgets() -> None:
+    def compiled() -> str:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = frozen(TwoLayers())
+        compile_(model)(torch.randn(3, 128))
+        return fxquant.report(model).to_json()
+
+    with fresh_cache():
+        first = compiled()
+        assert compiled() == first
+    with fresh_cache():
+        assert compiled() == first
+
+
 def test_a_forced_instruction_set_is_what_kernels_are_printed_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -51,10 +51,7 @@ class Codes:
         return stored([self.held])[0]  # not by `place`: another thread may be about to change it
 
     def leave(
-        self,
-        stand_in: Tensor,
-        make: Callable[[], Tensor],
-        told: Callable[[Tensor], None] | None = None,
+        self, stand_in: Tensor, make: Callable[[], Tensor], told: Callable[[Tensor], None]
     ) -> None:
         """Lets go of the stored codes.
 
@@ -78,9 +75,11 @@ class Codes:
     def rename(self) -> None:
         """Holds the same memory by another tensor, after a write that left no trace.
 
-        Kernels know by the tensor what they made of codes.
+        C++ kernels know by the tensor what they made of codes. On a GPU nothing is made of them,
+        and counters die with the tensor while CUDA graphs still write to them.
         """
-        self.held = self.held.view(-1)
+        if self.held.is_cpu:
+            self.held = self.held.view(-1)
 
     def come_back(self) -> None:
         """Has the stored codes held again, for good."""

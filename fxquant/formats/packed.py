@@ -156,7 +156,8 @@ class PackedWeight(Tensor):
         return self.dequantize().tolist()
 
     def share_memory_(self) -> PackedWeight:
-        """Moves the parts to memory that processes share; a packed weight has none of its own."""
+        """Moves the parts to memory that processes share, where they stay in their stored form."""
+        self.codes.come_back()
         for name in self._names:
             getattr(self, name).share_memory_()
         return self

@@ -160,6 +160,8 @@ IN_16_BITS = {
     "a gate of its own": (lambda m, x: m.down(F.silu(m.a(x)) * F.silu(m.b(x))), False),
     "two products": (then(wide, lambda m, y: m.down(z := F.silu(y)) + m.down(z)), False),
     "read by another": (then(wide, lambda m, y: (m.down(z := F.gelu(y)), z)), True),
+    "by keyword": (lambda m, x: m.down(torch.mul(F.silu(m.a(x)), other=F.silu(m.b(x)))), False),
+    "in place": (then(wide, lambda m, y: m.down(F.silu(y, inplace=True))), True),
     "written to": (then(wide, lambda m, y: m.down(F.gelu(y).mul_(2))), True),
     "made of what is written to": (then(wide, lambda m, y: (m.down(F.gelu(y)), y.add_(1))), True),
     "of other dtypes": (lambda m, x: m.down(m.a(x).exp() * torch.arange(48)), True),
@@ -177,6 +179,14 @@ def test_16_bits_are_multiplied_before_they_are_rounded(form, dtype) -> None:
     (graph,) = [ctx.gm.graph for ctx in found.contexts]
     times = [node for node in graph.nodes if "inverse_scale" in str(node.args[1:])]
     assert times[-1].args[0].meta["val"].dtype == (dtype if is_rounded else torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_size_that_is_multiplied_by_is_no_tensor(dtype) -> None:
+    model = Block().to(dtype)
+    forward = lambda x: model.down(F.silu(model.a(x)) * x.shape[1])  # noqa: E731
+    found = run(forward, X.to(dtype), tol=40 * torch.finfo(dtype).eps, dynamic=True)
+    assert any("down" in name for name in found.multiplied())
 
 
 def test_products_that_read_a_value_before_and_after_a_write() -> None:

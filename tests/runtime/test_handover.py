@@ -275,6 +275,47 @@ def test_whoever_takes_a_weight_apart_gets_codes(
     assert torch.equal(compiled(x), out)
 
 
+def test_a_weight_that_processes_share_stays_where_it_is() -> None:
+    model, x = packed_model(), torch.randn(3, 128)
+    shared(model, x)
+    where = [part.data_ptr() for weight in weights(model) for part in weight.tensors()]
+    compiled = compile_(model)
+    compiled(x)
+    model.up.weight.mul_(2.0)
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert [part.data_ptr() for weight in weights(model) for part in weight.tensors()] == where
+
+
+class Three(nn.Module):
+    """Products of one activation, which are one kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("place", [Place.FIXED, Place.AWAY])
+def test_any_weight_of_a_joined_product_that_is_written_to(place: Place, inference: bool) -> None:
+    with torch.inference_mode(mode=inference):
+        model, x = packed_model(model=Three()), torch.randn(3, 64)
+        compiled = compile_(model)
+        if place is Place.FIXED:
+            for weight in weights(model):
+                weight.codes.place = Place.FIXED
+        compiled(x)
+        (row, *_) = fxquant.report(model).quantized
+        assert "join" in row.kernel
+        for name in ("q", "k", "v"):
+            getattr(model, name).weight.mul_(2.0)
+            for got, wanted in zip(compiled(x), model(x), strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+            assert places(model) == {place}
+
+
 def test_calls_do_not_take_weights_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = packed_model(), torch.randn(3, 128)
     compiled = compile_(model)
@@ -399,14 +440,14 @@ def test_codes_tell_where_they_are() -> None:
     stored = torch.arange(4, dtype=torch.uint8)
     one, stand_in = Codes(stored), torch.empty(4, dtype=torch.uint8)
     assert one.stored() is one.held is stored
-    one.leave(stand_in, lambda: torch.arange(4, dtype=torch.uint8))
+    told: list[Tensor] = []
+    one.leave(stand_in, lambda: torch.arange(4, dtype=torch.uint8), told.append)
     assert one.place is Place.AWAY
+    assert told == []
     assert one.held is stand_in
     assert torch.equal(one.stored(), stored)
     assert codes.stored([stored, stand_in])[0] is stored
     assert torch.equal(codes.stored([stored, stand_in])[1], stored)
-    told: list[Tensor] = []
-    one.leave(stand_in, lambda: torch.arange(4, dtype=torch.uint8), told.append)
     one.come_back()
     assert one.place is Place.FIXED
     assert torch.equal(one.held, stored)
