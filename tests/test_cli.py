@@ -131,7 +131,9 @@ def test_dump_runs_the_script_and_writes_its_kernels(
     assert len(sources) == 2  # two shapes
     for source in sources:
         assert source.name in out
-        assert 'extern "C"' in source.read_text()
+        included = re.findall('#include "(.+)"', source.read_text())
+        texts = [(folder / name).read_text() for name in included]
+        assert 'extern "C"' in texts[-1]
         assert json.loads(source.with_suffix(".json").read_text())
 
 

@@ -12,9 +12,9 @@ def helpers(plan: Plan) -> str:
     """The text of ``pack`` and of what it needs, to be printed before the skeletons."""
     spec, direct, parts = plan.spec, plan.reads_directly, {}
     outliers = spec.outliers
-    text = _HELPERS
+    text = ""
     if outliers is not None:
-        text += _MARK_GIVEN if outliers.columns is not None else _MARK
+        text = _MARK_GIVEN if outliers.columns is not None else _MARK
         parts["@FLAGS@"] = "  const bits_t* flags = call.flags + e * K;\n"
         parts["@APART@"] = "  pack_outliers(call, e, x, call.apart + (e * rows + row) * K);\n"
     # Codes have scales, and mostly sums, even where they are lines as they are.
@@ -56,6 +56,13 @@ _HOLES = (
 )
 
 
+def memory(plan: Plan) -> str:
+    """The text of what a call keeps in scratch memory, and how its rows are split."""
+    text = _TAKE.replace("@TAKEN_SHARED@", _taken(shared_members(plan)))
+    text = text.replace("@TAKEN@", _taken(members(plan)))
+    return text.replace("@SPLIT@", "" if plan.spec.grouped else _SPLIT)
+
+
 def entry(plan: Plan) -> str:
     """The text of the exported functions, to be printed last."""
     several, more = plan.spec.weights > 1, plan.result_dtypes[1:]
@@ -71,17 +78,15 @@ def entry(plan: Plan) -> str:
         batch = "" if plan.matrices == 1 else f" && (m > 1 || x_e == {k})"
         results.append(_DIRECT.replace("@BATCH@", batch).rstrip())
     text = (
-        _ENTRY.replace("@TAKEN_SHARED@", _taken(shared_members(plan)))
-        .replace("@TAKEN@", _taken(members(plan)))
-        .replace("@HEAD@", signature('extern "C" void fxquant_run', _parameters(plan)))
+        _ENTRY.replace("@HEAD@", signature('extern "C" void fxquant_run', _parameters(plan)))
         .replace("@WEIGHTS@", _WEIGHTS if several else _WEIGHT)
         .replace("@RESULTS@", "\n".join(results))
     )
     if plan.spec.grouped:
-        text = text.replace("@SPLIT@", "").replace("@COUNT@", groups.COUNT)
+        text = text.replace("@COUNT@", groups.COUNT)
         text = text.replace("@LOOP@", groups.loop(plan, run))
     else:
-        text = text.replace("@SPLIT@", _SPLIT).replace("@COUNT@", _COUNT)
+        text = text.replace("@COUNT@", _COUNT)
         text = text.replace("@LOOP@", _LOOP.replace("@RUN@", run))
         text = text.replace("@CHOICE@", _CHOICE if plan.is_regular else "")
         text = text.replace("@LINE@", _LINE if plan.is_regular else "")
@@ -105,24 +110,6 @@ def _parameters(plan: Plan) -> list[str]:
         "int" if not plan.is_regular else "int most_few" if plan.spec.grouped else "int variant",
     ]
 
-
-_HELPERS = """\
-// Panels: all but the last have the largest height, the last the smallest that will do.
-template <int COUNT> INLINE int height_of(int64_t rows, const int (&heights)[COUNT]) {
-  int found = heights[0];
-  for (int height : heights)
-    if (rows <= height) found = height;
-  return found;
-}
-template <int COUNT> INLINE int64_t panels_of(int64_t rows, const int (&heights)[COUNT]) {
-  return (rows + heights[0] - 1) / heights[0];
-}
-template <int COUNT> INLINE int64_t padded(int64_t rows, const int (&heights)[COUNT]) {
-  const int64_t whole = rows / heights[0] * heights[0];
-  return whole == rows ? rows : whole + height_of(rows - whole, heights);
-}
-
-"""
 
 _MARK = """\
 // Finds the outliers of all rows: every thread looks at some.
@@ -270,19 +257,7 @@ _WEIGHTS = """\
     call.weights[i].base = static_cast<unsigned char*>(prepared[i]);
 """
 
-_ENTRY = """\
-// Scratch memory, dealt out in order; without a base it only counts.
-struct Memory {
-  unsigned char* base;
-  int64_t used = 0;
-
-  template <typename T> T* take(int64_t count) {
-    T* start = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
-    return start;
-  }
-};
-
+_TAKE = """\
 // What is kept of all rows.
 void take_shared(Call& call, Memory& memory, int64_t threads) {
 @TAKEN_SHARED@
@@ -294,7 +269,9 @@ void take_own(Call& call, Memory& memory, int64_t rows, int64_t threads) {
 @TAKEN@
 }
 
-@SPLIT@
+@SPLIT@"""
+
+_ENTRY = """\
 extern "C" int64_t fxquant_scratch_bytes(int64_t m, int threads) {
   Memory memory{nullptr};
   Call call{};

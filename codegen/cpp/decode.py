@@ -168,11 +168,11 @@ def _thirds(plan: Plan) -> list[str]:
     return lines
 
 
-_PAIR_OF_FLOATS = ("  return pair(value(codes, step), value(codes, step + STEPS));",)
+_PAIR_OF_FLOATS = ("  return pair(value(codes, step), value(codes, step + 2));",)
 _PAIR_OF_WHOLE = (
     # Whole numbers up to 256 are bfloat16 when cut off.
     "  const vi low = _mm512_castps_si512(value(codes, step));",
-    "  const vi high = _mm512_castps_si512(value(codes, step + STEPS));",
+    "  const vi high = _mm512_castps_si512(value(codes, step + 2));",
     "  const vi upper = _mm512_set1_epi32(int(0xffff0000u));",
     "  return _mm512_ternarylogic_epi32(upper, high, shift_right(low, 16), 0xea);  // a & b | c",
 )

@@ -156,7 +156,7 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
   constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && @COUNT@ > 1 ? 2 : 1;
 @ASKS@  (void)ahead, (void)sums, (void)once, (void)zeros;
   const Decoder decoder;
-  Sums<VECTORS * ROWS> part, turn;
+  Sums<VECTORS * ROWS, sum_t> part, turn;
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
     constexpr int row = i % ROWS;
     (void)row;

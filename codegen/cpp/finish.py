@@ -16,7 +16,7 @@ _TO = {"float16": "to_fp16", "bfloat16": "to_bf16"}
 
 
 def finish(plan: Plan) -> str:
-    """The text of ``finish``."""
+    """The text of ``finish``, which gives rows of sums to ``finish_row``."""
     has_outliers, several = plan.spec.outliers is not None, plan.sum_marks[1:]
     outliers = _outliers(plan) if has_outliers else ""
     added = _ADD_OUTLIERS_TO_EACH if several else _ADD_OUTLIERS
@@ -34,7 +34,7 @@ def finish(plan: Plan) -> str:
         .replace("@SUMS@", sums)
         .replace("@GIVEN@", ", ".join(given))
     )
-    return plan.placed("\n".join(part for part in (outliers, _row(plan), text) if part))
+    return plan.placed("\n".join(part for part in (outliers, text) if part))
 
 
 def prelude(plan: Plan) -> set[str]:
@@ -52,7 +52,8 @@ def prelude(plan: Plan) -> set[str]:
     return used | (ROW_HELPERS if plan.quantizes_x else set())
 
 
-def _row(plan: Plan) -> str:
+def row(plan: Plan) -> str:
+    """The text of ``finish_row``, the epilogue; ``Call`` may be defined behind it."""
     spec = plan.spec
     pointers, names = [], []
     scale = " * scale" if plan.is_int8 else ""
@@ -216,6 +217,7 @@ void add_outliers(const Call& call@WHICH@, int64_t tile, const float* x, const f
 
 _ROW = """\
 // One row of a tile: epilogue and rounding.
+template <typename Call>
 @HEAD@
   const int64_t at = (e * call.m + row) * N + n0;
 @POINTERS@#pragma omp simd

@@ -4,41 +4,80 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from typing import NamedTuple
 
 from fxquant.codegen.cpp.decode import float_table, table
 from fxquant.codegen.cpp.plan import TILE, Plan
-from fxquant.codegen.cpp.scales import NAMES
-from fxquant.codegen.indexing import index_text
 from fxquant.formats import levels
 from fxquant.formats.blocks import block_grid
 
 
-def segments(plan: Plan) -> list[tuple[str, str, int]]:
-    """Name, C++ type and number of elements of each array in a repacked weight."""
-    tiles = plan.spec.weight.sizes[0] * plan.n_tiles
-    outliers = plan.spec.outliers
+class Segment(NamedTuple):
+    """An array in a repacked weight.
+
+    Attributes:
+        name: What it holds.
+        ctype: Of its elements.
+        sizes: Constants of the printed file whose product is how many they are.
+        elements: That product.
+    """
+
+    name: str
+    ctype: str
+    sizes: tuple[str, ...]
+    elements: int
+
+
+def segments(plan: Plan) -> list[Segment]:
+    """The arrays of a repacked weight, in order."""
+    outliers, encoding = plan.spec.outliers, plan.encoding
     counted = outliers is not None and outliers.threshold is not None
+    tiles = ("EXPERTS" if plan.spec.grouped else "E", "N_TILES")
     # Calls, and the outliers found in all of them.
-    out = [("counts", "int64_t", 2)] if counted else []
-    out += [("codes", "uint32_t", tiles * plan.k_padded // plan.per_dword * TILE)]
-    encoding, shape = plan.encoding, plan.spec.weight.shape
-    every = block_grid(encoding, shape).count
-    in_tiles = tiles * plan.blocks * TILE
-    zeros = encoding.zero_point
-    if not plan.is_regular:
-        return [*out, ("scales", "float", every), *([("zeros", "float", every)] if zeros else [])]
+    out: list[tuple[str, str, tuple[str, ...]]] = []
+    if counted:
+        out.append(("counts", "int64_t", ("2",)))
+    out.append(("codes", "uint32_t", (*tiles, "GROUPS", "TILE")))
+    scales: tuple[str, ...] = (*tiles, "BLOCKS", "TILE") if plan.is_regular else ("SCALES",)
     if plan.keeps_scale_codes:
         assert encoding.scale is not None
         out += [
-            ("scale_codes", "uint8_t", in_tiles),
-            ("changes", "uint64_t", tiles * plan.blocks),
-            ("first_nested", "float", tiles * TILE),
-            ("nested", "float", block_grid(encoding.scale, (every,)).count),
+            ("scale_codes", "uint8_t", scales),
+            ("changes", "uint64_t", (*tiles, "BLOCKS")),
+            ("first_nested", "float", (*tiles, "TILE")),
+            ("nested", "float", ("NESTED",)),
         ]
-        out += [("offset", "float", 1)] if encoding.scale.offset else []
+        out += [("offset", "float", ())] if encoding.scale.offset else []
     else:
-        out.append(("scales", "float", in_tiles))
-    return [*out, *([("zeros", "float", in_tiles)] if zeros else [])]
+        out.append(("scales", "float", scales))
+    out += [("zeros", "float", scales)] if encoding.zero_point else []
+    values = _sizes(plan)
+    return [Segment(*one, math.prod(values[size] for size in one[2])) for one in out]
+
+
+def _sizes(plan: Plan) -> dict[str, int]:
+    """The constants that counts are made of."""
+    experts = plan.spec.weight.sizes[0]
+    return {
+        "2": 2,
+        "E": experts,
+        "EXPERTS": experts,
+        "N_TILES": plan.n_tiles,
+        "GROUPS": plan.k_padded // plan.per_dword,
+        "BLOCKS": plan.blocks,
+        "TILE": TILE,
+        "SCALES": block_grid(plan.encoding, plan.spec.weight.shape).count,
+        "NESTED": nested_count(plan),
+    }
+
+
+def nested_count(plan: Plan) -> int:
+    """How many scales the scales have."""
+    inner = plan.encoding.scale
+    if inner is None:
+        return 0
+    scales = block_grid(plan.encoding, plan.spec.weight.shape).count
+    return block_grid(inner, (scales,)).count
 
 
 def form(plan: Plan) -> Hashable:
@@ -52,35 +91,37 @@ def form(plan: Plan) -> Hashable:
 _BYTES = {"uint8_t": 1, "uint32_t": 4, "float": 4, "uint64_t": 8, "int64_t": 8}
 
 
-def _size(ctype: str, count: int) -> int:
+def _size(one: Segment) -> int:
     """Bytes of an array, up to the next one's start."""
-    return math.ceil(count * _BYTES[ctype] / 64) * 64
+    return math.ceil(one.elements * _BYTES[one.ctype] / 64) * 64
 
 
 def prepared_bytes(plan: Plan) -> int:
     """Bytes of the repacked weight."""
-    return sum(_size(ctype, count) for _, ctype, count in segments(plan))
+    return sum(map(_size, segments(plan)))
 
 
 def segment_of_codes(plan: Plan) -> tuple[int, int]:
     """Where the codes start in the repacked weight, in bytes, and how many dwords they are."""
     start = 0
-    for name, ctype, count in segments(plan):
-        if name == "codes":
-            return start, count
-        start += _size(ctype, count)
+    for one in segments(plan):
+        if one.name == "codes":
+            return start, one.elements
+        start += _size(one)
     raise AssertionError("every repacked weight has codes")
 
 
 def weight(plan: Plan) -> str:
     """The text of ``struct Weight``: where each array of the repacked weight starts."""
-    lines, start = ["struct Weight {", "  unsigned char* base;", ""], 0
-    for name, ctype, count in segments(plan):
-        place = f"base + {start}" if start else "base"
-        lines.append(f"  {ctype}* {name}() const {{ return reinterpret_cast<{ctype}*>({place}); }}")
-        start += _size(ctype, count)
-    lines += ["};", f"constexpr int64_t PREPARED_BYTES = {start};", ""]
-    return "\n".join(lines)
+    starts, members, start = [], [], "0"
+    for name, ctype, sizes, _ in segments(plan):
+        place = f"{name.upper()}_AT"
+        factors = [str(_BYTES[ctype]), *sizes] if _BYTES[ctype] > 1 or not sizes else sizes
+        starts.append(f"constexpr int64_t {place} = {start};")
+        start = f"{place} + whole_lines({' * '.join(factors)})"
+        members.append(f"  {ctype}* {name}() const {{ return at<{ctype}>({place}); }}")
+    text = _WEIGHT.replace("@STARTS@", "\n".join(starts)).replace("@END@", start)
+    return text.replace("@MEMBERS@", "\n".join(members))
 
 
 def prepare(plan: Plan) -> str:
@@ -91,7 +132,7 @@ def prepare(plan: Plan) -> str:
         "@LUT@": _lookup_table(plan),
         "@SCALE@": _stored_scale(plan),
         "@SCALES@": _fill_scales(plan),
-        "@COUNTS@": _NO_COUNTS if segments(plan)[0][0] == "counts" else "",
+        "@COUNTS@": _NO_COUNTS if segments(plan)[0].name == "counts" else "",
     }.items():
         text = text.replace(name, value)
     return plan.placed(text)
@@ -139,14 +180,12 @@ def _stored_scale(plan: Plan) -> str:
 def _fill_scales(plan: Plan) -> str:
     encoding = plan.encoding
     zeros = f"static_cast<const uint8_t*>(parts[{len(encoding.parts) - 1}])"
-    every = block_grid(encoding, plan.spec.weight.shape).count
     if not plan.is_regular:
-        lines = [f"  for (int64_t block = 0; block < {every}; ++block) {{"]
+        lines = ["  for (int64_t block = 0; block < SCALES; ++block) {"]
         lines.append("  w.scales()[block] = stored_scale(parts, block);")
         if encoding.zero_point:
             lines.append(f"  w.zeros()[block] = {zeros}[block];")
         return "\n  ".join([*lines, "}"])
-    block = index_text(plan.block_index(), NAMES, "/")
     if not plan.keeps_scale_codes:
         put = ["w.scales()[at + row] = inside ? stored_scale(parts, block) : 0.0f;"]
     else:
@@ -160,20 +199,32 @@ def _fill_scales(plan: Plan) -> str:
         ]
     if encoding.zero_point:
         put.append(f"w.zeros()[at + row] = inside ? {zeros}[block] : 0.0f;")
-    text = _FILL.replace("@BLOCK@", block).replace("@PUT@", "\n          ".join(put))
+    text = _FILL.replace("@PUT@", "\n          ".join(put))
     return text + (_nested(plan) if plan.keeps_scale_codes else "")
 
 
 def _nested(plan: Plan) -> str:
     inner = plan.encoding.scale
     assert inner is not None
-    every = block_grid(plan.encoding, plan.spec.weight.shape).count
-    count = block_grid(inner, (every,)).count
-    text = _NESTED.replace("@COUNT@", str(count))
+    text = _NESTED
     if inner.offset:
         text += "\n  w.offset()[0] = *static_cast<const float*>(parts[3]);"
     return text
 
+
+_WEIGHT = """\
+// Where the arrays of a repacked weight start, in bytes: each in a cache line of its own.
+constexpr int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+@STARTS@
+constexpr int64_t PREPARED_BYTES = @END@;
+
+struct Weight {
+  unsigned char* base;
+
+  template <typename T> T* at(int64_t start) const { return reinterpret_cast<T*>(base + start); }
+@MEMBERS@
+};
+"""
 
 _STORED_SCALE = """\
 @TABLE@float stored_scale(const void* const* parts, int64_t block) {
@@ -190,25 +241,25 @@ _FILL = """\
       for (int64_t row = 0; row < TILE; ++row) {
         const int64_t n = n0 + row;
         const bool inside = n < N && k * BLOCK < K;
-        const int64_t block = inside ? @BLOCK@ : 0;
+        const int64_t block = inside ? scale_of(e, n, k) : 0;
         @PUT@
       }
     }
   }"""
 
 _NESTED = """
-  std::memcpy(w.nested(), parts[2], @COUNT@ * sizeof(float));
+  std::memcpy(w.nested(), parts[2], NESTED * sizeof(float));
   for (int64_t tile = 0; tile < @ALL_TILES@; ++tile) {
     const int64_t e = tile / N_TILES, n0 = tile % N_TILES * TILE;
     for (int64_t row = 0; row < TILE; ++row) {
       const int64_t n = std::min(n0 + row, N - 1);
-      w.first_nested()[tile * TILE + row] = w.nested()[Scales::nested_of(e, n, 0)];
+      w.first_nested()[tile * TILE + row] = w.nested()[nested_of(e, n, 0)];
     }
     for (int64_t k = 0; k < BLOCKS; ++k) {  // counts blocks
       uint64_t changes = 0;
       for (int64_t row = 0; k && k * BLOCK < K && row < TILE && n0 + row < N; ++row) {
         const int64_t n = n0 + row;
-        const bool moved = Scales::nested_of(e, n, k) != Scales::nested_of(e, n, k - 1);
+        const bool moved = nested_of(e, n, k) != nested_of(e, n, k - 1);
         changes |= uint64_t(moved) << row;
       }
       w.changes()[tile * BLOCKS + k] = changes;
@@ -234,7 +285,7 @@ extern "C" void fxquant_prepare(const void* const* parts, void* prepared, int th
         for (int place = 0; place < PER_DWORD; ++place) {
           const int64_t n = n0 + row, k = group * PER_DWORD + PLACES[place];
           if (n >= N || k >= K) continue;
-          const int64_t element = OFFSET + e * STRIDE_E + n * STRIDE_N + k * STRIDE_K;
+          const int64_t element = element_of(e, n, k);
           word |= uint32_t(@STORED@) << (BITS * place);
         }
         w.codes()[(tile * GROUPS + group) * TILE + row] = word;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fxquant.codegen.cpp.plan import Plan
 from fxquant.codegen.cpp.thirds import thirds
-from fxquant.codegen.cpp.tiles import decoder, tiles, unit
+from fxquant.codegen.cpp.tiles import decoder, tiles
 
 
 def many(plan: Plan) -> str:
@@ -12,7 +12,7 @@ def many(plan: Plan) -> str:
     odd = ""
     whole = _WHOLE if plan.spec.weights == 1 else _WHOLE_OF_SEVERAL
     if plan.has_thirds:
-        text = "\n".join([unit("tdpbf16ps"), thirds(plan), _RUN])
+        text = "\n".join([thirds(plan), _RUN])
         declared, given = "\n  TileUnit unit;", ", unit"
         pack = "pack_thirds(call, super_first, rows, of)"
         odd = "  if (are_odd(call, rows)) return run_few(call, super_first, rows, of, part);\n"
@@ -121,7 +121,7 @@ void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, 
       for (int64_t g = group; g < end; ++g) {
         const uint32_t* codes = w.codes() + (tile * GROUPS + g) * TILE;
         prefetch(codes + AHEAD + v * LANES);
-      const vi code = load(codes + v * LANES);
+        const vi code = load(codes + v * LANES);
 #pragma GCC unroll 16
         for (int step = 0; step < STEPS; ++step) {
           uint32_t* out_at = out + @PLACE@;
@@ -183,7 +183,7 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
                const float* scale, const float* zeros, float* totals) {
   (void)sums, (void)scale, (void)zeros;
   for (int at0 = 0; at0 < TILE; at0 += 2 * LANES) {
-    Sums<2 * ROWS> part;
+    Sums<2 * ROWS, sum_t> part;
     each<2 * ROWS>([&](auto i) INLINE_LAMBDA {
       constexpr int row = i / 2;
       (void)row;
@@ -227,7 +227,7 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
     const float *scale = scales, *zeros = all_zeros;
     (void)sums, (void)zeros;
     while (ws < last) {
-      Sums<ROWS> part;
+      Sums<ROWS, sum_t> part;
       each<ROWS>([&](auto row) INLINE_LAMBDA { (void)row, at<row>(part) = @BEGIN@; });
 #pragma GCC unroll 1
       for (int step = 0; step < BLOCK / PER_STEP; ++step) {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 
-from fxquant.codegen.cpp.math import prelude_text
+from fxquant.codegen.cpp import support
 from fxquant.codegen.cpp.prologue import Text, prologue_text
+from fxquant.codegen.cpp.sections import KERNEL, comment, joined, section
 from fxquant.codegen.cpp.unused import without_unused
 from fxquant.codegen.header import Header
 from fxquant.codegen.quantize import QuantizeSpec
@@ -48,7 +49,6 @@ def signature(head: str, parameters: list[str]) -> str:
 
 def render_quantize(spec: QuantizeSpec, header: Header) -> str:
     """The C++ source of a kernel that rounds rows: compilers make vectors of it themselves."""
-    comment = header.comment(spec).strip('"').rstrip('"\n')
     made = prologue_text(spec.prologue, spec.x_dtype) if spec.prologue is not None else None
     # A prologue leaves floats.
     x_dtype = spec.x_dtype if made is None else "float32"
@@ -70,22 +70,20 @@ def render_quantize(spec: QuantizeSpec, header: Header) -> str:
     ):
         entry = entry.replace(hole, text if spec.has_limit else otherwise)
     stored = f"the activation, in {spec.x_dtype}" if made is None else "the activation, as made"
-    parts = [
-        "\n".join(f"// {line}".rstrip() for line in comment.splitlines()),
-        "#include <cmath>\n#include <cstdint>\n#include <cstring>",
-        "#define INLINE [[gnu::always_inline]] inline",
-        "namespace {",
+    own = [
         f"using stored_t = {_STORED[x_dtype]};  // {stored}",
         f"constexpr int64_t K = {spec.k};  // inputs",
-        prelude_text(used),
         f"INLINE float x_of(stored_t x) {{ return {value}; }}",
-        row_text(scope=spec.scope, clipped=spec.clipped),
         *(() if made is None else (_CALL, _prologue(made))),
-        "}  // namespace",
-        entry,
     ]
-    text = "\n\n".join(part.strip("\n") for part in parts) + "\n"
-    return without_unused(text)
+    text = joined(
+        comment(header, spec),
+        section(support.FLOATS, "functions of floats", support.floats(used)),
+        section(KERNEL, "its rows", *own),
+        section("rounding", "rows to int8", row_text(scope=spec.scope, clipped=spec.clipped)),
+        section("entry", "what is called from outside", exported=entry),
+    )
+    return without_unused(f"{text}\n")
 
 
 def _prologue(made: Text) -> str:

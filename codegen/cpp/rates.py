@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from fxquant.codegen.cpp import tiles, vectors
+from fxquant.codegen.cpp import support, unit
 from fxquant.codegen.cpp.isa import Isa
-from fxquant.codegen.cpp.printer import SUMS, preamble
+from fxquant.codegen.cpp.support import paths
 
 COUNTED = 6
 """Instructions of one turn of ``vector_instructions``, for each vector."""
-
-
-def paths(isa: Isa) -> tuple[str, ...]:
-    """What is multiplied on an instruction set."""
-    return ("bf16", "int8", "f32") if isa.dot_bf16 else ("int8", "f32")
 
 
 def render_rates(isa: Isa) -> str:
@@ -22,14 +17,15 @@ def render_rates(isa: Isa) -> str:
     ``fxquant_few_<path>(turns)``, ``fxquant_many_<path>(turns)`` (dot products in panels of either
     skeleton) and ``fxquant_vectors(turns)``, which give the number of instructions that they did.
     """
-    parts = ["// Rates of a machine.", preamble(isa)]
+    parts = ["// Rates of a machine.", support.text(), support.text(isa)]
     for path in paths(isa):
         operand = "float" if path == "f32" else "uint32_t"
         sums = "uint32_t" if path == "int8" else "float"
+        kind = "vi" if path == "int8" else "vf"
         body = _DOTS.replace("@OPERAND@", operand).replace("@SUM@", sums)
-        texts = [vectors.vectors(isa.vectors, path), SUMS, vectors.dot(isa, path), body]
+        texts = [f"using sum_t = {kind};", body]
         has_tiles = isa.has_tiles and path != "f32"
-        texts += [tiles.unit(_TILE_DOTS[path]), _TILES] if has_tiles else []
+        texts += [_TILES.replace("@DOT@", _TILE_DOTS[path])] if has_tiles else []
         inner = "\n".join(text.strip("\n") for text in texts)
         parts.append(f"namespace {path} {{\n{inner}\n}}  // namespace {path}")
         few = f"{path}::dots<{isa.few_heights[0]}, 1>"
@@ -41,14 +37,14 @@ def render_rates(isa: Isa) -> str:
     return "\n\n".join(part.strip("\n") for part in [*parts, _READ]) + "\n"
 
 
-_TILE_DOTS = {"bf16": "tdpbf16ps", "int8": "tdpbsud"}
+_TILE_DOTS = {"bf16": unit.BF16, "int8": unit.BIASED}
 
 _DOTS = """\
 // A panel of rows against one or two vectors of operands.
 template <int ROWS, int WIDE> ALONE int64_t dots(int64_t turns) {
   alignas(64) @OPERAND@ x[ROWS] = {}, w[WIDE * LANES] = {};
   asm volatile("" : : "r"(x), "r"(w) : "memory");
-  Sums<ROWS * WIDE> sums;
+  Sums<ROWS * WIDE, sum_t> sums;
   each<ROWS * WIDE>([&](auto i) INLINE_LAMBDA { at<i>(sums) = sum_t{}; });
 #pragma GCC unroll 1
   for (int64_t turn = 0; turn < turns; ++turn) {
@@ -79,9 +75,9 @@ ALONE int64_t tiles(int64_t turns) {
 #pragma GCC unroll 1
   for (int64_t turn = 0; turn < turns; ++turn) {
     tile_load<2>(x, 64), tile_load<3>(w, 64);
-    tile_dot<0, 2, 3>();
+    @DOT@<0, 2, 3>();
     tile_load<3>(w + 256, 64);
-    tile_dot<1, 2, 3>();
+    @DOT@<1, 2, 3>();
   }
   return turns * 2 * 16 * 16;
 }

@@ -74,7 +74,7 @@ def members(plan: Plan) -> list[Member]:
 
 def rows(plan: Plan) -> str:
     """The text of ``struct Call`` and of the functions that make lines of its rows."""
-    parts, outliers = [_call(plan), _ASK_AHEAD], plan.spec.outliers
+    parts, outliers = [_conversions(plan), _call(plan), _ASK_AHEAD], plan.spec.outliers
     if outliers is not None and outliers.columns is not None:
         parts.append(_LISTED)
     elif outliers is not None:
@@ -94,6 +94,17 @@ def rounded(dtype: str, value: str) -> str:
     """A float rounded to a dtype."""
     short = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
     return value if short is None else f"from_{short}(to_{short}({value}))"
+
+
+def _conversions(plan: Plan) -> str:
+    """From the activation's dtype to floats, and to what products take."""
+    short = {"bfloat16": "bf16", "float16": "fp16"}
+    x = short.get(plan.spec.x_dtype)
+    lines = [f"INLINE float x_of(stored_t x) {{ return {f'from_{x}(x)' if x else 'x'}; }}"]
+    if plan.path == "bf16":
+        value = "x" if x == "bf16" else "to_bf16(x_of(x))"
+        lines.append(f"INLINE uint16_t half_of(stored_t x) {{ return {value}; }}")
+    return "\n".join([*lines, ""])
 
 
 def _call(plan: Plan) -> str:

@@ -10,10 +10,7 @@ import struct
 
 from fxquant.codegen.cpp.decode import float_table
 from fxquant.codegen.cpp.plan import Plan
-from fxquant.codegen.indexing import E, K, N, index_text
 from fxquant.formats import levels
-
-NAMES = {E: "e", N: "n", K: "k"}
 
 
 def scales(plan: Plan) -> str:
@@ -26,16 +23,15 @@ def scales(plan: Plan) -> str:
     assert plan.encoding.scale is not None
     table = levels(plan.encoding.scale)
     assert table is not None, "scales are encoded by a codebook"
-    nested = index_text(plan.nested_index(), NAMES, "/")
     text, tables = _CODES, float_table("SCALE_LEVELS", table)
     if plan.isa.looks_up_bytes:
         text, tables = _PLANES, _byte_planes(table)
     add = " + offset" if plan.encoding.scale.offset else ""
-    cursor = _CURSOR.replace("@NESTED@", nested).replace("@ZEROS@", zeros)
+    cursor = _CURSOR.replace("@ZEROS@", zeros)
     start = "    const float offset = w.offset()[0];\n" if add else ""
     lookup = text.replace("@ADD@", add).replace("@START@", start)
     if add:
-        lookup = lookup.replace("@OFFSET@", "\n    x = add(x, spread(w.offset()[0]));")
+        lookup = lookup.replace("@OFFSET@", "\n      x = add(x, spread(w.offset()[0]));")
     return f"{tables}\n{cursor.replace('@LOOKUP@', lookup.replace('@OFFSET@', ''))}"
 
 
@@ -73,10 +69,6 @@ struct Scales {
 
   Scales(const Weight& w, int64_t tile) : w(w), tile(tile) {
     std::memcpy(nested, w.first_nested() + tile * TILE, sizeof nested);
-  }
-
-  static int64_t nested_of(int64_t e, int64_t n, int64_t k) {  // k counts blocks
-    return @NESTED@;
   }
 
   // Blocks are entered in order, from the first.
@@ -128,11 +120,7 @@ _PLANES = """\
 
 def _gathered(plan: Plan) -> str:
     """Scales that change inside a group: fetched for each input and output."""
-    text = _GATHERED.replace("@BLOCK@", index_text(plan.index.block, NAMES, "/"))
-    zeros = ""
-    if plan.encoding.zero_point:
-        zeros = _GATHERED_ZEROS
-    return text.replace("@ZEROS@", zeros)
+    return _GATHERED.replace("@ZEROS@", _GATHERED_ZEROS if plan.encoding.zero_point else "")
 
 
 _GATHERED = """\
@@ -145,7 +133,7 @@ struct Scales {
 
   int64_t block_of(int64_t n, int64_t k) const {  // what lies outside takes the last that is inside
     n = std::min(n, N - 1), k = std::min(k, K - 1);
-    return @BLOCK@;
+    return scale_of(e, n, k);
   }
 
   // The scales of LANES outputs at one input.

@@ -20,7 +20,6 @@ def spans(plan: Plan, end: str, decoder: str) -> str:
         decoder: What makes ``decoder``.
     """
     of_block = plan.block // plan.per_step // TILE_ROWS
-    registers = plan.k_padded // plan.per_step // TILE_ROWS
     part = min(of_block, 4)
     # Shifts are made by one of the two units that look levels up: a load further on spares some.
     bits = plan.encoding.bits
@@ -31,7 +30,6 @@ def spans(plan: Plan, end: str, decoder: str) -> str:
         "@FURTHER@": _FURTHER if is_further else "",
         "@OPERAND@": f"decoder.operand({further if is_further else 'code, step'})",
         "@PART@": str(part),
-        "@REST@": str(registers % part),
         "@OF_BLOCK@": str(of_block // part),
         "@DECODER@": decoder,
         "@END@": end,
@@ -51,7 +49,7 @@ _SPANS = """\
 
 constexpr int64_t REGISTERS = ALL_STEPS / 16;  // of the tile unit, for a row
 constexpr int PART = @PART@;  // whose products one register sums
-constexpr int REST = @REST@;  // of the last part, where it is shorter
+constexpr int REST = REGISTERS % PART;  // of the last part, where it is shorter
 constexpr int64_t PARTS = (REGISTERS + PART - 1) / PART, PARTS_OF_BLOCK = @OF_BLOCK@;
 constexpr int GROUPS_OF_REGISTER = 16 / STEPS;
 
@@ -133,7 +131,7 @@ ALONE void span_panels(const Weight& w, int64_t tile, int rows, const x_t* x, co
           each<PANELS>([&](auto panel) INLINE_LAMBDA {
             const x_t* of_panel = x + panel * 16 * ALL_STEPS;
             tile_load<4 + panel>(of_panel + number * 16 * height_of(panel), 64);
-            tile_dot<2 * panel + NOW, 4 + panel, 6>();
+            @DOT@<2 * panel + NOW, 4 + panel, 6>();
           });
         }
         if (i == PART - 1) {

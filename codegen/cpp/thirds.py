@@ -173,7 +173,7 @@ ALONE void panel_of_parts(const uint32_t* x, const Weight& w, int64_t tile, uint
         };
         const auto w_of = [&](int part) INLINE_LAMBDA {
           tile_load<3>(own + n * OF_ITEM + (i * @PARTS@ + part) * 256, 64);
-          tile_dot<NOW, 2, 3>();
+          tile_dot_bf16<NOW, 2, 3>();
         };
 @PRODUCTS@
       });

@@ -10,6 +10,7 @@ panel after another and scales the sums of each block. For fewer rows there is a
 
 from __future__ import annotations
 
+from fxquant.codegen.cpp import unit
 from fxquant.codegen.cpp.plan import HELD_TILES, TILE_ROWS, Plan
 from fxquant.codegen.cpp.spans import spans
 
@@ -17,10 +18,10 @@ from fxquant.codegen.cpp.spans import spans
 def tiles(plan: Plan) -> str:
     """The text of ``many_tile`` for the tile unit, and of what it needs but ``decode_chunk``."""
     is_int8, is_narrow = plan.path == "int8", plan.path == "int8" and plan.scales_sums
-    dot = "tdpbf16ps"
+    dot = unit.BF16
     if is_int8:
-        dot = "tdpbsud" if _is_stored(plan) else "tdpbssd"
-    parts = [unit(dot), _IN_PLACE if _is_stored(plan) else _APART]
+        dot = unit.BIASED if _is_stored(plan) else unit.INT8
+    parts = [_IN_PLACE if _is_stored(plan) else _APART]
     ways = [("", "narrow" if is_narrow else "wide")]
     if plan.has_spans:
         xsum = "xsums[r]"
@@ -28,7 +29,8 @@ def tiles(plan: Plan) -> str:
         ways.insert(0, ("rows <= SPAN_ROWS", "span"))
     parts.append(_narrow(plan) if is_narrow else _wide(plan))
     parts.append(_MANY_TILE.replace("@BODY@", "".join(map(_way, ways))))
-    return "\n".join(part.strip("\n") + "\n" for part in parts)
+    text = "\n".join(part.strip("\n") + "\n" for part in parts)
+    return text.replace("@DOT@", dot)
 
 
 def _way(way: tuple[str, str]) -> str:
@@ -36,16 +38,6 @@ def _way(way: tuple[str, str]) -> str:
     condition, name = way
     call = f"{name}_tile(call, w, tile, rows, first_panel, last_panel, own, totals, unit);\n"
     return f"  if ({condition})\n    return {call}" if condition else f"  {call}"
-
-
-def unit(dot: str) -> str:
-    """The text of the unit's instructions and of ``struct TileUnit``.
-
-    Args:
-        dot: The instruction that multiplies: ``"tdpbf16ps"``, or of signed rows and unsigned or
-            signed operands ``"tdpbsud"`` or ``"tdpbssd"``.
-    """
-    return _UNIT.replace("@DOT@", dot)
 
 
 def _signed(plan: Plan) -> bool:
@@ -111,39 +103,6 @@ _SIGNED = """\
   decoder.operands = _mm512_xor_si512(decoder.operands, _mm512_set1_epi8(-128));
 """
 
-_UNIT = """\
-// --- the tile unit: eight registers of up to 16 rows of 64 bytes ---
-
-template <int TO> INLINE void tile_load(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(TO) : "memory");
-}
-template <int FROM> INLINE void tile_store(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(FROM) : "memory");
-}
-template <int AT> INLINE void tile_zero() { asm volatile("tilezero %%tmm%c0" : : "i"(AT)); }
-// sums[row][n] += steps [row] of X times steps [..][n] of W.
-template <int SUMS, int X, int W> INLINE void tile_dot() {
-  asm volatile("@DOT@ %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(SUMS), "i"(X), "i"(W));
-}
-
-// A thread's unit: how many rows each register has. To change it takes as long as ten products.
-struct TileUnit {
-  struct alignas(64) {
-    uint8_t palette = 1, start = 0, none[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  } now;
-
-  void take(const uint8_t (&rows)[8]) {
-    if (std::memcmp(rows, now.rows, sizeof rows) == 0) return;
-    for (int i = 0; i < 8; ++i) now.rows[i] = rows[i], now.bytes[i] = rows[i] ? 64 : 0;
-    asm volatile("ldtilecfg %0" : : "m"(now));
-  }
-  // What is left to others in this thread is a unit as they would find it.
-  ~TileUnit() { asm volatile("tilerelease"); }
-};
-"""
-
 _APART = """\
 // Operands are decoded 16 outputs after 16: what a register takes lies together.
 constexpr int64_t OF_ROW = 64, OF_TILE = 256;             // bytes, dwords
@@ -163,7 +122,7 @@ INLINE void narrow_dots(const x_t* x, int height, sum_of_one_t* parts) {
   each<COUNT>([&](auto i) INLINE_LAMBDA {
     if constexpr (i % EACH == 0) tile_zero<SUMS>();
     tile_load<X>(x + i * 16 * height, 64);
-    tile_dot<SUMS, X, 4 + i>();
+    @DOT@<SUMS, X, 4 + i>();
     if constexpr (i % EACH == EACH - 1 || i == COUNT - 1)
       tile_store<SUMS>(parts + i / EACH * 16 * LANES, 64);
   });
@@ -241,9 +200,9 @@ ALONE void panel_dots(const uint32_t* w, int64_t count, const x_t* x, int64_t he
     tile_load<SUMS>(sums, 4 * TILE), tile_load<SUMS + 1>(sums + 16, 4 * TILE);
   for (int64_t i = 0; i < count; ++i, w += OF_TILE, next += OF_TILE) {
 @AHEAD@    tile_load<X>(x + i * 16 * height, 64), tile_load<7>(w, OF_ROW);
-    tile_dot<SUMS, X, 7>();
+    @DOT@<SUMS, X, 7>();
     tile_load<7>(next, OF_ROW);
-    tile_dot<SUMS + 1, X, 7>();
+    @DOT@<SUMS + 1, X, 7>();
   }
   tile_store<SUMS>(sums, 4 * TILE), tile_store<SUMS + 1>(sums + 16, 4 * TILE);
   if constexpr (SUMS != 0) tile_zero<SUMS>(), tile_zero<SUMS + 1>(), tile_zero<X>();

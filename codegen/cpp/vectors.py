@@ -13,7 +13,7 @@ using vf = __m512;   // 16 floats
 using vi = __m512i;  // 16 dwords
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef int32_t vs __attribute__((vector_size(64)));
-@SUM@constexpr int LANES = 16;
+constexpr int LANES = 16;
 
 INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
 INLINE vi load(const uint32_t* p) { return _mm512_loadu_si512(p); }
@@ -40,7 +40,7 @@ using vf = __m256;   // 8 floats
 using vi = __m256i;  // 8 dwords
 typedef uint32_t vu __attribute__((vector_size(32)));
 typedef int32_t vs __attribute__((vector_size(32)));
-@SUM@constexpr int LANES = 8;
+constexpr int LANES = 8;
 
 INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
 INLINE vi load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const vi*>(p)); }
@@ -67,7 +67,7 @@ _PORTABLE = """\
 typedef float vf __attribute__((vector_size(32)));     // 8 floats
 typedef uint32_t vi __attribute__((vector_size(32)));  // 8 dwords
 typedef int32_t vs __attribute__((vector_size(32)));
-@SUM@constexpr int LANES = 8;
+constexpr int LANES = 8;
 
 INLINE vf load(const float* p) { vf x; std::memcpy(&x, p, sizeof x); return x; }
 INLINE vi load(const uint32_t* p) { vi x; std::memcpy(&x, p, sizeof x); return x; }
@@ -92,17 +92,9 @@ INLINE vi plain_byte(vi x, int first) { return x >> first & 255u; }
 _VECTORS = {"avx512": _AVX512, "avx2": _AVX2, "portable": _PORTABLE}
 
 
-def vectors(isa: str, path: str) -> str:
-    """The text for an instruction set.
-
-    Args:
-        isa: The name of its vectors.
-        path: What is multiplied, which says what sums are made of.
-    """
-    kind = "vi" if path == "int8" else "vf"
-    return _VECTORS[isa].replace(
-        "@SUM@", f"using sum_t = {kind};  // what products are summed in\n"
-    )
+def vectors(isa: str) -> str:
+    """The text for the vectors of that name."""
+    return _VECTORS[isa]
 
 
 _DOT_BF16 = """\
@@ -170,10 +162,10 @@ INLINE vi pair(vf low, vf high) {
 """
 
 
-def pair(isa: str, path: str) -> str:
-    """The text of ``pair``, which makes operands of floats; nothing where there are none."""
-    assert path != "bf16" or isa == "avx512", "only AVX512 multiplies pairs of bfloat16"
-    return _PAIR if path == "bf16" else ""
+def pair(isa: Isa) -> str:
+    """The text of ``pair``, which makes operands of floats."""
+    assert isa.dot_bf16, "only AVX512 multiplies pairs of bfloat16"
+    return _PAIR
 
 
 def dot(isa: Isa, path: str) -> str:

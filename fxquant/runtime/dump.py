@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fxquant import errors
+from fxquant.codegen.cpp.sections import divided
 from fxquant.runtime import cache, index
 from fxquant.runtime.launch import SUFFIXES, Kernel
 
@@ -42,7 +43,8 @@ def check(where: Path, variable: str) -> None:
 def write(where: Path, kernels: Sequence[Kernel]) -> list[Path]:
     """Writes ``<target>_<name>_<key>.py`` (``.cpp``) and the same with ``.json`` for each kernel.
 
-    An index of all that was dumped to the folder is written beside them.
+    What C++ kernels share lies in headers beside them, and so does an index of all that was dumped
+    to the folder.
 
     Returns:
         The source files.
@@ -57,7 +59,11 @@ def write(where: Path, kernels: Sequence[Kernel]) -> list[Path]:
             key = cache.key_of(kernel.target, kernel.spec.to_json())[:8]
             name = f"{kernel.target}_{kernel.name}_{key}{SUFFIXES[kernel.target]}"
             path = where / index.file_of(where, kernel, name)
-            cache.write_atomically(path, kernel.source)
+            main, sections = kernel.source, dict[str, str]()
+            if kernel.target == "cpp":
+                main, sections = divided(main)
+            for file, text in {path.name: main, **sections}.items():
+                cache.write_atomically(where / file, text)
             spec = json.dumps(json.loads(kernel.spec.to_json()), indent=2)
             cache.write_atomically(path.with_suffix(".json"), spec + "\n")
             written.append(path)

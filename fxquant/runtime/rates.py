@@ -16,7 +16,8 @@ from typing import Any
 
 from fxquant import errors
 from fxquant.codegen.cpp.cost import Rates, usual_rates
-from fxquant.codegen.cpp.rates import paths, render_rates
+from fxquant.codegen.cpp.rates import render_rates
+from fxquant.codegen.cpp.support import paths
 from fxquant.runtime import cache, toolchain
 from fxquant.runtime.memory import Block
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from fxquant import errors
 from fxquant._version import __version__
 from fxquant.codegen.cpp.isa import ISAS, Isa
-from fxquant.codegen.cpp.printer import headers
+from fxquant.codegen.cpp.support import headers
 from fxquant.runtime import cache, precompiled, tile_unit
 
 LOG = logging.getLogger("fxquant.toolchain")

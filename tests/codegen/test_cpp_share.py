@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
+from fxquant.codegen.cpp import support
 from fxquant.codegen.cpp.isa import PORTABLE
-from fxquant.codegen.cpp.printer import preamble
-from fxquant.codegen.cpp.share import SHARE
 from fxquant.runtime import toolchain
 
 pytestmark = pytest.mark.skipif(toolchain.compiler() is None, reason="there is no C++ compiler")
@@ -45,7 +44,7 @@ Play = Callable[[int, int, int, int], list[list[int]]]
 def play() -> Play:
     compiler = toolchain.compiler()
     assert compiler is not None
-    text = "\n".join([preamble(PORTABLE), SHARE, PLAY])
+    text = "\n".join([support.text(), support.text(PORTABLE), PLAY])
     chain = toolchain.Toolchain(compiler, PORTABLE, openmp=False)
     function = ctypes.CDLL(str(toolchain.build(chain, "share", text))).play
     function.argtypes = [*[ctypes.c_int64] * 4, ctypes.c_void_p]

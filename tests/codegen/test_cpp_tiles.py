@@ -113,7 +113,8 @@ def test_what_the_unit_does_not_multiply_is_the_text_of_vectors() -> None:
         assert not Plan(one, AMX).uses_tiles
         assert not Plan(one, AMX).has_thirds
         vectors = replace(AVX512, looks_ahead=AMX.looks_ahead)
-        assert cpp.render(one, Header(), AMX) == cpp.render(one, Header(), vectors)
+        text = cpp.render(one, Header(), AMX).replace("// --- amx: ", "// --- avx512: ")
+        assert text == cpp.render(one, Header(), vectors)
 
 
 @needs_tiles

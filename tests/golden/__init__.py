@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fxquant.codegen import RENDERERS, Header, cpp
 from fxquant.codegen.cpp.isa import AMX, AVX2, AVX512, PORTABLE
+from fxquant.codegen.cpp.sections import divided
 from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand, EpilogueResult
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
@@ -123,8 +124,14 @@ def texts() -> dict[str, str]:
     for spec in (*SPECS, *INT8_SPECS, *(spec for spec, _ in PAIRS)):
         found[f"kernel_{spec.name}.py"] = RENDERERS["triton"](spec, _header(spec))
     for spec, isa in PAIRS:
-        found[f"kernel_{spec.name}_{isa.name}.cpp"] = cpp.render(spec, _header(spec), isa)
+        main, sections = divided(cpp.render(spec, _header(spec), isa))
+        found.update({f"kernel_{spec.name}_{isa.name}.cpp": main, **sections})
     return found
+
+
+def printed() -> list[Path]:
+    """The golden files that are there."""
+    return [*FOLDER.glob("kernel_*"), *FOLDER.glob("*.h")]
 
 
 def _header(spec: KernelSpec | QuantizeSpec) -> Header:

@@ -1,8 +1,8 @@
 """``python -m tests.golden``: prints all golden kernels again."""
 
-from tests.golden import FOLDER, texts
+from tests.golden import FOLDER, printed, texts
 
-for stale in FOLDER.glob("kernel_*"):
+for stale in printed():
     stale.unlink()
 for name, text in texts().items():
     path = FOLDER / name

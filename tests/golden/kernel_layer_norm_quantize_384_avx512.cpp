@@ -17,11 +17,7 @@
 // Scheme: layer
 // Modules: golden
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#define INLINE [[gnu::always_inline]] inline
+#include "fxquant_floats.h"  // functions of floats
 
 namespace {
 
@@ -29,81 +25,7 @@ using stored_t = float;  // the activation, as made
 
 constexpr int64_t K = 384;  // inputs
 
-[[gnu::always_inline]] static inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-[[gnu::always_inline]] static inline float float_of(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
-
-// The larger of x and a bound that is no NaN; NaN if x is.
-[[gnu::always_inline]] static inline float at_least(float x, float bound) {
-    return x < bound ? bound : x;
-}
-
-// The smaller of x and a bound that is no NaN; NaN if x is.
-[[gnu::always_inline]] static inline float at_most(float x, float bound) {
-    return x > bound ? bound : x;
-}
-
-// The upper half of a float32.
-[[gnu::always_inline]] static inline float from_bf16(uint16_t half) {
-    return float_of(uint32_t(half) << 16);
-}
-
-// To nearest, ties to even: adds just under half of the last place, more if it is odd. A NaN keeps
-// its sign and becomes quiet.
-[[gnu::always_inline]] static inline uint16_t to_bf16(float x) {
-    const uint32_t bits = bits_of(x);
-    const uint32_t nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
-    const uint32_t kept = (bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : nearest;
-    return uint16_t(kept >> 16);
-}
-
 INLINE float x_of(stored_t x) { return x; }
-
-constexpr uint32_t INFINITE = 0x7f800000u;
-
-// The largest magnitude in a row as its bits, which are in the order of magnitudes; those of
-// infinity and NaN are the largest.
-INLINE uint32_t largest_of(const stored_t* x, int64_t x_col) {
-  uint32_t largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int64_t k = 0; k < K; ++k) {
-    const float value = x_of(x[k * x_col]);
-    const uint32_t size = bits_of(value) & 0x7fffffffu;
-    largest = size > largest ? size : largest;
-  }
-  return largest;
-}
-
-// x * factor to the nearest integers, ties to even, from -127 to 127: what is added leaves them in
-// the last bits of the sum. The bounds keep compilers from fusing product and sum, too.
-INLINE void round_row(const stored_t* x, int64_t x_col, float factor, int8_t* q) {
-#pragma omp simd
-  for (int64_t k = 0; k < K; ++k) {
-    const float value = x_of(x[k * x_col]);
-    const float bounded = at_most(at_least(value * factor, -127.0f), 127.0f);
-    q[k] = int8_t(bits_of(bounded + 12582912.0f));
-  }
-}
-
-// Rounds a row to integers and gives its largest magnitude; zeros and NaN if it is not finite.
-INLINE float quantize_row(const stored_t* x, int64_t x_col, int8_t* q) {
-  const uint32_t largest = largest_of(x, x_col);
-  if (largest >= INFINITE) {
-    std::memset(q, 0, K);
-    return NAN;
-  }
-  const float amax = at_least(float_of(largest), 0x1p-100f);
-  round_row(x, x_col, 127.0f / amax, q);
-  return amax;
-}
 
 struct Call {  // what is read and written beside the integers
   const void* const* operands;
@@ -157,18 +79,5 @@ INLINE void prologue(const Call& call, int64_t row, float* row0) {
 
 }  // namespace
 
-// Makes m rows and rounds them to codes [m, K]; gives how many numbers were too large.
-extern "C" int64_t fxquant_rows(const void* const* operands, const int64_t* steps, int64_t m,
-                                const float* limit, void* codes, float* amax, void* const* more,
-                                int threads) {
-  const Call call{operands, steps, more};
-  int8_t* q = static_cast<int8_t*>(codes);
-  if (m * K < 1 << 14) threads = 1;  // to wake others takes longer
-#pragma omp parallel for num_threads(threads)
-  for (int64_t row = 0; row < m; ++row) {
-    alignas(64) float row0[K];
-    prologue(call, row, row0);
-    amax[row] = quantize_row(row0, 1, q + row * K);
-  }
-  return 0;
-}
+#include "rounding_574e41d2.h"  // rows to int8
+#include "entry_1b4a304b.h"  // what is called from outside

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.golden import FOLDER, texts
+from tests.golden import FOLDER, printed, texts
 
 TEXTS = texts()
 
@@ -14,7 +14,7 @@ def test_kernel_is_the_reviewed_one(name):
 
 
 def test_no_file_is_left_over():
-    assert {path.name for path in FOLDER.glob("kernel_*")} == set(TEXTS)
+    assert {path.name for path in printed()} == set(TEXTS)
 
 
 @pytest.mark.parametrize("name", TEXTS)

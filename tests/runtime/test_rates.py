@@ -12,7 +12,7 @@ import pytest
 from fxquant import errors
 from fxquant.codegen.cpp.cost import usual_rates
 from fxquant.codegen.cpp.isa import ISAS
-from fxquant.codegen.cpp.rates import paths
+from fxquant.codegen.cpp.support import paths
 from fxquant.runtime import cache, rates, toolchain
 
 

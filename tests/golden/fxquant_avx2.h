@@ -1,0 +1,160 @@
+// Vectors, threads and memory, as all kernels use them.
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+#include <immintrin.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
+#endif
+
+#pragma GCC diagnostic ignored "-Wignored-attributes"  // of vectors in templates
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define ALONE [[gnu::noinline]]  // inlined, GCC would keep sums in memory
+
+namespace {
+
+using vf = __m256;   // 8 floats
+using vi = __m256i;  // 8 dwords
+typedef uint32_t vu __attribute__((vector_size(32)));
+typedef int32_t vs __attribute__((vector_size(32)));
+constexpr int LANES = 8;
+
+INLINE vf load(const float* p) { return _mm256_loadu_ps(p); }
+INLINE vi load(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const vi*>(p)); }
+INLINE void store(float* p, vf x) { _mm256_storeu_ps(p, x); }
+INLINE void store(uint32_t* p, vi x) { _mm256_storeu_si256(reinterpret_cast<vi*>(p), x); }
+INLINE vf spread(float x) { return _mm256_set1_ps(x); }
+INLINE vi spread(uint32_t x) { return _mm256_set1_epi32(int(x)); }
+INLINE vf add(vf a, vf b) { return _mm256_add_ps(a, b); }
+INLINE vi add(vi a, vi b) { return _mm256_add_epi32(a, b); }
+INLINE vf sub(vf a, vf b) { return _mm256_sub_ps(a, b); }
+INLINE vf mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
+INLINE vf fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+INLINE vf to_float(vi x) { return _mm256_cvtepi32_ps(x); }
+INLINE vf to_float(vf x) { return x; }
+INLINE vi shift_right(vi x, int bits) { return vi(vu(x) >> bits); }
+INLINE vi sign_byte(vi x, int first) {  // the byte that starts at a bit, as a signed dword
+  return vi(vs(vu(x) << (24 - first)) >> 24);
+}
+INLINE vi plain_byte(vi x, int first) { return vi(vu(x) >> first & 255u); }
+
+INLINE void dot(vi& sum, vi w, vi x) {  // += four unsigned bytes times signed ones, exactly
+  const vi w_even = _mm256_and_si256(w, _mm256_set1_epi16(255)), w_odd = _mm256_srli_epi16(w, 8);
+  const vi x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
+  const vi pairs = add(_mm256_madd_epi16(w_even, x_even), _mm256_madd_epi16(w_odd, x_odd));
+  sum = add(sum, pairs);
+}
+INLINE void dot(vi& sum, vi w, const uint32_t* x) { dot(sum, w, spread(*x)); }
+
+INLINE void dot(vf& sum, vf w, const float* x) { sum = fma(w, spread(*x), sum); }
+
+// Codes on their way to the second-level cache; what lies behind the weight does no harm.
+INLINE void prefetch(const uint32_t* codes) { __builtin_prefetch(codes, 0, 2); }
+
+// The same from there to the first-level cache.
+INLINE void bring_near(const uint32_t* codes) { __builtin_prefetch(codes, 0, 3); }
+
+// Calls f with 0, 1 .. COUNT - 1 as constants.
+template <typename F, int... I> INLINE void each(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int COUNT, typename F> INLINE void each(F&& f) {
+  each(f, std::make_integer_sequence<int, COUNT>{});
+}
+
+// Sums that stay in registers: members, for GCC would keep an array in memory.
+template <int COUNT, typename T> struct Sums {
+  T first;
+  Sums<COUNT - 1, T> rest;
+};
+template <typename T> struct Sums<0, T> {};
+
+template <int I, int COUNT, typename T> INLINE T& at(Sums<COUNT, T>& sums) {
+  if constexpr (I == 0)
+    return sums.first;
+  else
+    return at<I - 1>(sums.rest);
+}
+
+// How many items of its part were taken from a thread: of this work, and of the next or the last.
+struct Turn {
+  alignas(64) int64_t taken[2];
+
+  int64_t take(int64_t turn) { return __atomic_fetch_add(taken + turn % 2, 1, __ATOMIC_RELAXED); }
+};
+
+// What a thread takes of some work.
+struct Share {
+  const int64_t thread, threads;
+  Turn* const turns;
+  int64_t turn = 0;
+  struct Range {
+    int64_t first, last;
+  };
+
+  Share(int64_t thread, int64_t threads, Turn* turns = nullptr)
+      : thread(thread), threads(threads), turns(turns) {}
+  Range part(int64_t count) const {
+    return {count * thread / threads, count * (thread + 1) / threads};
+  }
+  // Calls f with the items of its part, then with what is left of the others' parts: cores are not
+  // equally fast.
+  template <typename F> void each(int64_t count, F&& f) const {
+    for (int64_t i = 0; i < threads; ++i) {
+      const auto items = Share((thread + i) % threads, threads).part(count);
+      Turn alone{}, &of = turns ? turns[(thread + i) % threads] : alone;
+      for (int64_t item; (item = items.first + of.take(turn)) < items.last;) f(item);
+    }
+  }
+  // After all have waited: the next each is about other items.
+  void go_on() {
+    if (turns) turns[thread].taken[turn % 2] = 0;
+    ++turn;
+  }
+  // Until the others are here, too.
+  void wait() const {
+    if (threads == 1) return;
+#pragma omp barrier
+  }
+};
+
+// Which part of the outputs is to be made, and whether rows have to be packed for it first.
+struct Part {
+  int64_t part = 0, parts = 1;
+  bool is_first = true;
+
+  Share::Range of(int64_t count) const { return Share(part, parts).part(count); }
+};
+
+// Panels: all but the last have the largest height, the last the smallest that will do.
+template <int COUNT> INLINE int height_of(int64_t rows, const int (&heights)[COUNT]) {
+  int found = heights[0];
+  for (int height : heights)
+    if (rows <= height) found = height;
+  return found;
+}
+template <int COUNT> INLINE int64_t panels_of(int64_t rows, const int (&heights)[COUNT]) {
+  return (rows + heights[0] - 1) / heights[0];
+}
+template <int COUNT> INLINE int64_t padded(int64_t rows, const int (&heights)[COUNT]) {
+  const int64_t whole = rows / heights[0] * heights[0];
+  return whole == rows ? rows : whole + height_of(rows - whole, heights);
+}
+
+// Scratch memory, dealt out in order; without a base it only counts.
+struct Memory {
+  unsigned char* base;
+  int64_t used = 0;
+
+  template <typename T> T* take(int64_t count) {
+    T* start = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
+    return start;
+  }
+};
+
+}  // namespace
