@@ -16,6 +16,7 @@ from fxquant import errors
 AXES = ("e", "m", "n")
 FLOAT_DTYPES = ("float16", "bfloat16", "float32")
 OPERAND_DTYPES = (*FLOAT_DTYPES, "bool")
+_WORDS = {"_to_copy": "rounded", "convert_element_type": "rounded", "where": "chosen"}
 _AXIS_ORDERS = tuple("".join(c) for r in range(4) for c in itertools.combinations(AXES, r))
 _REFERENCE = re.compile(r"%(acc(?P<sum>[1-9]\d*)?|in(?P<operand>\d+)|(?P<node>\d+))")
 
@@ -71,6 +72,12 @@ class EpilogueNode:
     def values(self) -> tuple[Any, ...]:
         """The arguments, positional and by keyword."""
         return (*self.args, *(value for _, value in self.kwargs))
+
+    @property
+    def word(self) -> str:
+        """What is done, as kernels name the result: ``"add"``, ``"rounded"``."""
+        op = self.op.split(".")[1]
+        return _WORDS.get(op, op)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ REDUCTIONS = {"aten.mean.dim": "mean", "aten.sum.dim_IntList": "sum", "aten.amax
 """Over the inputs of a row, which stay as a dimension of size 1. The order of sums is open."""
 MOST_INPUTS = 16384
 """Of a row: longer ones do not stay in registers, or in the caches, from loop to loop."""
-_WORDS = {"_to_copy": "rounded", "convert_element_type": "rounded", "where": "chosen"}
 _REFERENCE = re.compile(r"%(in(?P<operand>\d+)|(?P<node>\d+))")
 
 
@@ -98,15 +97,12 @@ class Prologue:
     def names(self) -> dict[str, str]:
         """What kernels call every value: a node by its op and its number."""
         found = {f"%in{number}": f"in{number}" for number in range(len(self.operands))}
-        for number, node in enumerate(self.nodes):
-            op = node.op.split(".")[1]
-            found[f"%{number}"] = f"{_WORDS.get(op, op)}_{number}"
+        found |= {f"%{number}": f"{node.word}_{number}" for number, node in enumerate(self.nodes)}
         return found
 
     def describe(self) -> str:
         """The ops in their order, as in ``add, mean, sub, mul``."""
-        ops = (node.op.split(".")[1] for node in self.nodes)
-        text = ", ".join(_WORDS.get(op, op) for op in ops)
+        text = ", ".join(node.word for node in self.nodes)
         return f"{text}, with {len(self.more)} of its values written out" if self.more else text
 
     def as_json(self) -> dict[str, Any]:

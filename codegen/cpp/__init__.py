@@ -1,10 +1,12 @@
 """The C++ target: one C++17 file a kernel, for CPUs, without torch's headers.
 
-`printer` puts a file together from its parts, in the order in which they stand there. `plan` holds
-the decisions, `isa` the instruction sets, `vectors` the few operations on vectors that everything
-else is written in; `layout` repacks the weight, `decode` and `scales` read it back; `rows` packs
-the activation and `call` shares the work out; `few` and `many` are the two skeletons, the
-latter on `tiles` where there is a tile unit (AMX); `finish` is the epilogue, spelled by `ops`.
+`printer` puts a file together from its sections, in the order in which they stand there, and
+`sections` takes it apart for people. `plan` holds the decisions, `sizes` the numbers, `isa` the
+instruction sets; `support` is what all kernels are made of: functions of floats (`math`) and the few
+operations on vectors (`vectors`) and on the tile unit (`unit`) that everything else is written in.
+`layout` repacks the weight, `decode` and `scales` read it back; `rows` packs the activation and
+`call` shares the work out; `few` and `many` are the two skeletons, the latter on `tiles` where there
+is a tile unit (AMX); `finish` is the epilogue, spelled by `ops`.
 `cost` says which skeleton a number of rows takes, from what `rates` measures. `quantize` prints
 what takes rows to int8, `pack` the encoders.
 """

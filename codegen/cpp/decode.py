@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from fxquant.codegen.cpp.ops import constant
 from fxquant.codegen.cpp.plan import Plan
+from fxquant.codegen.pointwise import bare
 
 
 def decode(plan: Plan) -> str:
@@ -50,7 +51,7 @@ def table(ctype: str, name: str, values: list[str]) -> str:
 
 def float_table(name: str, values: Sequence[float]) -> str:
     """A table of float32 constants."""
-    return table("float", name, [constant(value) for value in values])
+    return table("float", name, [bare(constant(value)) for value in values])
 
 
 def _bfloat16(value: float) -> int:

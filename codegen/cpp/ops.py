@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fxquant.codegen.epilogue import Epilogue
-from fxquant.codegen.pointwise import Ops
+from fxquant.codegen.pointwise import Ops, bare
 
 _STANDARD = {
     "abs": "std::fabs",
@@ -166,7 +166,7 @@ def epilogue_lines(
         acc: Name of the accumulator, a ``float``; those of further weights are ``acc1`` ..
 
     Returns:
-        The statements, one a node (``const float v0 = ...;`` or ``const bool v0 = ...;``); the
+        The statements, one a node (``const float add_0 = ...;`` or ``const bool gt_0 = ...;``); the
         names of the results, the main one first; the helpers to print with
         `fxquant.codegen.cpp.math.prelude_text`.
 
@@ -184,8 +184,8 @@ def epilogue_lines(
     names |= {f"%acc{number or ''}": f"{acc}{number or ''}" for number in range(epilogue.sums)}
     lines = []
     for number, node in enumerate(epilogue.nodes):
-        result = f"v{number}"
-        text = ops.call(node, names, result)
+        result = f"{node.word}_{number}"
+        text = bare(ops.call(node, names, result))
         kind = "bool" if result in ops.booleans else "float"
         lines.append(f"const {kind} {result} = {text};")
         names[f"%{number}"] = result

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
+from fxquant.codegen.pointwise import bare
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton import decode
 from fxquant.codegen.triton.int8_decode import Int8Decode
 from fxquant.codegen.triton.ops import PRELUDE, TritonOps
 from fxquant.codegen.triton.plan import Plan
-from fxquant.codegen.triton.printer import Lines, call, wrap_items
+from fxquant.codegen.triton.printer import Lines, call, statement, wrap_items
 
 JIT = '(do_not_specialize=["rows"])'
 _CONSTEXPRS = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "SPLIT")
@@ -34,7 +37,7 @@ def most(x, y):
 def print_combine(out: Lines, body: Lines) -> None:
     """The functions of `COMBINE` that a text uses."""
     for name, text in COMBINE.items():
-        if any(f", {name}" in line for line in body.lines()):
+        if any(re.search(rf", {name}\b", line) for line in body.lines()):
             out.add("", *text.splitlines())
 
 
@@ -71,9 +74,8 @@ def print_finish(out: Lines, spec: KernelSpec, plan: Plan) -> None:
         kind = ".to(tl.int1)" if operand.dtype == "bool" else kind
         body.add(f"value{number} = tl.load(in{number}{where}{mask}){kind}")
     for number, node in enumerate(spec.epilogue.nodes):
-        names[f"%{number}"] = f"v{number}"
-        text = ops.call(node, names, f"v{number}")
-        body.add(f"v{number} = {text[1:-1] if _is_wrapped(text) else text}")
+        name = names[f"%{number}"] = f"{node.word}_{number}"
+        body.add(*statement(name, bare(ops.call(node, names, name))))
     for helper in sorted(ops.prelude):
         out.add("", *PRELUDE[helper].splitlines())
 
@@ -111,16 +113,6 @@ def _operand_index(dims: str, n: int) -> str:
     if not dims.endswith("n"):
         return f" + {row}" if row else ""
     return f" + ({row} * {n} + n)" if row else " + n"
-
-
-def _is_wrapped(text: str) -> bool:
-    """Whether the outermost parentheses belong together."""
-    depth = 0
-    for position, letter in enumerate(text):
-        depth += {"(": 1, ")": -1}.get(letter, 0)
-        if depth == 0:
-            return position == len(text) - 1 and text[0] == "("
-    return False
 
 
 def print_gemv(out: Lines, spec: KernelSpec, plan: Plan, whole: Int8Decode | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 from collections.abc import Iterable, Iterator
 
 
@@ -66,6 +67,17 @@ def wrap_items(items: Iterable[str], indent: int, width: int = 100) -> list[str]
             line = " " * indent
         line += f"{item}, "
     return [*lines, line.rstrip()]
+
+
+def statement(name: str, text: str, width: int = 90) -> list[str]:
+    """An assignment, in several lines if it is long."""
+    if len(name) + len(text) + 3 <= width:
+        return [f"{name} = {text}"]
+    return [
+        f"{name} = (",
+        *textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    "),
+        ")",
+    ]
 
 
 def call(name: str, args: Iterable[str]) -> str:

@@ -393,10 +393,10 @@ def test_lines():
     nodes = [("aten.add.Tensor", (A, B), {"alpha": -2}), ("aten.gt.Scalar", ("%0", 0.1))]
     lines, (result,), used = epilogue_lines(written(nodes), ["bias", "mask"], "total")
     assert lines == [
-        "const float v0 = (total + (bias * (-2.0f)));",
-        "const bool v1 = (v0 > 0.1f);",
+        "const float add_0 = total + (bias * (-2.0f));",
+        "const bool gt_1 = add_0 > 0.1f;",
     ]
-    assert (result, used) == ("v1", set())
+    assert (result, used) == ("gt_1", set())
     assert epilogue_lines(Epilogue(), [], "total") == ([], ["total"], set())
 
 

@@ -31,10 +31,10 @@ SCALE_LEVELS = get_codebook("dynamic8").levels
 @triton.jit
 def finish(acc, acc1, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
-    v0 = acc / (1.0 + tl.exp((-acc)))
-    v1 = v0 * acc1
+    silu_0 = acc / (1.0 + tl.exp((-acc)))
+    mul_1 = silu_0 * acc1
     where = m * 5632 + n
-    tl.store(out + where, v1.to(out.dtype.element_ty), mask=(m < rows))
+    tl.store(out + where, mul_1.to(out.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit

@@ -37,9 +37,8 @@ INLINE int64_t scale_of(int64_t e, int64_t n, int64_t k) { return n * 32 + k; }
 INLINE int64_t nested_of(int64_t e, int64_t n, int64_t k) { return n / 8; }
 
 alignas(64) constexpr float LEVELS[16] = {
-    (-1.0f), (-0.6961928f), (-0.52507305f), (-0.3949175f), (-0.28444138f), (-0.18477343f),
-    (-0.091050036f), 0.0f, 0.0795803f, 0.1609302f, 0.2461123f, 0.33791524f, 0.44070983f, 0.562617f,
-    0.72295684f, 1.0f,
+    -1.0f, -0.6961928f, -0.52507305f, -0.3949175f, -0.28444138f, -0.18477343f, -0.091050036f, 0.0f,
+    0.0795803f, 0.1609302f, 0.2461123f, 0.33791524f, 0.44070983f, 0.562617f, 0.72295684f, 1.0f,
 };
 alignas(64) constexpr uint16_t OPERAND_LEVELS[32] = {
     0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000, 0x3da3, 0x3e25, 0x3e7c, 0x3ead,
@@ -67,9 +66,9 @@ INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int
   for (int64_t i = 0; i < count; ++i) {
     const float acc = sums[i];
     const float acc1 = sums1[i];
-    const float v0 = lane_silu(acc);
-    const float v1 = (v0 * acc1);
-    out[i] = to_bf16(v1);
+    const float silu_0 = lane_silu(acc);
+    const float mul_1 = silu_0 * acc1;
+    out[i] = to_bf16(mul_1);
   }
 }
 

@@ -44,11 +44,14 @@ def finish(acc, in0, in1, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
     value0 = tl.load(in0 + n).to(tl.float32)
     value1 = tl.load(in1 + (m * 1536 + n), mask=(m < rows), other=0).to(tl.float32)
-    v0 = acc + value0
-    v1 = (0.5 * v0) * (1.0 + tanh((0.7978845608028654 * (v0 + (0.044715 * (v0 * (v0 * v0)))))))
-    v2 = v1 + value1
+    add_0 = acc + value0
+    gelu_1 = (
+        (0.5 * add_0) * (1.0 + tanh((0.7978845608028654 * (add_0 + (0.044715 * (add_0 * (add_0
+        * add_0)))))))
+    )
+    add_2 = gelu_1 + value1
     where = m * 1536 + n
-    tl.store(out + where, v2.to(out.dtype.element_ty), mask=(m < rows))
+    tl.store(out + where, add_2.to(out.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit

@@ -31,9 +31,9 @@ SCALE_LEVELS = get_codebook("dynamic8").levels
 def finish(acc, in0, out, m, n, rows):
     """The epilogue on the sums of rows m and outputs n, rounded and stored."""
     value0 = tl.load(in0 + n).to(tl.float32)
-    v0 = acc + value0
+    add_0 = acc + value0
     where = m * 384 + n
-    tl.store(out + where, v0.to(out.dtype.element_ty), mask=(m < rows))
+    tl.store(out + where, add_0.to(out.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit

@@ -31,13 +31,13 @@ def finish(acc, acc1, acc2, in0, in1, in2, out, out1, out2, m, n, rows):
     value0 = tl.load(in0 + n)
     value1 = tl.load(in1 + n)
     value2 = tl.load(in2 + n)
-    v0 = acc1 + value1
-    v1 = acc2 + value2
-    v2 = acc + value0
+    add_0 = acc1 + value1
+    add_1 = acc2 + value2
+    add_2 = acc + value0
     where = m * 384 + n
-    tl.store(out + where, v2.to(out.dtype.element_ty), mask=(m < rows))
-    tl.store(out1 + where, v0.to(out1.dtype.element_ty), mask=(m < rows))
-    tl.store(out2 + where, v1.to(out2.dtype.element_ty), mask=(m < rows))
+    tl.store(out + where, add_2.to(out.dtype.element_ty), mask=(m < rows))
+    tl.store(out1 + where, add_0.to(out1.dtype.element_ty), mask=(m < rows))
+    tl.store(out2 + where, add_1.to(out2.dtype.element_ty), mask=(m < rows))
 
 
 @triton.jit

@@ -63,12 +63,12 @@ INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int
     const float in0 = p0[i];
     const float in1 = p1[i];
     const float in2 = p2[i];
-    const float v0 = (acc1 + in1);
-    const float v1 = (acc2 + in2);
-    const float v2 = (acc + in0);
-    out[i] = v2;
-    out1[i] = v0;
-    out2[i] = v1;
+    const float add_0 = acc1 + in1;
+    const float add_1 = acc2 + in2;
+    const float add_2 = acc + in0;
+    out[i] = add_2;
+    out1[i] = add_0;
+    out2[i] = add_1;
   }
 }
 
