@@ -148,7 +148,7 @@ def source():
         lines, (result,), used = epilogue_lines(written(nodes), ["in0", "in1"])
         assert used <= helpers.PRELUDE.keys()
         head = "float acc = x[i], in0 = y[i]; bool in1 = flags[i] != 0; (void)in0, (void)in1;"
-        unused = [f"(void)v{node};" for node in range(len(lines))]
+        unused = [f"(void){line.split()[2]};" for line in lines]
         body = [head, *lines, *unused, f"out[i] = {result};"]
         parts.append(loop(f"case_{number}", floats, "\n        ".join(body)))
     parts += [
