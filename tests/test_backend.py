@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
+from fxquant.codegen.cpp.sections import divided
 from fxquant.testing import run_and_get_kernels
 from tests.bounds import assert_close_within, product_bound
 from tests.helpers import TwoLayers, compile_, decoded, frozen, packed_of
@@ -227,7 +228,10 @@ def test_kernels_are_collected_and_dumped(tmp_path: Path) -> None:
     assert len(kernels) == 3, "equal specs share a kernel"
     assert {kernel.target for kernel in kernels} == {"cpp"}
     sources = sorted(tmp_path.glob("cpp_*.cpp"))
-    assert sorted(kernel.source for kernel in kernels) == sorted(p.read_text() for p in sources)
+    written = [divided(kernel.source) for kernel in kernels]
+    assert sorted(main for main, _ in written) == sorted(path.read_text() for path in sources)
+    for _, sections in written:
+        assert all((tmp_path / file).read_text() == text for file, text in sections.items())
     assert all(path.with_suffix(".json").exists() for path in sources)
     assert run_and_get_kernels(lambda: None)[1] == []
 
