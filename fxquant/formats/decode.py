@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxquant.formats.blocks import BlockGrid, block_grid
 from fxquant.formats.codebooks import get_codebook
@@ -39,9 +41,18 @@ def decode(
     shape = tuple(shape)
     parts = dict(zip(encoding.parts, tensors, strict=True))
     grid = block_grid(encoding, shape)
-    values = _centred(parts, encoding, grid, levels(encoding))
-    values = _by_block(torch.mul, values, decode_scales(parts, encoding), grid)
-    return values.to(dtype).view(shape)
+    with _tables_like(tensors[0]):
+        values = _centred(parts, encoding, grid, levels(encoding))
+        values = _by_block(torch.mul, values, decode_scales(parts, encoding), grid)
+        return values.to(dtype).view(shape)
+
+
+def _tables_like(codes: Tensor) -> contextlib.AbstractContextManager[object]:
+    """What makes tables of levels fake where codes are, and no mode says so (a traced backward)."""
+    key = torch._C._TorchDispatchModeKey.FAKE
+    if isinstance(codes, FakeTensor) and torch._C._get_dispatch_mode(key) is None:
+        return codes.fake_mode
+    return contextlib.nullcontext()
 
 
 def int8_levels(encoding: Encoding) -> tuple[tuple[int, ...] | None, float]:

@@ -209,6 +209,18 @@ def test_gradient_reaches_the_activation() -> None:
     assert linear.weight.grad is None
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own
+@pytest.mark.parametrize("encoding", [NF4, INT8], ids=str)
+def test_a_backward_that_is_compiled_decodes_too(encoding: Encoding) -> None:
+    """Its tracer shows the weight fake parts, under no mode that would make tables fake."""
+    linear, x = packed_linear(encoding), torch.randn(3, 50, requires_grad=True)
+    (eager,) = torch.autograd.grad(linear(x).sin().sum(), x)
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        linear(x).sin().sum().backward()
+    torch.testing.assert_close(x.grad, eager)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_a_parameter(dynamic: bool) -> None:
     class Model(nn.Module):

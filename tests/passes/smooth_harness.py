@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
 
 from fxquant.calibration import SiteStats
 from fxquant.codegen.groups import grouped_product
@@ -82,7 +83,8 @@ def exact(ctx: Context) -> PassReport:
             x = x if site.to_x is None else site.to_x(x)
             batched = site.operand.batch is not None
             ends = None if site.ends is None else site.ends(node)
-            out = values.emit(graph, node, _product, x, weight, batched, ends)
+            with enable_python_dispatcher():  # torch 2.11 has no other matmul of symbolic sizes
+                out = values.emit(graph, node, _product, x, weight, batched, ends)
             if site.bias is not None:
                 bias = adapt.cast(site.bias, dtype, node)
                 out = values.emit(graph, node, torch.ops.aten.add.Tensor, out, bias)
