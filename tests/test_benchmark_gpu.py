@@ -59,6 +59,26 @@ def test_who_computes_something_else_is_not_timed(rehearse, monkeypatch):
     assert "fxquant broken, 64x128 failed: TypeError" in told
 
 
+def test_who_replays_something_else_is_not_listed(rehearse, monkeypatch):
+    """As where memory that a graph reads was given to others."""
+
+    def captured(self, run):
+        captured.count += 1
+        return (lambda: 2 * run()) if captured.count == 1 else run, False
+
+    captured.count = 0
+    ours = products.ours("torch")[:2]
+    monkeypatch.setattr(products, "ours", lambda target: ours)
+    monkeypatch.setattr(Rehearsal, "captured", captured)
+    code, found = rehearse()
+    assert code == 1
+    one, many = found["cases"]
+    assert {line["name"] for line in one["contenders"]} == {ours[1].name, CUBLAS}
+    assert ours[0].name in {line["name"] for line in many["contenders"]}
+    (told,) = found["failures"]
+    assert told.startswith(f"{ours[0].name}, 64x128, M=1, after its calls, failed: RuntimeError")
+
+
 def test_what_there_is_no_time_for_is_named(rehearse):
     code, found = rehearse("--limit", "0")
     assert code == 0

@@ -55,9 +55,11 @@ class _Replay:
 
     graph: torch.cuda.CUDAGraph
     call: Run
+    result: object
 
-    def __call__(self) -> None:
+    def __call__(self) -> object:
         self.graph.replay()
+        return self.result
 
 
 class Device:
@@ -103,12 +105,12 @@ class Device:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
-                run()
+                result = run()
         except RuntimeError:
             # What waits for the host cannot be captured: it is timed as it is.
             torch.cuda.synchronize()
             return run, False
-        return _Replay(graph, run), True
+        return _Replay(graph, run, result), True
 
     def interleave(self, runs: Mapping[str, Run], rounds: int) -> dict[str, Timing]:
         """Times everyone once a round, in an order drawn anew, each with nothing of it in L2."""
