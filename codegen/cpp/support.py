@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from fxquant.codegen.cpp import vectors
 from fxquant.codegen.cpp.isa import ISAS, Isa
-from fxquant.codegen.cpp.math import PRELUDE, prelude_text
+from fxquant.codegen.cpp.math import INCLUDES, PRELUDE, prelude_text
 from fxquant.codegen.cpp.share import SHARE
 from fxquant.codegen.cpp.unit import UNIT
 
@@ -33,7 +33,8 @@ def floats(names: Collection[str]) -> str:
     Args:
         names: Keys of `fxquant.codegen.cpp.math.PRELUDE`.
     """
-    return f"{_START}\nnamespace {{\n\n{prelude_text(names)}\n}}  // namespace\n"
+    start = "\n".join([*_included(INCLUDES), _INLINE])
+    return f"{start}\nnamespace {{\n\n{prelude_text(names)}\n}}  // namespace\n"
 
 
 def for_isa(isa: Isa, used: Collection[str]) -> str:
@@ -53,19 +54,19 @@ def for_isa(isa: Isa, used: Collection[str]) -> str:
 
 def headers(isa: Isa) -> list[str]:
     """Lines that include what every file needs."""
-    return [*_START.splitlines()[:3], *_headers(isa)]
+    return [*_included(INCLUDES), *_headers(isa)]
 
 
 def _headers(isa: Isa) -> list[str]:
-    lines = [f"#include <{name}>" for name in ("algorithm", "type_traits", "utility")]
-    return lines if isa.vectors == "portable" else [*lines, "#include <immintrin.h>"]
+    intrinsics = [] if isa.vectors == "portable" else ["immintrin.h"]
+    return _included(("algorithm", "type_traits", "utility", *intrinsics))
 
 
-_START = """\
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+def _included(names: Iterable[str]) -> list[str]:
+    return [f"#include <{name}>" for name in names]
 
+
+_INLINE = """
 #define INLINE [[gnu::always_inline]] inline
 """
 
