@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxquant.formats import PackedWeight, anchor_of
-from fxquant.formats.codes import Codes
+from fxquant.formats.codes import Codes, Place
 from fxquant.kernels import Kernels
 from fxquant.passes.context import Context, LinearSite
 from fxquant.passes.sources import DerivedPart, Rule
@@ -100,6 +100,9 @@ class Ledger:
             gauge(row, parameter, functools.partial(_set_aside, kernels), "verify")
         error = STORE.error_db(packed)
         own = self.rows.get(slot.index, [])
+        for row in own:
+            if row.kernel.startswith("cpp:"):
+                gauge(row, parameter, functools.partial(_kept_twice, weakref.ref(codes)), "memory")
         rows = [dataclasses.replace(row, error_db=error) for row in own]
         if rows == own and anchor_of(parameter) in self.filed:
             return
@@ -131,6 +134,13 @@ def _mean_outliers(text: str, codes: weakref.ref[Codes]) -> str:
 def _set_aside(kernels: Sequence[tuple[str, str]]) -> str:
     found = filter(None, (verify.set_aside_because(*kernel) for kernel in kernels))
     return "; ".join(f"set aside for torch: {reason}" for reason in found)
+
+
+def _kept_twice(codes: weakref.ref[Codes]) -> str:
+    known = codes()
+    if known is None or known.place is not Place.FIXED:
+        return ""
+    return f"codes are kept in their stored form, too: {known.held.nbytes / 1e6:.2f} MB"
 
 
 def _saturated(limit: weakref.ref[Tensor]) -> str:

@@ -196,6 +196,19 @@ def test_a_gradient_and_the_torch_target_have_the_stored_codes(away: bool) -> No
         assert places(model) == {Place.FIXED}
 
 
+def test_the_report_names_weights_that_are_in_memory_twice() -> None:
+    model, x = packed_model(), torch.randn(3, 128)
+    compiled = compile_(model)
+    compiled(x)
+    assert not [row for row in fxquant.report(model).rows if "stored form" in str(row.notes)]
+    twice, _ = weights(model)
+    size = twice.packed_codes.nbytes  # whoever takes it apart has it come back
+    compiled(x)
+    first, second = fxquant.report(model).rows
+    assert first.notes == (f"codes are kept in their stored form, too: {size / 1e6:.2f} MB",)
+    assert second.notes == ()
+
+
 def test_gradients_inside_a_graph_that_has_none_around_it() -> None:
     model, x = packed_model(), torch.randn(3, 128, requires_grad=True)
 
