@@ -6,6 +6,9 @@ short of AVX512-FP16, and none of bfloat16 conversions.
 
 from __future__ import annotations
 
+SHORT = {"float16": "fp16", "bfloat16": "bf16"}
+"""What helpers call a dtype of 16 bits."""
+
 PRELUDE = {
     "from_bf16": """
 // The upper half of a float32.

@@ -66,18 +66,20 @@ def _sizes(plan: Plan) -> dict[str, int]:
         "GROUPS": plan.k_padded // plan.per_dword,
         "BLOCKS": plan.blocks,
         "TILE": TILE,
-        "SCALES": block_grid(plan.encoding, plan.spec.weight.shape).count,
+        "SCALES": scales_count(plan),
         "NESTED": nested_count(plan),
     }
+
+
+def scales_count(plan: Plan) -> int:
+    """How many scales the weight has."""
+    return block_grid(plan.encoding, plan.spec.weight.shape).count
 
 
 def nested_count(plan: Plan) -> int:
     """How many scales the scales have."""
     inner = plan.encoding.scale
-    if inner is None:
-        return 0
-    scales = block_grid(plan.encoding, plan.spec.weight.shape).count
-    return block_grid(inner, (scales,)).count
+    return 0 if inner is None else block_grid(inner, (scales_count(plan),)).count
 
 
 def form(plan: Plan) -> Hashable:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fxquant.codegen.cpp.halves import SHORT
 from fxquant.codegen.epilogue import Epilogue
 from fxquant.codegen.pointwise import Ops, bare
 
@@ -70,7 +71,7 @@ class CppOps(Ops):
         """Rounds to a dtype and back."""
         if dtype == "bool":
             return self.condition(x)
-        short = {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+        short = SHORT[dtype]
         return self._helper(f"from_{short}", self._helper(f"to_{short}", x))
 
     def where(self, condition: str, x: str, y: str) -> str:

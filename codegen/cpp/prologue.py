@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fxquant.codegen.cpp.halves import SHORT
 from fxquant.codegen.cpp.ops import CppOps
 from fxquant.codegen.epilogue import EpilogueNode
 from fxquant.codegen.pointwise import bare
@@ -21,7 +22,6 @@ from fxquant.codegen.prologue import (
 )
 
 STORED = {"float32": "float", "float16": "uint16_t", "bfloat16": "uint16_t", "bool": "uint8_t"}
-SHORT = {"float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fxquant.codegen.cpp.halves import SHORT
 from fxquant.codegen.cpp.plan import CTYPES, Plan
 from fxquant.codegen.cpp.quantize import row_text, signature
 
@@ -92,14 +93,13 @@ def rows(plan: Plan) -> str:
 
 def rounded(dtype: str, value: str) -> str:
     """A float rounded to a dtype."""
-    short = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype)
+    short = SHORT.get(dtype)
     return value if short is None else f"from_{short}(to_{short}({value}))"
 
 
 def _conversions(plan: Plan) -> str:
     """From the activation's dtype to floats, and to what products take."""
-    short = {"bfloat16": "bf16", "float16": "fp16"}
-    x = short.get(plan.spec.x_dtype)
+    x = SHORT.get(plan.spec.x_dtype)
     lines = [f"INLINE float x_of(stored_t x) {{ return {f'from_{x}(x)' if x else 'x'}; }}"]
     if plan.path == "bf16":
         value = "x" if x == "bf16" else "to_bf16(x_of(x))"

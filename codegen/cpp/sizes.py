@@ -8,11 +8,10 @@ import sympy
 import torch
 
 from fxquant.codegen.cpp import thirds
-from fxquant.codegen.cpp.layout import nested_count
+from fxquant.codegen.cpp.layout import nested_count, scales_count
 from fxquant.codegen.cpp.ops import constant
 from fxquant.codegen.cpp.plan import CHUNK, CTYPES, TILE, Plan
 from fxquant.codegen.indexing import E, K, N, index_text
-from fxquant.formats.blocks import block_grid
 
 _NAMES = {E: "e", N: "n", K: "k"}
 
@@ -31,7 +30,7 @@ def own(plan: Plan) -> str:
         ("BLOCK", plan.block, "inputs that are summed before a scale is applied"),
         ("CHUNK", plan.chunk, "inputs that are decoded at a time for many rows"),
         ("SUPER_ROWS", plan.super_rows, "rows that are worked off at a time"),
-        ("SCALES", block_grid(plan.encoding, weight.shape).count, "of the weight"),
+        ("SCALES", scales_count(plan), "of the weight"),
         ("NESTED", nested_count(plan), "scales of the scales"),
         ("OPERANDS", len(spec.epilogue.operands), "of the epilogue"),
         ("ENDS", plan.ends, "which operand says where the rows of each matrix end"),

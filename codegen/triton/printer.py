@@ -73,11 +73,8 @@ def statement(name: str, text: str, width: int = 90) -> list[str]:
     """An assignment, in several lines if it is long."""
     if len(name) + len(text) + 3 <= width:
         return [f"{name} = {text}"]
-    return [
-        f"{name} = (",
-        *textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    "),
-        ")",
-    ]
+    lines = textwrap.wrap(text, width - 4, break_long_words=False, break_on_hyphens=False)
+    return [f"{name} = (", *(f"    {line}" for line in lines), ")"]
 
 
 def call(name: str, args: Iterable[str]) -> str:

@@ -52,21 +52,23 @@ def write(where: Path, kernels: Sequence[Kernel]) -> list[Path]:
     Raises:
         FolderError: The folder cannot be made or written.
     """
-    written = []
+    written, shared = [], dict[str, str]()
     try:
         where.mkdir(parents=True, exist_ok=True)
         for kernel in kernels:
             key = cache.key_of(kernel.target, kernel.spec.to_json())[:8]
             name = f"{kernel.target}_{kernel.name}_{key}{SUFFIXES[kernel.target]}"
             path = where / index.file_of(where, kernel, name)
-            main, sections = kernel.source, dict[str, str]()
+            main = kernel.source
             if kernel.target == "cpp":
                 main, sections = divided(main)
-            for file, text in {path.name: main, **sections}.items():
-                cache.write_atomically(where / file, text)
+                shared |= sections
+            cache.write_atomically(path, main)
             spec = json.dumps(json.loads(kernel.spec.to_json()), indent=2)
             cache.write_atomically(path.with_suffix(".json"), spec + "\n")
             written.append(path)
+        for file, text in shared.items():
+            cache.write_atomically(where / file, text)
         index.add(
             where, [(path.name, kernel) for path, kernel in zip(written, kernels, strict=True)]
         )

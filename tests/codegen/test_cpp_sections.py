@@ -14,11 +14,13 @@ from fxquant.codegen.cpp import support
 from fxquant.codegen.cpp.isa import AMX, AVX2, AVX512, ISAS, PORTABLE
 from fxquant.codegen.cpp.sections import divided
 from fxquant.codegen.quantize import QuantizeSpec
+from fxquant.formats import Encoding
 from fxquant.runtime import toolchain
 from tests import golden
 from tests.codegen import cpp_harness
 from tests.codegen.cpp_specs import CHANNELS, NF4, SPECS, spec
 
+INT2 = Encoding(2, block=(1, 64), full_range=True)
 INCLUDE = re.compile(r'^#include "(.+)"  // .*\n', re.MULTILINE)
 MARK = re.compile(r"^// --- \w+: .* ---\n", re.MULTILINE)
 OPERATION = re.compile(r"^(?:template <[^{]*> )?INLINE .*|^struct \w+ {$", re.MULTILINE)
@@ -27,10 +29,6 @@ OPERATION = re.compile(r"^(?:template <[^{]*> )?INLINE .*|^struct \w+ {$", re.MU
 def put_together(main: str, files: dict[str, str]) -> str:
     """A kernel with its sections in the places where it includes them, but for their titles."""
     return INCLUDE.sub(lambda found: files[found[1]].partition("\n\n")[2], main)
-
-
-def words(text: str) -> list[str]:
-    return text.split()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -43,7 +41,7 @@ def test_nothing_is_lost(name: str, isa: str) -> None:
     shared = dict.fromkeys(files.keys() - own.keys(), "")
     head, *sections = MARK.split(source)
     of_kernels = [head, *sections[2:]]  # behind those of floats and of the instruction set
-    assert words(put_together(main, own | shared)) == words("".join(of_kernels))
+    assert put_together(main, own | shared).split() == "".join(of_kernels).split()
     # Of what all kernels share the whole is there, in the same words.
     whole = "".join(files[file] for file in shared)
     used = OPERATION.findall("".join(sections[:2]))
@@ -60,14 +58,11 @@ def test_kernels_of_other_sizes_share_all_sections(isa) -> None:
         first, files = divided(cpp.render(wide, Header(), isa))
         second, others = divided(cpp.render(tall, Header(), isa))
         assert first != second
-        same = files.keys() & others.keys()
-        # Sums of bytes may take registers that hold a whole block, of one length or of another.
-        assert files.keys() == others.keys() or {name.partition("_")[0] for name in same} >= {
-            *("fxquant", "weight", "rows", "few", "entry"),
-        }
-        assert all(files[name] == others[name] for name in same)
-        _, bf16 = divided(cpp.render(replace(wide, out_dtype="float32"), Header(), isa))
-        assert {name.partition("_")[0] for name in bf16.keys() & files.keys()} > {"weight", "few"}
+        assert files == others
+        _, floats = divided(cpp.render(replace(wide, out_dtype="float32"), Header(), isa))
+        assert {name.partition("_")[0] for name in floats.keys() & files.keys()} > {"weight", "few"}
+        _, two_bits = divided(cpp.render(spec("c", INT2, (512, 768)), Header(), isa))
+        assert not {name for name in two_bits.keys() & files.keys() if name.startswith("weight")}
 
 
 def test_what_is_included_is_told_by_its_name() -> None:

@@ -6,6 +6,7 @@ import torch
 from fxquant.codegen import Header, KernelSpec
 from fxquant.codegen.header import layers
 from fxquant.codegen.naming import name_for
+from fxquant.codegen.triton.printer import statement
 from fxquant.formats import Encoding
 from fxquant.runtime import cache, launch
 from tests.codegen import harness
@@ -100,3 +101,12 @@ def test_kernels_of_one_spec_are_one_whatever_they_are_called():
     launch.prepare(text, "cpp", Header(("b.down",)), device)
     second = launch.runner_of(text, "cpp", device)
     assert first.__self__ is second.__self__
+
+
+def test_long_statements_are_broken_between_words_only() -> None:
+    assert statement("add_0", "acc + value0") == ["add_0 = acc + value0"]
+    terms = " + ".join([f"tl.where(x > {number}e-05, -1.5e-07, x)" for number in range(9)])
+    long = f"{terms} + f({'x' * 120})"
+    first, *lines, last = statement("add_0", long)
+    assert (first, last) == ("add_0 = (", ")")
+    assert " ".join(line.strip() for line in lines) == long

@@ -184,7 +184,10 @@ def test_16_bits_are_multiplied_before_they_are_rounded(form, dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_size_that_is_multiplied_by_is_no_tensor(dtype) -> None:
     model = Block().to(dtype)
-    forward = lambda x: model.down(F.silu(model.a(x)) * x.shape[1])  # noqa: E731
+
+    def forward(x):
+        return model.down(F.silu(model.a(x)) * x.shape[1])
+
     found = run(forward, X.to(dtype), tol=40 * torch.finfo(dtype).eps, dynamic=True)
     assert any("down" in name for name in found.multiplied())
 
