@@ -10,8 +10,7 @@ from fxquant.codegen.cpp.rows import Member, members, shared_members
 
 def helpers(plan: Plan) -> str:
     """The text of ``pack`` and of what it needs, to be printed before the skeletons."""
-    spec, direct, parts = plan.spec, plan.reads_directly, {}
-    outliers = spec.outliers
+    direct, outliers, parts = plan.reads_directly, plan.spec.outliers, _panels(plan)
     text = ""
     if outliers is not None:
         text = _MARK_GIVEN if outliers.columns is not None else _MARK
@@ -42,17 +41,30 @@ def helpers(plan: Plan) -> str:
     if direct and plan.is_int8:
         made = f"if (call.is_line)\n    sum_blocks(x, sums, height);\n  else\n    {made}"
     parts["@MAKE@"] = f"  {made}"
-    # Behind others, one row is a panel: what it is read from holds those.
-    parts["@ALL@"] = "rows" if spec.grouped else "call.m"
     text += _MAKE_LINE + _PACK + (_PACK_TILES if plan.uses_tiles else "")
     for name in _HOLES:
         text = text.replace(name, parts.get(name, ""))
     return text
 
 
+def _panels(plan: Plan) -> dict[str, str]:
+    """What panels are made of, and whether a line is one."""
+    step = "lines[row][step]"
+    if not plan.panels_are_lines:
+        return {"@PANEL@": plan.panel_type, "@STEP@": f"words_of({step})"}
+    # Behind others, one row is a panel: what it is read from holds those.
+    rows = "rows" if plan.spec.grouped else "call.m"
+    return {
+        "@PANEL@": plan.panel_type,
+        "@STEP@": step,
+        "@SINGLE@": f"  const bool is_single = {rows} == 1 && height_of(1, heights) == 1;\n",
+        "@NO_PANEL@": "  if (is_single) return;\n",
+    }
+
+
 _HOLES = (
     *("@NOTHING@", "@UNLESS@", "@MADE_UNLESS@", "@FLAGS@", "@SUMS@", "@SCALE@", "@MAKE@"),
-    *("@APART@", "@IN_PLACE@", "@LINE@", "@ALL@"),
+    *("@APART@", "@IN_PLACE@", "@LINE@", "@SINGLE@", "@NO_PANEL@", "@PANEL@", "@STEP@"),
 )
 
 
@@ -89,7 +101,8 @@ def entry(plan: Plan) -> str:
         text = text.replace("@COUNT@", _COUNT)
         text = text.replace("@LOOP@", _LOOP.replace("@RUN@", run))
         text = text.replace("@CHOICE@", _CHOICE if plan.is_regular else "")
-        text = text.replace("@LINE@", _LINE if plan.is_regular else "")
+        has_line = plan.is_regular and plan.panels_are_lines
+        text = text.replace("@LINE@", _LINE if has_line else "")
     text = text.replace("@DIRECT@", _LINES if plan.reads_directly else "")
     team = "of" if plan.spec.grouped else "all"
     return text.replace("@MARK@", f"    mark_outliers(call, {team});\n" if has_outliers else "")
@@ -173,14 +186,12 @@ _PACK = """\
 template <int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
-  const bool is_single = @ALL@ == 1 && height_of(1, heights) == 1;
-@NOTHING@  const auto mine = of.part(E * rows);
+@SINGLE@@NOTHING@  const auto mine = of.part(E * rows);
   for (int64_t item = mine.first; @UNLESS@item < mine.last; ++item)
     make_line(call, super_first, rows, item, heights, item + 1 == mine.last,
               call.lines + item * ALL_STEPS);
   of.wait();
-  if (is_single) return;
-  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
+@NO_PANEL@  const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
   const int64_t parts = panels < of.threads ? of.threads : 1;
   for (int64_t item = of.thread; item < E * panels * parts; item += of.threads) {
     const int64_t e = item / parts / panels, panel_row = item / parts % panels * heights[0];
@@ -191,12 +202,12 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
       const int64_t line = std::min<int64_t>(panel_row + row, rows - 1);
       lines[row] = call.lines + (e * rows + line) * ALL_STEPS;
 @IN_PLACE@    }
-    x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
+    @PANEL@* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
     // A cache line of a row at a time: rows are often apart by what evicts each other.
     for (int64_t first = part.first * 16; first < part.last * 16; first += 16)
       for (int row = 0; row < height; ++row)
         for (int64_t step = first; step < first + 16; ++step)
-          panel[step * height + row] = lines[row][step];
+          panel[step * height + row] = @STEP@;
   }
   of.wait();
 }

@@ -65,7 +65,7 @@ _USUAL = {
     "avx512vbmi": Rates(20e9, {"int8": 5.5e9, "f32": 5.5e9}, {"int8": 5.5e9, "f32": 5.5e9}, 10e9),
     "avx512vnni": Rates(20e9, {"int8": 5.5e9, "f32": 5.5e9}, {"int8": 5.5e9, "f32": 5.5e9}, 10e9),
     "avx2vnni": Rates(20e9, {"int8": 4e9, "f32": 4.6e9}, {"int8": 5.7e9, "f32": 5.7e9}, 11e9),
-    "avx2": Rates(20e9, {"int8": 1e9, "f32": 5e9}, {"int8": 1.3e9, "f32": 7e9}, 18e9),
+    "avx2": Rates(20e9, {"int8": 1.5e9, "f32": 5e9}, {"int8": 1.8e9, "f32": 7e9}, 18e9),
     "portable": Rates(20e9, {"int8": 0.1e9, "f32": 1.3e9}, {"int8": 0.1e9, "f32": 1.3e9}, 5e9),
 }
 
@@ -117,7 +117,7 @@ def few_cost(plan: Plan) -> Cost:
     panels = sympy.ceiling(M / plan.few_heights[0])
     tiles, steps, weights = _tiles(plan), _steps(plan), plan.spec.weights
     at_once = min(plan.block, CHUNK)
-    decoded = panels * steps * _operand(plan)
+    decoded = panels * steps * (_operand(plan) + _words(plan))
     if plan.few_in_floats:
         steps = steps * plan.per_step
         decoded = panels * steps * _value(plan)
@@ -311,7 +311,9 @@ def _value(plan: Plan) -> int:
         return 3 if plan.encoding.is_uniform else 2 + 2 * isa.lanes
     if isa.vectors == "portable":
         return 3 * isa.lanes
-    return 6 if isa.vectors == "avx2" and bits == 4 else 2
+    if plan.joins_bytes:
+        return 3 if plan.has_half_factors else 4
+    return 2
 
 
 def _operand(plan: Plan) -> int:
@@ -326,6 +328,11 @@ def _operand(plan: Plan) -> int:
     if isa.vectors == "portable":
         return 12 * isa.lanes
     return 2 if isa.looks_up_bytes else 3
+
+
+def _words(plan: Plan) -> int:
+    """For the words that the bytes of an operand become."""
+    return 0 if plan.panels_are_lines else 2
 
 
 def _stored_operand(plan: Plan) -> int:

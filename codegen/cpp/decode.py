@@ -16,8 +16,9 @@ from fxquant.codegen.pointwise import bare
 
 def decode(plan: Plan) -> str:
     """The text of ``struct Decoder``, and of its tables."""
-    factors = plan.integers if plan.is_int8 and plan.path == "f32" else plan.levels
-    parts = [float_table("LEVELS", _widened([float(factor) for factor in factors]))]
+    if plan.joins_bytes:
+        return "\n".join([*_byte_tables(plan), *_struct(plan)])
+    parts = [float_table("LEVELS", _widened(list(plan.factors)))]
     if plan.path == "bf16" and plan.encoding.bits < 8:
         words = _widened([_bfloat16(level) for level in plan.levels], 32)
         parts.append(table("uint16_t", "OPERAND_LEVELS", [f"0x{word:04x}" for word in words]))
@@ -54,10 +55,32 @@ def float_table(name: str, values: Sequence[float]) -> str:
     return table("float", name, [bare(constant(value)) for value in values])
 
 
+def _bits(value: float) -> int:
+    """The bits of a float32."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    return int(bits)
+
+
 def _bfloat16(value: float) -> int:
     """The bits of a number rounded to bfloat16, ties to even."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    bits = _bits(value)
     return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+
+def _byte_tables(plan: Plan) -> list[str]:
+    """Floats byte by byte, the lowest first: four of them, or those of bfloat16."""
+    half = plan.has_half_factors
+    words = _widened([_bfloat16(f) << 16 if half else _bits(f) for f in plan.factors])
+    lines = [f"// Levels: {', '.join(f'{factor:.6g}' for factor in plan.factors)}."]
+    for byte in _looked_up(plan):
+        values = [f"0x{word >> 8 * byte & 255:02x}" for word in words]
+        lines.append(table("uint8_t", f"BYTE{byte}", values))
+    return lines
+
+
+def _looked_up(plan: Plan) -> tuple[int, ...]:
+    """Which bytes of a float are looked up."""
+    return (2, 3) if plan.has_half_factors else (0, 1, 2, 3)
 
 
 def _struct(plan: Plan) -> list[str]:
@@ -79,6 +102,8 @@ def _value(plan: Plan) -> list[str]:
         return [head, f"  return to_float({taken}(codes, 8 * place));", "}"]
     if bits == 8:
         return [head, f"  {_GATHER[isa]}", "}"]
+    if plan.joins_bytes:
+        return _value_of_bytes(plan, head)
     return [*_LOOKUP[isa](bits)[0], head, *_LOOKUP[isa](bits)[1], "}"]
 
 
@@ -100,22 +125,41 @@ def _lookup_avx512(bits: int) -> tuple[list[str], list[str]]:
     )
 
 
-def _lookup_avx2(bits: int) -> tuple[list[str], list[str]]:
-    index = f"  const vi index = shift_right(codes, {bits} * place);"
-    if bits == 2:
-        return (
-            ["vf levels = load(LEVELS);"],
-            [index, "  return _mm256_permutevar8x32_ps(levels, index);"],
-        )
-    return (
-        ["vf low = load(LEVELS), high = load(LEVELS + 8);"],
-        [
-            index,
-            "  const vf upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));",
-            "  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),",
-            "                          _mm256_permutevar8x32_ps(high, index), upper);",
-        ],
-    )
+def _value_of_bytes(plan: Plan, head: str) -> list[str]:
+    """A level put together of bytes: one look-up of a byte serves 32 codes, four vectors.
+
+    `head` and what follows are written for one place: the compiler makes what several share once.
+    """
+    bits, looked_up = plan.encoding.bits, _looked_up(plan)
+    tables = ", ".join(f"byte{byte} = both_lanes(BYTE{byte})" for byte in looked_up)
+    found = [f"  const vi b{b} = _mm256_shuffle_epi8(byte{b}, index);" for b in looked_up]
+    half, shift = len(looked_up) == 2, f"{bits} * (place / 4)"
+    return [
+        f"vi {tables};",
+        f"vi order = both_lanes({'PAIRS' if half else 'TRANSPOSED'});",
+        head,
+        f"  const vi code = shift_right(_mm256_shuffle_epi8(codes, order), {shift});",
+        "  const vi index = _mm256_and_si256(code, _mm256_set1_epi8(15));",
+        *found,
+        *(_OF_TWO_BYTES if half else _OF_FOUR_BYTES),
+        "}",
+    ]
+
+
+_OF_TWO_BYTES = (
+    "  const bool first = place % 4 < 2;",
+    "  const vi pair = first ? _mm256_unpacklo_epi8(b2, b3) : _mm256_unpackhi_epi8(b2, b3);",
+    "  const vi upper = _mm256_set1_epi32(int(0xffff0000u));",
+    "  const vi level = place % 2 ? _mm256_and_si256(pair, upper) : _mm256_slli_epi32(pair, 16);",
+    "  return _mm256_castsi256_ps(level);",
+)
+_OF_FOUR_BYTES = (
+    "  const bool first = place % 4 < 2;",
+    "  const vi low = first ? _mm256_unpacklo_epi8(b0, b1) : _mm256_unpackhi_epi8(b0, b1);",
+    "  const vi high = first ? _mm256_unpacklo_epi8(b2, b3) : _mm256_unpackhi_epi8(b2, b3);",
+    "  return _mm256_castsi256_ps(place % 2 ? _mm256_unpackhi_epi16(low, high)",
+    "                                       : _mm256_unpacklo_epi16(low, high));",
+)
 
 
 def _lookup_portable(bits: int) -> tuple[list[str], list[str]]:
@@ -131,7 +175,7 @@ def _lookup_portable(bits: int) -> tuple[list[str], list[str]]:
     )
 
 
-_LOOKUP = {"avx512": _lookup_avx512, "avx2": _lookup_avx2, "portable": _lookup_portable}
+_LOOKUP = {"avx512": _lookup_avx512, "portable": _lookup_portable}
 
 
 def _operand(plan: Plan) -> list[str]:

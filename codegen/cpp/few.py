@@ -23,6 +23,7 @@ def few(plan: Plan) -> str:
         for height in plan.few_heights
     )
     text = _FLOAT_LINE + _FEW if plan.few_in_floats else _FEW
+    operands = _AS_OPERANDS | {"@X@": plan.panel_type}
     for name, value in {
         "@TILES@": _TILES if plan.spec.weights == 1 else _TILES_OF_SEVERAL,
         "@NEAR@": "" if plan.isa.looks_ahead else "      bring_near(codes + NEAR + v * LANES);\n",
@@ -31,14 +32,13 @@ def few(plan: Plan) -> str:
         "@END@": end,
         "@ZEROS@": zeros,
         "@HEIGHTS@": heights,
-        **(_AS_FLOATS if plan.few_in_floats else _AS_OPERANDS),
+        **(_AS_FLOATS if plan.few_in_floats else operands),
     }.items():
         text = text.replace(name, value)
     return plan.placed(text)
 
 
 _AS_OPERANDS = {
-    "@X@": "x_t",
     "@COUNT@": "STEPS",
     "@OPERAND@": "operand",
     "@STEP@": "step",
@@ -144,7 +144,7 @@ _ASKS = """\
 _FEW = """\
 // Vectors of outputs whose sums are kept at once.
 constexpr int vectors_of(int rows, int all) {
-  return all == 1 || rows * all <= MOST_SUMS ? all : vectors_of(rows, all / 2);
+  return all == 1 || rows * all <= SUMS_AT_ONCE ? all : vectors_of(rows, all / 2);
 }
 
 // ROWS rows against groups of a tile: totals[row][64] += , for VECTORS vectors of outputs.

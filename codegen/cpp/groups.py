@@ -25,9 +25,11 @@ def loop(plan: Plan, run: str) -> str:
         # What is a line as it is lies where it was given.
         here = "call.x + first * call.x_row"
         line = f"call.is_line ? const_cast<x_t*>(reinterpret_cast<const x_t*>({here})) : own.lines"
-    choice = _CHOICE.replace("@LINE@", line) if plan.is_regular else ""
+    choice = _CHOICE if plan.is_regular else ""
+    has_line = plan.is_regular and plan.panels_are_lines
+    choice += _SINGLE.replace("@LINE@", line) if has_line else ""
     return (
-        _LOOP.replace("@PANELS@", "    x_t* const panels = own.panels;\n" if choice else "")
+        _LOOP.replace("@PANELS@", "    x_t* const panels = own.panels;\n" if has_line else "")
         .replace("@CHOICE@", choice)
         .replace("@RUN@", textwrap.indent(run, "  "))
         .replace("@GIVEN@", ", ".join(given))
@@ -40,7 +42,11 @@ COUNT = """\
 """Scratch memory of a call: its rows are worked off by all threads, some at a time."""
 
 _CHOICE = """\
-        const bool is_few = end - start <= most_few, is_line = is_few && rows == 1;
+        const bool is_few = end - start <= most_few;
+"""
+
+_SINGLE = """\
+        const bool is_line = is_few && rows == 1;
         own.panels = panels;  // a panel of one row is a line
         if (is_line) own.panels = @LINE@;
 """

@@ -16,6 +16,7 @@ class Isa:
         flags: Arguments that make g++ and clang++ use it.
         features: What a processor must have to run it, as ``/proc/cpuinfo`` spells it.
         sums: Registers that few rows keep their sums in.
+        sums_at_once: How many of them different outputs or rows have, others being for turns.
         few_heights: Rows of a panel that is multiplied with codes decoded in registers, the most
             first.
         many_heights: Rows of a panel that is multiplied with a decoded tile, the most first.
@@ -34,6 +35,7 @@ class Isa:
     vectors: str
     lanes: int
     sums: int
+    sums_at_once: int
     few_heights: tuple[int, ...]
     many_heights: tuple[int, ...]
     flags: tuple[str, ...] = ()
@@ -46,6 +48,11 @@ class Isa:
     looks_ahead: bool = True
     has_tiles: bool = False
 
+    @property
+    def splits_bytes(self) -> bool:
+        """Whether products of bytes are made of products of words, which halves of them become."""
+        return self.vectors == "avx2" and not self.dot_int8
+
 
 _FLAGS_512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni"),
@@ -56,6 +63,7 @@ AVX512 = Isa(
     "avx512",
     "avx512",
     16,
+    24,
     24,
     (16, 12, 8, 6, 4, 3, 2, 1),
     (12, 8, 4),
@@ -98,6 +106,7 @@ AVX2 = Isa(
     "avx2",
     8,
     10,
+    4,
     (8, 4, 3, 2, 1),
     (6, 4, 2),
     ("-mavx2", "-mfma", "-mf16c"),
@@ -110,7 +119,7 @@ AVX2_VNNI = replace(
     features=(*AVX2.features, "avx_vnni"),
     dot_int8=True,
 )
-PORTABLE = Isa("portable", "portable", 8, 8, (8, 4, 2, 1), (4, 2))
+PORTABLE = Isa("portable", "portable", 8, 8, 8, (8, 4, 2, 1), (4, 2))
 
 ISAS = {isa.name: isa for isa in (AMX, AVX512, AVX512_VBMI, AVX512_VNNI, AVX2_VNNI, AVX2, PORTABLE)}
 """The instruction sets by name, the best first."""

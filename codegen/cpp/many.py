@@ -51,6 +51,7 @@ def _panels(plan: Plan) -> str:
     )
     inner = _MANY_BLOCKS if plan.keeps_totals else _MANY
     text = (inner + _HEIGHTS).replace("@BEGIN@", begin).replace("@END@", end)
+    text = text.replace("@X@", plan.panel_type)
     return text.replace("@HEIGHTS@", heights)
 
 
@@ -179,7 +180,7 @@ void decode_chunk(const Weight& w, int64_t tile, int64_t first, int64_t last, ui
 _MANY = """\
 // ROWS rows against steps of a decoded tile: totals[row][64] += .
 template <int ROWS>
-ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
+ALONE void many_rows(const uint32_t* w, int64_t steps, const @X@* x, const xsum_t* sums,
                const float* scale, const float* zeros, float* totals) {
   (void)sums, (void)scale, (void)zeros;
   for (int at0 = 0; at0 < TILE; at0 += 2 * LANES) {
@@ -190,14 +191,10 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
       at<i>(part) = @BEGIN@;
     });
     const operand_t* ws = reinterpret_cast<const operand_t*>(w) + at0;
-    const x_t* xs = x;
+    const @X@* xs = x;
 #pragma GCC unroll 1
     for (int64_t step = 0; step < steps; ++step) {
-      const auto w0 = load(ws), w1 = load(ws + LANES);
-      each<ROWS>([&](auto row) INLINE_LAMBDA {
-        dot(at<2 * row>(part), w0, xs + row);
-        dot(at<2 * row + 1>(part), w1, xs + row);
-      });
+      add_products<ROWS>(part, ws, xs);
       ws += TILE;
       xs += ROWS;
     }
@@ -216,13 +213,13 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
 _MANY_BLOCKS = """\
 // ROWS rows against some blocks of a decoded tile, with totals in registers: totals[row][64] += .
 template <int ROWS>
-ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* all_sums,
+ALONE void many_rows(const uint32_t* w, int64_t steps, const @X@* x, const xsum_t* all_sums,
                      const float* scales, const float* all_zeros, float* totals) {
   for (int at_n = 0; at_n < TILE; at_n += LANES) {
     Sums<ROWS, vf> total;
     each<ROWS>([&](auto row) INLINE_LAMBDA { at<row>(total) = load(totals + row * TILE + at_n); });
     const uint32_t *ws = w + at_n, *last = ws + steps * TILE;
-    const x_t* xs = x;
+    const @X@* xs = x;
     const xsum_t* sums = all_sums;
     const float *scale = scales, *zeros = all_zeros;
     (void)sums, (void)zeros;
@@ -247,7 +244,7 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
 """
 
 _HEIGHTS = """
-void many_rows(int height, const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
+void many_rows(int height, const uint32_t* w, int64_t steps, const @X@* x, const xsum_t* sums,
                const float* scale, const float* zeros, float* totals) {
   switch (height) {
 @HEIGHTS@

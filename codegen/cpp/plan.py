@@ -135,6 +135,16 @@ class Plan:
             return "int8" if self.is_regular and not self._keeps_both_levels else "f32"
         return "bf16" if self.spec.compute_dtype == "bfloat16" and self.isa.dot_bf16 else "f32"
 
+    @property
+    def panels_are_lines(self) -> bool:
+        """Whether a panel of one row is its line: the steps of rows are the same in both."""
+        return not (self.isa.splits_bytes and self.path == "int8")
+
+    @property
+    def panel_type(self) -> str:
+        """What a step of a row is in a panel."""
+        return "x_t" if self.panels_are_lines else "Words"
+
     # --- codes ---
 
     @property
@@ -153,16 +163,25 @@ class Plan:
         return self.per_dword // self.per_step
 
     @property
+    def joins_bytes(self) -> bool:
+        """Whether floats are put together of bytes, each of which is looked up by itself."""
+        return self.isa.vectors == "avx2" and self.path == "f32" and self.encoding.bits < 8
+
+    @property
+    def side_by_side(self) -> int:
+        """Inputs in a row whose codes one shift moves to where they are looked up."""
+        return 4 if self.joins_bytes else self.per_step
+
+    @property
     def places(self) -> tuple[int, ...]:
         """For each place in a dword, from the low bits, the input whose code stands there.
 
-        Step j of a group takes the codes at places ``j, j + steps, j + 2 * steps ..`` for the
-        inputs ``j * per_step, j * per_step + 1 ..``: they fall into the halves or the bytes of
-        a dword by one shift.
+        The codes at places ``j, j + apart, j + 2 * apart ..`` are those of `side_by_side` inputs:
+        they fall into the halves or the bytes of a dword by one shift.
         """
+        apart = self.per_dword // self.side_by_side
         return tuple(
-            (place % self.steps) * self.per_step + place // self.steps
-            for place in range(self.per_dword)
+            (place % apart) * self.side_by_side + place // apart for place in range(self.per_dword)
         )
 
     @property
@@ -267,6 +286,17 @@ class Plan:
         """Levels as the integers that are multiplied with int8 activations."""
         found = int8_levels(self.encoding)[0]
         return tuple(map(int, self.levels if found is None else found))
+
+    @property
+    def factors(self) -> tuple[float, ...]:
+        """What floats are multiplied with: levels, or integers for activations that are some."""
+        return tuple(map(float, self.integers)) if self.is_int8 else self.levels
+
+    @property
+    def has_half_factors(self) -> bool:
+        """Whether `factors` may be bfloat16: they are, or are rounded to it for the product."""
+        exact = torch.tensor(self.factors, dtype=torch.float32)
+        return self.spec.compute_dtype == "bfloat16" or bool((exact.bfloat16() == exact).all())
 
     @property
     def _keeps_both_levels(self) -> bool:

@@ -20,9 +20,10 @@ def render_rates(isa: Isa) -> str:
     parts = ["// Rates of a machine.", support.text(), support.text(isa)]
     for path in paths(isa):
         operand = "float" if path == "f32" else "uint32_t"
+        of_row = "Words" if path == "int8" and isa.splits_bytes else operand
         sums = "uint32_t" if path == "int8" else "float"
         kind = "vi" if path == "int8" else "vf"
-        body = _DOTS.replace("@OPERAND@", operand).replace("@SUM@", sums)
+        body = _DOTS.replace("@OPERAND@", operand).replace("@X@", of_row).replace("@SUM@", sums)
         texts = [f"using sum_t = {kind};", body]
         has_tiles = isa.has_tiles and path != "f32"
         texts += [_TILES.replace("@DOT@", _TILE_DOTS[path])] if has_tiles else []
@@ -42,19 +43,20 @@ _TILE_DOTS = {"bf16": unit.BF16, "int8": unit.BIASED}
 _DOTS = """\
 // A panel of rows against one or two vectors of operands.
 template <int ROWS, int WIDE> ALONE int64_t dots(int64_t turns) {
-  alignas(64) @OPERAND@ x[ROWS] = {}, w[WIDE * LANES] = {};
+  alignas(64) @X@ x[ROWS] = {};
+  alignas(64) @OPERAND@ w[WIDE * LANES] = {};
   asm volatile("" : : "r"(x), "r"(w) : "memory");
   Sums<ROWS * WIDE, sum_t> sums;
   each<ROWS * WIDE>([&](auto i) INLINE_LAMBDA { at<i>(sums) = sum_t{}; });
 #pragma GCC unroll 1
   for (int64_t turn = 0; turn < turns; ++turn) {
     asm volatile("" : : : "memory");  // what is multiplied may have changed
-    const auto w0 = load(w), w1 = load(w + (WIDE - 1) * LANES);
-    (void)w1;
-    each<ROWS>([&](auto row) INLINE_LAMBDA {
-      dot(at<WIDE * row>(sums), w0, x + row);
-      if constexpr (WIDE == 2) dot(at<WIDE * row + 1>(sums), w1, x + row);
-    });
+    if constexpr (WIDE == 2) {
+      add_products<ROWS>(sums, w, x);
+    } else {
+      const auto w0 = load(w);
+      each<ROWS>([&](auto row) INLINE_LAMBDA { dot(at<row>(sums), w0, x + row); });
+    }
   }
   sum_t all{};
   each<ROWS * WIDE>([&](auto i) INLINE_LAMBDA { all = add(all, at<i>(sums)); });

@@ -61,7 +61,7 @@ def restore(plan: Plan, prepared: Tensor, last: Tensor) -> Tensor:
         some = tiles[e, first : first + step]
         parts = [some >> shift & 2**bits - 1 for shift in range(0, 8, bits)]
         # [tile, group, output, place]; where a place's input stands, `Plan.places` says.
-        each = torch.stack(parts, -1).view(*some.shape[:3], plan.per_step, plan.steps)
+        each = torch.stack(parts, -1).view(*some.shape[:3], plan.side_by_side, -1)
         each = each.permute(0, 2, 1, 4, 3).reshape(-1, plan.k_padded)
         here = matrices[e, first * TILE : (first + step) * TILE]
         here.copy_(each[: len(here), :k])

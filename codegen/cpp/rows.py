@@ -52,7 +52,7 @@ def members(plan: Plan) -> list[Member]:
     panels = "E * all * ALL_STEPS * 3 / 2" if plan.has_thirds else "E * all * ALL_STEPS"
     found = [
         Member("x_t", "lines", "E * rows * ALL_STEPS", "[e][row][step]"),
-        Member("x_t", "panels", panels, "[e][panel][step][row of it]"),
+        Member(plan.panel_type, "panels", panels, "[e][panel][step][row of it]"),
         Member(
             *("xsum_t", "sums", sums),
             "[e][panel][block][row of it]: sums of the activation"

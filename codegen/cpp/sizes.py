@@ -93,6 +93,7 @@ def derived(plan: Plan) -> str:
     of_isa = (
         ("STEPS", str(plan.steps), "instructions that use up a group"),
         ("MOST_SUMS", str(plan.isa.sums), "registers of sums"),
+        ("SUMS_AT_ONCE", str(plan.isa.sums_at_once), "of them, without those for turns"),
         ("PLACES", plan.places, "of a dword: whose codes stand there"),
         ("MOST_ROWS", str(max(heights)), "of a panel"),
         ("FEW_HEIGHTS", plan.few_heights, "of panels, in rows"),

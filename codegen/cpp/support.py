@@ -46,7 +46,8 @@ def for_isa(isa: Isa, used: Collection[str]) -> str:
     """
     parts = [vectors.vectors(isa.vectors), vectors.pair(isa) if "bf16" in used else ""]
     parts += [vectors.dot(isa, path) for path in used]
-    parts += [_SUMS, SHARE, _PANELS, _MEMORY, UNIT if isa.has_tiles else ""]
+    parts += [_SUMS, vectors.products(isa, used), SHARE, _PANELS, _MEMORY]
+    parts.append(UNIT if isa.has_tiles else "")
     inner = "\n\n".join(part.strip("\n") for part in parts if part)
     head = "\n".join([*_headers(isa), _OPENMP])
     return f"{head}\nnamespace {{\n\n{inner}\n\n}}  // namespace\n"

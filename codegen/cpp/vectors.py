@@ -6,6 +6,8 @@ every instruction set.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from fxquant.codegen.cpp.isa import Isa
 
 _AVX512 = """\
@@ -60,6 +62,14 @@ INLINE vi sign_byte(vi x, int first) {  // the byte that starts at a bit, as a s
   return vi(vs(vu(x) << (24 - first)) >> 24);
 }
 INLINE vi plain_byte(vi x, int first) { return vi(vu(x) >> first & 255u); }
+INLINE vi both_lanes(const uint8_t* p) {  // 16 bytes, in each half of a vector
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Where the bytes of four dwords go to, in halves of which unpacking makes four dwords of each
+// byte: the first two bytes in one half, or the first of all before the second ones.
+constexpr uint8_t PAIRS[16] = {0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15};
+constexpr uint8_t TRANSPOSED[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
 """
 
 _PORTABLE = """\
@@ -108,6 +118,14 @@ _DOT_FLOAT = """\
 INLINE void dot(vf& sum, vf w, const float* x) { sum = fma(w, spread(*x), sum); }
 """
 
+_DOT_FLOAT_AVX2 = """\
+// In one piece: what outputs share GCC would load into a register each, and run out of them.
+INLINE void dot(vf& sum, vf w, const float* x) {
+  vf all;
+  asm("vbroadcastss %3, %1\\n\\tvfmadd231ps %1, %2, %0" : "+x"(sum), "=&x"(all) : "x"(w), "m"(*x));
+}
+"""
+
 _DOT_FLOAT_AVX512 = """\
 // Left to itself GCC loads every activation into a register first, and runs out of them.
 INLINE void dot(vf& sum, vf w, const float* x) {
@@ -130,13 +148,37 @@ INLINE void dot(vi& sum, vi w, const uint32_t* x) { dot(sum, w, spread(*x)); }
 }
 _DOT_INT8_WITHOUT = {
     "avx2": """\
-INLINE void dot(vi& sum, vi w, vi x) {  // += four unsigned bytes times signed ones, exactly
-  const vi w_even = _mm256_and_si256(w, _mm256_set1_epi16(255)), w_odd = _mm256_srli_epi16(w, 8);
-  const vi x_even = _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8), x_odd = _mm256_srai_epi16(x, 8);
-  const vi pairs = add(_mm256_madd_epi16(w_even, x_even), _mm256_madd_epi16(w_odd, x_odd));
-  sum = add(sum, pairs);
+// Bytes are multiplied as 16-bit words, exactly: the first and third of four, then the others.
+// These are an activation's.
+struct Words {
+  uint32_t evens, odds;
+};
+INLINE uint32_t signed_words(uint32_t bytes) {  // of two unsigned ones
+  const uint32_t signs = bytes & 0x00800080u;
+  return bytes | ((signs << 9) - (signs << 1));
 }
-INLINE void dot(vi& sum, vi w, const uint32_t* x) { dot(sum, w, spread(*x)); }
+INLINE Words words_of(uint32_t four) {
+  return {signed_words(four & 0x00ff00ffu), signed_words(four >> 8 & 0x00ff00ffu)};
+}
+INLINE vi evens(vi w) { return _mm256_and_si256(w, _mm256_set1_epi16(255)); }
+INLINE vi odds(vi w) { return _mm256_srli_epi16(w, 8); }
+
+// In one piece each: between them GCC would spill sums.
+INLINE void add_words(vi& sum, vi w, const uint32_t& x) {
+  vi both;
+  asm("vpbroadcastd %3, %1\\n\\tvpmaddwd %1, %2, %1\\n\\tvpaddd %1, %0, %0"
+      : "+x"(sum), "=&x"(both) : "x"(w), "m"(x));
+}
+INLINE void add_words(vi& sum0, vi& sum1, vi w0, vi w1, const uint32_t& x) {
+  vi both0, both1;
+  asm("vpbroadcastd %6, %2\\n\\tvpmaddwd %2, %5, %3\\n\\tvpmaddwd %2, %4, %2\\n\\t"
+      "vpaddd %2, %0, %0\\n\\tvpaddd %3, %1, %1"
+      : "+x"(sum0), "+x"(sum1), "=&x"(both0), "=&x"(both1) : "x"(w0), "x"(w1), "m"(x));
+}
+INLINE void dot(vi& sum, vi w, const Words* x) {  // += four unsigned bytes times signed ones
+  add_words(sum, evens(w), x->evens);
+  add_words(sum, odds(w), x->odds);
+}
 """,
     "portable": """\
 INLINE void dot(vi& sum, vi w, vi x) {  // += four unsigned bytes times signed ones
@@ -179,4 +221,59 @@ def dot(isa: Isa, path: str) -> str:
         return (_DOT_INT8 if isa.dot_int8 else _DOT_INT8_WITHOUT)[isa.vectors]
     if path == "bf16":
         return _DOT_BF16
-    return _DOT_FLOAT_AVX512 if isa.vectors == "avx512" else _DOT_FLOAT
+    return {"avx512": _DOT_FLOAT_AVX512, "avx2": _DOT_FLOAT_AVX2}.get(isa.vectors, _DOT_FLOAT)
+
+
+_PRODUCTS = """\
+// Rows times two vectors: sums[row][2] += .
+template <int ROWS, typename S, typename W, typename X>
+INLINE void add_products(Sums<2 * ROWS, S>& sums, const W* w, const X* x) {
+  const auto w0 = load(w), w1 = load(w + LANES);
+  each<ROWS>([&](auto row) INLINE_LAMBDA {
+    dot(at<2 * row>(sums), w0, x + row);
+    dot(at<2 * row + 1>(sums), w1, x + row);
+  });
+}
+"""
+_PRODUCTS_OF_FLOATS = """\
+// Rows times two vectors: sums[row][2] += .
+template <int ROWS>
+INLINE void add_products(Sums<2 * ROWS, vf>& sums, const float* w, const float* x) {
+  const vf w0 = load(w), w1 = load(w + LANES);
+  each<ROWS>([&](auto row) INLINE_LAMBDA {
+    const vf all = spread(x[row]);
+    at<2 * row>(sums) = fma(w0, all, at<2 * row>(sums));
+    at<2 * row + 1>(sums) = fma(w1, all, at<2 * row + 1>(sums));
+  });
+}
+"""
+_PRODUCTS_OF_WORDS = """\
+// Rows times two vectors: sums[row][2] += . All rows first take one half of the weight's bytes, for
+// which there are registers.
+template <int ROWS>
+INLINE void add_products(Sums<2 * ROWS, vi>& sums, const uint32_t* w, const Words* x) {
+  const vi w0 = load(w), w1 = load(w + LANES);
+  const vi even0 = evens(w0), even1 = evens(w1);
+  each<ROWS>([&](auto row) INLINE_LAMBDA {
+    add_words(at<2 * row>(sums), at<2 * row + 1>(sums), even0, even1, x[row].evens);
+  });
+  const vi odd0 = odds(w0), odd1 = odds(w1);
+  each<ROWS>([&](auto row) INLINE_LAMBDA {
+    add_words(at<2 * row>(sums), at<2 * row + 1>(sums), odd0, odd1, x[row].odds);
+  });
+}
+"""
+
+
+def products(isa: Isa, paths: Collection[str]) -> str:
+    """The text of ``add_products``: `dot` for a panel of rows and two vectors.
+
+    Args:
+        isa: The instruction set.
+        paths: What is multiplied.
+    """
+    if isa.vectors != "avx2":
+        return _PRODUCTS
+    of_bytes = _PRODUCTS_OF_WORDS if isa.splits_bytes else _PRODUCTS
+    own = {"f32": _PRODUCTS_OF_FLOATS, "int8": of_bytes}
+    return "\n".join(own[path] for path in paths)

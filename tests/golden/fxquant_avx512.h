@@ -95,6 +95,16 @@ template <int I, int COUNT, typename T> INLINE T& at(Sums<COUNT, T>& sums) {
     return at<I - 1>(sums.rest);
 }
 
+// Rows times two vectors: sums[row][2] += .
+template <int ROWS, typename S, typename W, typename X>
+INLINE void add_products(Sums<2 * ROWS, S>& sums, const W* w, const X* x) {
+  const auto w0 = load(w), w1 = load(w + LANES);
+  each<ROWS>([&](auto row) INLINE_LAMBDA {
+    dot(at<2 * row>(sums), w0, x + row);
+    dot(at<2 * row + 1>(sums), w1, x + row);
+  });
+}
+
 // How many items of its part were taken from a thread: of this work, and of the next or the last.
 struct Turn {
   alignas(64) int64_t taken[2];

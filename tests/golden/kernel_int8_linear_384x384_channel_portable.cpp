@@ -53,8 +53,8 @@ INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int
 
 }  // namespace
 
-#include "weight_5696005a.h"  // the repacked weight and its scales
+#include "weight_2a141c00.h"  // the repacked weight and its scales
 #include "rows_8aade8df.h"  // of the activation, packed, and of the result
-#include "few_548684da.h"  // few rows: every code is decoded in registers and used
-#include "many_435c7c50.h"  // many rows: tiles of the weight are decoded once
+#include "few_070e77da.h"  // few rows: every code is decoded in registers and used
+#include "many_31deb4bc.h"  // many rows: tiles of the weight are decoded once
 #include "entry_48a4d65c.h"  // what is called from outside

@@ -74,8 +74,8 @@ INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int
 
 }  // namespace
 
-#include "weight_db52d749.h"  // the repacked weight and its scales
+#include "weight_647b9e53.h"  // the repacked weight and its scales
 #include "rows_26cbab28.h"  // of the activation, packed, and of the result
-#include "few_39d98c20.h"  // few rows: every code is decoded in registers and used
+#include "few_ae01ec9e.h"  // few rows: every code is decoded in registers and used
 #include "many_f5572a06.h"  // many rows: tiles of the weight are decoded once
 #include "entry_e6170e75.h"  // what is called from outside

@@ -72,8 +72,8 @@ INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int
 
 }  // namespace
 
-#include "weight_ed01da2b.h"  // the repacked weight and its scales
+#include "weight_b12db501.h"  // the repacked weight and its scales
 #include "rows_25aaaf94.h"  // of the activation, packed, and of the result
-#include "few_0eec7322.h"  // few rows: every code is decoded in registers and used
-#include "many_92eac529.h"  // many rows: tiles of the weight are decoded once
+#include "few_48e1b0e8.h"  // few rows: every code is decoded in registers and used
+#include "many_28a6239b.h"  // many rows: tiles of the weight are decoded once
 #include "entry_b2f7d84c.h"  // what is called from outside

@@ -74,8 +74,8 @@ INLINE void finish_row(const Call& call, int64_t e, int64_t row, int64_t n0, int
 
 }  // namespace
 
-#include "weight_faa7cdc6.h"  // the repacked weight and its scales
-#include "rows_f3b8b3c4.h"  // of the activation, packed, and of the result
-#include "few_5dbabbd4.h"  // few rows: every code is decoded in registers and used
-#include "many_741d82ef.h"  // many rows: tiles of the weight are decoded once
-#include "entry_dbe147fb.h"  // what is called from outside
+#include "weight_950c6ecc.h"  // the repacked weight and its scales
+#include "rows_09c36f47.h"  // of the activation, packed, and of the result
+#include "few_f221663b.h"  // few rows: every code is decoded in registers and used
+#include "many_aa4d4df1.h"  // many rows: tiles of the weight are decoded once
+#include "entry_802a131d.h"  // what is called from outside

@@ -9,6 +9,7 @@ using xsum_t = float;
 typedef uint16_t half_t __attribute__((may_alias));  // bfloat16, read in pairs
 constexpr int STEPS = 4;  // instructions that use up a group
 constexpr int MOST_SUMS = 24;  // registers of sums
+constexpr int SUMS_AT_ONCE = 24;  // of them, without those for turns
 constexpr int PLACES[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of a dword: whose codes stand there
 constexpr int MOST_ROWS = 16;  // of a panel
 constexpr int FEW_HEIGHTS[8] = {16, 12, 8, 6, 4, 3, 2, 1};  // of panels, in rows

@@ -2,62 +2,47 @@
 
 namespace {
 
-// A line of bfloat16 as floats: made once for all tiles.
-struct FloatLine {
-  float* floats;
-  const x_t* made_of = nullptr;
-
-  const float* of(const x_t* line) {
-    if (line != made_of) {
-      const half_t* half = reinterpret_cast<const half_t*>(line);
-      for (int64_t k = 0; k < K_PADDED; ++k) floats[k] = from_bf16(half[k]);
-      made_of = line;
-    }
-    return floats;
-  }
-};
-
 // Vectors of outputs whose sums are kept at once.
 constexpr int vectors_of(int rows, int all) {
-  return all == 1 || rows * all <= MOST_SUMS ? all : vectors_of(rows, all / 2);
+  return all == 1 || rows * all <= SUMS_AT_ONCE ? all : vectors_of(rows, all / 2);
 }
 
 // ROWS rows against groups of a tile: totals[row][64] += , for VECTORS vectors of outputs.
 template <int ROWS, int VECTORS>
-ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const float* x,
+ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const x_t* x,
                     const xsum_t* sums, uint32_t once, const float* scale, const float* zeros,
                     float* totals) {
   // Few sums would wait for each other: they are made in turns.
-  constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && PER_DWORD > 1 ? 2 : 1;
-  constexpr bool ASKS_AHEAD = true;
+  constexpr int TURNS = ROWS * VECTORS * 2 <= MOST_SUMS && STEPS > 1 ? 2 : 1;
+  // Where reading in order is all there is to do, processors look ahead better by themselves.
+  constexpr bool ASKS_AHEAD = VECTORS * LANES < TILE || ROWS * STEPS > 4;
   (void)ahead, (void)sums, (void)once, (void)zeros;
   const Decoder decoder;
   Sums<VECTORS * ROWS, sum_t> part, turn;
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
     constexpr int row = i % ROWS;
     (void)row;
-    at<i>(part) = sum_t{};
+    at<i>(part) = spread(once * uint32_t(sums[row]));
     if constexpr (TURNS == 2) at<i>(turn) = sum_t{};
   });
 #pragma GCC unroll 1
   for (int64_t group = 0; group < groups; ++group) {
     each<VECTORS>([&](auto v) INLINE_LAMBDA {
       if constexpr (ASKS_AHEAD) prefetch(ahead + v * LANES);
-      bring_near(codes + NEAR + v * LANES);
       const vi code = load(codes + v * LANES);
-      each<PER_DWORD>([&](auto step) INLINE_LAMBDA {
-        const auto operand = decoder.value(code, step);
+      each<STEPS>([&](auto step) INLINE_LAMBDA {
+        const auto operand = decoder.operand(code, step);
         each<ROWS>([&](auto row) INLINE_LAMBDA {
           if constexpr (TURNS == 2 && step % 2)
-            dot(at<v * ROWS + row>(turn), operand, x + PLACES[step] * ROWS + row);
+            dot(at<v * ROWS + row>(turn), operand, x + step * ROWS + row);
           else
-            dot(at<v * ROWS + row>(part), operand, x + PLACES[step] * ROWS + row);
+            dot(at<v * ROWS + row>(part), operand, x + step * ROWS + row);
         });
       });
     });
     codes += TILE;
     ahead += VECTORS * LANES;
-    x += PER_DWORD * ROWS;
+    x += STEPS * ROWS;
   }
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
     constexpr int row = i % ROWS, v = i / ROWS;
@@ -70,7 +55,7 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
 
 // ROWS rows against one tile of outputs: totals[row][64].
 template <int ROWS>
-void few_rows(const Weight& w, int64_t tile, const float* x, const xsum_t* sums, float* totals) {
+void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, float* totals) {
   constexpr int VECTORS = vectors_of(ROWS, TILE / LANES);
   Scales scales(w, tile);
   std::memset(totals, 0, ROWS * TILE * sizeof(float));
@@ -84,52 +69,37 @@ void few_rows(const Weight& w, int64_t tile, const float* x, const xsum_t* sums,
       // Asked for meanwhile: what lies as far on as this is long, in the order in memory.
       const uint32_t* ahead = codes + GROUPS_AT_ONCE * TILE;
       for (int n = 0; n < TILE; n += VECTORS * LANES, ahead += groups * VECTORS * LANES)
-        few_sums<ROWS, VECTORS>(codes + n, ahead, groups, x + group * PER_DWORD * ROWS,
+        few_sums<ROWS, VECTORS>(codes + n, ahead, groups, x + group * STEPS * ROWS,
                                 sums + block * ROWS, group == start, scale + n, zeros + n,
                                 totals + n);
     }
   }
 }
 
-void few_rows(int height, const Weight& w, int64_t tile, const float* x, const xsum_t* sums,
+void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums,
               float* totals) {
   switch (height) {
+    case 8: return few_rows<8>(w, tile, x, sums, totals);
+    case 4: return few_rows<4>(w, tile, x, sums, totals);
+    case 2: return few_rows<2>(w, tile, x, sums, totals);
     case 1: return few_rows<1>(w, tile, x, sums, totals);
   }
 }
 
-// All tiles of outputs. Each weight is read some tiles at a time: every change from one to another
-// keeps memory waiting. Of many panels some are worked off at a time, while their totals are near.
+// All tiles of outputs, each against all panels while its codes are near.
 void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share& of,
                const Part& part) {
-  constexpr int64_t HEIGHT = FEW_HEIGHTS[0], NEAR_PANELS = NEAR_TOTALS / (HEIGHT * TILE);
   const int64_t panels = panels_of(rows, FEW_HEIGHTS), heights = padded(rows, FEW_HEIGHTS);
-  // Several times as many items as threads, which are not equally fast.
+  alignas(64) float totals[FEW_HEIGHTS[0] * TILE];
   const auto tiles = part.of(E * N_TILES);
-  const int64_t all = tiles.last - tiles.first;
-  const int64_t shared = std::max<int64_t>(1, all / (4 * of.threads));
-  const int64_t near_tiles = std::max<int64_t>(1, std::min(shared, NEAR_TOTALS / (heights * TILE)));
-  float* totals = reinterpret_cast<float*>(call.own + of.thread * OWN_BYTES);
-  FloatLine line{call.floats + of.thread * K_PADDED};
-  of.each((all + near_tiles - 1) / near_tiles, [&](int64_t number) {
-    const int64_t first = tiles.first + number * near_tiles;
-    const int64_t last = std::min(first + near_tiles, tiles.last);
-    for (int64_t panel = 0; panel < panels; panel += NEAR_PANELS) {
-      const int64_t first_row = panel * HEIGHT;
-      const int64_t last_row = std::min(rows, (panel + NEAR_PANELS) * HEIGHT);
-      for (int i = 0; i < WEIGHTS; ++i)
-        for (int64_t tile = first; tile < last; ++tile) {
-          float* own = totals + i * NEAR_TOTALS + (tile - first) * heights * TILE;
-          for (int64_t row = first_row; row < last_row; row += HEIGHT) {
-            const int64_t at = tile / N_TILES * heights + row;
-            const float* x = line.of(call.panels + at * ALL_STEPS);
-            few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile, x,
-                     call.sums + at * BLOCKS, own + (row - first_row) * TILE);
-          }
-        }
-      for (int64_t tile = first; tile < last; ++tile)
-        finish(call, tile, super_first, first_row, last_row - first_row, rows,
-               totals + (tile - first) * heights * TILE, NEAR_TOTALS);
+  of.each(tiles.last - tiles.first, [&](int64_t number) {
+    const int64_t tile = tiles.first + number, e = tile / N_TILES;
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      const int64_t row = panel * FEW_HEIGHTS[0], at = e * heights + row;
+      const int height = height_of(rows - row, FEW_HEIGHTS);
+      const x_t* x = call.panels + at * ALL_STEPS;
+      few_rows(height, call.weight, tile, x, call.sums + at * BLOCKS, totals);
+      finish(call, tile, super_first, row, std::min<int64_t>(height, rows - row), rows, totals);
     }
   });
 }

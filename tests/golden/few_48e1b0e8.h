@@ -4,7 +4,7 @@ namespace {
 
 // Vectors of outputs whose sums are kept at once.
 constexpr int vectors_of(int rows, int all) {
-  return all == 1 || rows * all <= MOST_SUMS ? all : vectors_of(rows, all / 2);
+  return all == 1 || rows * all <= SUMS_AT_ONCE ? all : vectors_of(rows, all / 2);
 }
 
 // ROWS rows against groups of a tile: totals[row][64] += , for VECTORS vectors of outputs.
@@ -22,7 +22,7 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
   each<VECTORS * ROWS>([&](auto i) INLINE_LAMBDA {
     constexpr int row = i % ROWS;
     (void)row;
-    at<i>(part) = spread(once * uint32_t(sums[row]));
+    at<i>(part) = sum_t{};
     if constexpr (TURNS == 2) at<i>(turn) = sum_t{};
   });
 #pragma GCC unroll 1
@@ -79,8 +79,12 @@ void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, f
 void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums,
               float* totals) {
   switch (height) {
+    case 16: return few_rows<16>(w, tile, x, sums, totals);
+    case 12: return few_rows<12>(w, tile, x, sums, totals);
     case 8: return few_rows<8>(w, tile, x, sums, totals);
+    case 6: return few_rows<6>(w, tile, x, sums, totals);
     case 4: return few_rows<4>(w, tile, x, sums, totals);
+    case 3: return few_rows<3>(w, tile, x, sums, totals);
     case 2: return few_rows<2>(w, tile, x, sums, totals);
     case 1: return few_rows<1>(w, tile, x, sums, totals);
   }

@@ -2,37 +2,9 @@
 
 namespace {
 
-// Groups of a tile to operands, scales applied: out[step][64].
-void decode_chunk(const Weight& w, Scales& scales, int64_t tile, int64_t first, int64_t last,
-                  uint32_t* out) {
-  const Decoder decoder;
-  constexpr int ALL = TILE / LANES;
-  for (int64_t group = first; group < last;) {
-    const int64_t block = group / GROUPS_OF_BLOCK;
-    const int64_t end = std::min(last, (block + 1) * GROUPS_OF_BLOCK);
-    const float* scale = scales.at(block);
-    for (int v = 0; v < ALL; ++v) {
-      const vf s = load(scale + v * LANES), z = vf{};
-      (void)z;
-      for (int64_t g = group; g < end; ++g) {
-        const uint32_t* codes = w.codes() + (tile * GROUPS + g) * TILE;
-        prefetch(codes + AHEAD + v * LANES);
-        const vi code = load(codes + v * LANES);
-#pragma GCC unroll 16
-        for (int step = 0; step < STEPS; ++step) {
-          uint32_t* out_at = out + ((g - first) * STEPS + step) * TILE + v * LANES;
-          store(out_at, pair(mul(decoder.value(code, step), s),
-                           mul(decoder.value(code, step + STEPS), s)));
-        }
-      }
-    }
-    group = end;
-  }
-}
-
 // ROWS rows against steps of a decoded tile: totals[row][64] += .
 template <int ROWS>
-ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
+ALONE void many_rows(const uint32_t* w, int64_t steps, const Words* x, const xsum_t* sums,
                const float* scale, const float* zeros, float* totals) {
   (void)sums, (void)scale, (void)zeros;
   for (int at0 = 0; at0 < TILE; at0 += 2 * LANES) {
@@ -40,17 +12,13 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
     each<2 * ROWS>([&](auto i) INLINE_LAMBDA {
       constexpr int row = i / 2;
       (void)row;
-      at<i>(part) = sum_t{};
+      at<i>(part) = spread(uint32_t(sums[row]));
     });
     const operand_t* ws = reinterpret_cast<const operand_t*>(w) + at0;
-    const x_t* xs = x;
+    const Words* xs = x;
 #pragma GCC unroll 1
     for (int64_t step = 0; step < steps; ++step) {
-      const auto w0 = load(ws), w1 = load(ws + LANES);
-      each<ROWS>([&](auto row) INLINE_LAMBDA {
-        dot(at<2 * row>(part), w0, xs + row);
-        dot(at<2 * row + 1>(part), w1, xs + row);
-      });
+      add_products<ROWS>(part, ws, xs);
       ws += TILE;
       xs += ROWS;
     }
@@ -59,17 +27,17 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
       const int at_n = at0 + i % 2 * LANES;
       float* total = totals + row * TILE + at_n;
       const sum_t sum = at<i>(part);
-      store(total, add(load(total), sum));
+      store(total, fma(to_float(sum), load(scale + at_n), load(total)));
     });
   }
 }
 
-void many_rows(int height, const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
+void many_rows(int height, const uint32_t* w, int64_t steps, const Words* x, const xsum_t* sums,
                const float* scale, const float* zeros, float* totals) {
   switch (height) {
-    case 12: return many_rows<12>(w, steps, x, sums, scale, zeros, totals);
-    case 8: return many_rows<8>(w, steps, x, sums, scale, zeros, totals);
+    case 6: return many_rows<6>(w, steps, x, sums, scale, zeros, totals);
     case 4: return many_rows<4>(w, steps, x, sums, scale, zeros, totals);
+    case 2: return many_rows<2>(w, steps, x, sums, scale, zeros, totals);
   }
 }
 
@@ -85,9 +53,8 @@ void many_tile(const Call& call, const Weight& w, int64_t tile, int64_t rows, in
     const int64_t first = chunk * GROUPS_OF_CHUNK;
     const int64_t last = std::min(first + GROUPS_OF_CHUNK, GROUPS);
     const int64_t block = first / GROUPS_OF_BLOCK;
-    decode_chunk(w, scales, tile, first, last, decoded);
-    const uint32_t* operands = decoded;
-    const float *scale = nullptr, *zeros = nullptr;
+    const uint32_t* operands = w.codes() + (tile * GROUPS + first) * TILE;
+    const float *scale = scales.at(block), *zeros = nullptr;
     for (int64_t panel = first_panel; panel < last_panel; ++panel) {
       const int64_t row = panel * MANY_HEIGHTS[0], at = base + row;
       const int height = height_of(rows - row, MANY_HEIGHTS);
@@ -114,8 +81,10 @@ void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& 
     const int64_t first = panels * at / parts, last = panels * (at + 1) / parts;
     const int64_t first_row = first * MANY_HEIGHTS[0];
     const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
-    many_tile(call, call.weight, tile, rows, first, last, decoded, totals);
-    finish(call, tile, super_first, first_row, count, rows, totals);
+    for (int i = 0; i < WEIGHTS; ++i)
+      many_tile(call, call.weights[i], tile, rows, first, last, decoded,
+                totals + i * TOTALS);
+    finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
   });
 }
 

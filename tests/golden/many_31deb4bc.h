@@ -18,11 +18,7 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
     const x_t* xs = x;
 #pragma GCC unroll 1
     for (int64_t step = 0; step < steps; ++step) {
-      const auto w0 = load(ws), w1 = load(ws + LANES);
-      each<ROWS>([&](auto row) INLINE_LAMBDA {
-        dot(at<2 * row>(part), w0, xs + row);
-        dot(at<2 * row + 1>(part), w1, xs + row);
-      });
+      add_products<ROWS>(part, ws, xs);
       ws += TILE;
       xs += ROWS;
     }
@@ -39,7 +35,6 @@ ALONE void many_rows(const uint32_t* w, int64_t steps, const x_t* x, const xsum_
 void many_rows(int height, const uint32_t* w, int64_t steps, const x_t* x, const xsum_t* sums,
                const float* scale, const float* zeros, float* totals) {
   switch (height) {
-    case 6: return many_rows<6>(w, steps, x, sums, scale, zeros, totals);
     case 4: return many_rows<4>(w, steps, x, sums, scale, zeros, totals);
     case 2: return many_rows<2>(w, steps, x, sums, scale, zeros, totals);
   }
@@ -85,10 +80,8 @@ void run_many(const Call& call, int64_t super_first, int64_t rows, const Share& 
     const int64_t first = panels * at / parts, last = panels * (at + 1) / parts;
     const int64_t first_row = first * MANY_HEIGHTS[0];
     const int64_t count = std::min(rows, last * MANY_HEIGHTS[0]) - first_row;
-    for (int i = 0; i < WEIGHTS; ++i)
-      many_tile(call, call.weights[i], tile, rows, first, last, decoded,
-                totals + i * TOTALS);
-    finish(call, tile, super_first, first_row, count, rows, totals, TOTALS);
+    many_tile(call, call.weight, tile, rows, first, last, decoded, totals);
+    finish(call, tile, super_first, first_row, count, rows, totals);
   });
 }
 

@@ -7,11 +7,12 @@ using operand_t = uint32_t;  // the weight, as products take it
 using sum_t = vi;  // what products are summed in
 using xsum_t = int32_t;
 constexpr int STEPS = 1;  // instructions that use up a group
-constexpr int MOST_SUMS = 10;  // registers of sums
+constexpr int MOST_SUMS = 8;  // registers of sums
+constexpr int SUMS_AT_ONCE = 8;  // of them, without those for turns
 constexpr int PLACES[4] = {0, 1, 2, 3};  // of a dword: whose codes stand there
 constexpr int MOST_ROWS = 8;  // of a panel
-constexpr int FEW_HEIGHTS[5] = {8, 4, 3, 2, 1};  // of panels, in rows
-constexpr int MANY_HEIGHTS[3] = {6, 4, 2};  // of panels, in rows
+constexpr int FEW_HEIGHTS[4] = {8, 4, 2, 1};  // of panels, in rows
+constexpr int MANY_HEIGHTS[2] = {4, 2};  // of panels, in rows
 constexpr int BYTE_BIAS = 128;  // makes bytes of the weight unsigned
 constexpr int64_t TILE = 64;  // outputs that are worked on together
 constexpr int64_t N_TILES = (N + TILE - 1) / TILE;
@@ -27,9 +28,8 @@ constexpr int64_t GROUPS_AT_ONCE = 64;  // that few rows go through before the n
 constexpr int64_t GROUPS_OF_CHUNK = CHUNK / PER_DWORD;  // that are decoded at a time for many rows
 constexpr int64_t CHUNKS = (K_PADDED + CHUNK - 1) / CHUNK;  // in a row
 constexpr int64_t TOTALS = (SUPER_ROWS + MANY_HEIGHTS[0]) * TILE;  // floats of one weight's sums
-constexpr int64_t NEAR_TOTALS = 8192;  // the same that few rows make before they are read
 constexpr int64_t DECODED = 0;  // dwords of a decoded chunk
-constexpr int64_t OWN_BYTES = 4 * (DECODED + WEIGHTS * TOTALS);  // a thread
+constexpr int64_t OWN_BYTES = 4 * (DECODED + TOTALS);  // a thread
 
 // Where the arrays of a repacked weight start, in bytes: each in a cache line of its own.
 constexpr int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }

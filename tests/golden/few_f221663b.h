@@ -4,12 +4,12 @@ namespace {
 
 // Vectors of outputs whose sums are kept at once.
 constexpr int vectors_of(int rows, int all) {
-  return all == 1 || rows * all <= MOST_SUMS ? all : vectors_of(rows, all / 2);
+  return all == 1 || rows * all <= SUMS_AT_ONCE ? all : vectors_of(rows, all / 2);
 }
 
 // ROWS rows against groups of a tile: totals[row][64] += , for VECTORS vectors of outputs.
 template <int ROWS, int VECTORS>
-ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const x_t* x,
+ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups, const Words* x,
                     const xsum_t* sums, uint32_t once, const float* scale, const float* zeros,
                     float* totals) {
   // Few sums would wait for each other: they are made in turns.
@@ -55,7 +55,7 @@ ALONE void few_sums(const uint32_t* codes, const uint32_t* ahead, int64_t groups
 
 // ROWS rows against one tile of outputs: totals[row][64].
 template <int ROWS>
-void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, float* totals) {
+void few_rows(const Weight& w, int64_t tile, const Words* x, const xsum_t* sums, float* totals) {
   constexpr int VECTORS = vectors_of(ROWS, TILE / LANES);
   Scales scales(w, tile);
   std::memset(totals, 0, ROWS * TILE * sizeof(float));
@@ -76,7 +76,7 @@ void few_rows(const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums, f
   }
 }
 
-void few_rows(int height, const Weight& w, int64_t tile, const x_t* x, const xsum_t* sums,
+void few_rows(int height, const Weight& w, int64_t tile, const Words* x, const xsum_t* sums,
               float* totals) {
   switch (height) {
     case 8: return few_rows<8>(w, tile, x, sums, totals);
@@ -110,7 +110,7 @@ void few_tiles(const Call& call, int64_t super_first, int64_t rows, const Share&
           float* own = totals + i * NEAR_TOTALS + (tile - first) * heights * TILE;
           for (int64_t row = first_row; row < last_row; row += HEIGHT) {
             const int64_t at = tile / N_TILES * heights + row;
-            const x_t* x = call.panels + at * ALL_STEPS;
+            const Words* x = call.panels + at * ALL_STEPS;
             few_rows(height_of(rows - row, FEW_HEIGHTS), call.weights[i], tile, x,
                      call.sums + at * BLOCKS, own + (row - first_row) * TILE);
           }

@@ -11,7 +11,7 @@ void take_shared(Call& call, Memory& memory, int64_t threads) {
 void take_own(Call& call, Memory& memory, int64_t rows, int64_t threads) {
   const int64_t all = std::max(padded(rows, FEW_HEIGHTS), padded(rows, MANY_HEIGHTS));
   call.lines = memory.take<x_t>(E * rows * ALL_STEPS);
-  call.panels = memory.take<x_t>(E * all * ALL_STEPS);
+  call.panels = memory.take<Words>(E * all * ALL_STEPS);
   call.sums = memory.take<xsum_t>(E * all * BLOCKS);
   call.row_scales = memory.take<float>(E * all);
   call.own = memory.take<unsigned char>(threads * OWN_BYTES);
@@ -129,7 +129,6 @@ extern "C" void fxquant_run(void* const* prepared, const void* x, int64_t x_e, i
     for (int64_t thread = 0; thread < (split.is_apart ? all.thread + 1 : 1); ++thread)
       take_own(own, mine, split.rows, split.is_apart ? 1 : threads);
     if (call.is_line) own.lines = const_cast<x_t*>(reinterpret_cast<const x_t*>(x));
-    if (is_few && m == 1) own.panels = own.lines;  // a panel of one row is a line
     const int64_t blocks = m ? (m + split.rows - 1) / split.rows : 0;
     const auto work_off = [&](int64_t block, const Part& part) {
       const int64_t first = block * split.rows, rows = std::min(split.rows, m - first);

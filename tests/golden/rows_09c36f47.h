@@ -14,7 +14,7 @@ struct Call {
 
   Turn* turns;  // how far each thread is with its part
   x_t* lines;  // [e][row][step]
-  x_t* panels;  // [e][panel][step][row of it]
+  Words* panels;  // [e][panel][step][row of it]
   xsum_t* sums;  // [e][panel][block][row of it]: sums of the activation
   float* row_scales;  // [e][row]
   unsigned char* own;  // of each thread
@@ -73,13 +73,11 @@ INLINE void make_line(const Call& call, int64_t super_first, int64_t rows, int64
 template <int COUNT>
 void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heights)[COUNT],
           const Share& of) {
-  const bool is_single = call.m == 1 && height_of(1, heights) == 1;
   const auto mine = of.part(E * rows);
   for (int64_t item = mine.first; item < mine.last; ++item)
     make_line(call, super_first, rows, item, heights, item + 1 == mine.last,
               call.lines + item * ALL_STEPS);
   of.wait();
-  if (is_single) return;
   const int64_t all = padded(rows, heights), panels = panels_of(rows, heights);
   const int64_t parts = panels < of.threads ? of.threads : 1;
   for (int64_t item = of.thread; item < E * panels * parts; item += of.threads) {
@@ -94,12 +92,12 @@ void pack(const Call& call, int64_t super_first, int64_t rows, const int (&heigh
         lines[row] = reinterpret_cast<const x_t*>(call.x + e * call.x_e +
                                                   (super_first + line) * call.x_row);
     }
-    x_t* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
+    Words* panel = call.panels + (e * all + panel_row) * ALL_STEPS;
     // A cache line of a row at a time: rows are often apart by what evicts each other.
     for (int64_t first = part.first * 16; first < part.last * 16; first += 16)
       for (int row = 0; row < height; ++row)
         for (int64_t step = first; step < first + 16; ++step)
-          panel[step * height + row] = lines[row][step];
+          panel[step * height + row] = words_of(lines[row][step]);
   }
   of.wait();
 }
