@@ -26,6 +26,8 @@ def scales(plan: Plan) -> str:
     text, tables = _CODES, float_table("SCALE_LEVELS", table)
     if plan.isa.looks_up_bytes:
         text, tables = _PLANES, _byte_planes(table)
+    elif plan.isa.vectors == "avx2":
+        text = _EIGHTS
     add = " + offset" if plan.encoding.scale.offset else ""
     cursor = _CURSOR.replace("@ZEROS@", zeros)
     start = "    const float offset = w.offset()[0];\n" if add else ""
@@ -93,6 +95,16 @@ struct Scales {
 
 _CODES = """\
 @START@    for (int i = 0; i < TILE; ++i) scale[i] = SCALE_LEVELS[codes[i]] * nested[i]@ADD@;"""
+
+_EIGHTS = """\
+    // Left to itself GCC takes codes out of vectors one by one.
+    const auto level = [&](int i) INLINE_LAMBDA { return SCALE_LEVELS[codes[i]]; };
+    for (int i = 0; i < TILE; i += LANES) {
+      vf x = _mm256_setr_ps(level(i), level(i + 1), level(i + 2), level(i + 3), level(i + 4),
+                            level(i + 5), level(i + 6), level(i + 7));
+      x = mul(x, load(nested + i));@OFFSET@
+      store(scale + i, x);
+    }"""
 
 _PLANES = """\
     const vi code = _mm512_loadu_si512(codes);
