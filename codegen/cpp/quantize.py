@@ -32,7 +32,9 @@ def row_text(*, flagged: bool = False, scope: str = "token", clipped: bool = Fal
         text += _CLIPPED_ROW if clipped else _ROW
     elif scope == "static":
         text += _STATIC_ROW
-    text = text.replace("@TAKEN@", f"flags[k] ? 0.0f : {plain}" if flagged else plain)
+    # Read in any case: what is read on a condition makes no vectors everywhere.
+    value = f"const float x_k = {plain}, value = flags[k] ? 0.0f : x_k;" if flagged else ""
+    text = text.replace("@VALUE@", value or f"const float value = {plain};")
     taken = ["const stored_t* x", "int64_t x_col", "float factor", "int8_t* q"]
     flags = ["const bits_t* flags"] if flagged else []
     text = text.replace("@ROUND_ROW@", signature("INLINE void round_row", flags + taken))
@@ -108,7 +110,7 @@ INLINE uint32_t largest_of(@FLAGS@const stored_t* x, int64_t x_col) {
   uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int64_t k = 0; k < K; ++k) {
-    const float value = @TAKEN@;
+    @VALUE@
     const uint32_t size = bits_of(value) & 0x7fffffffu;
     largest = size > largest ? size : largest;
   }
@@ -123,7 +125,7 @@ _ROUND = """\
 @ROUND_ROW@
 #pragma omp simd
   for (int64_t k = 0; k < K; ++k) {
-    const float value = @TAKEN@;
+    @VALUE@
     const float bounded = at_most(at_least(value * factor, -127.0f), 127.0f);
     q[k] = int8_t(bits_of(bounded + 12582912.0f));
   }
