@@ -7,6 +7,7 @@ levels rounded as the product takes them. Tables are loaded from ``LEVELS`` and 
 from __future__ import annotations
 
 import struct
+import textwrap
 from collections.abc import Sequence
 
 from fxquant.codegen.cpp.ops import constant
@@ -71,7 +72,8 @@ def _byte_tables(plan: Plan) -> list[str]:
     """Floats byte by byte, the lowest first: four of them, or those of bfloat16."""
     half = plan.has_half_factors
     words = _widened([_bfloat16(f) << 16 if half else _bits(f) for f in plan.factors])
-    lines = [f"// Levels: {', '.join(f'{factor:.6g}' for factor in plan.factors)}."]
+    named = f"Levels: {', '.join(f'{factor:.6g}' for factor in plan.factors)}."
+    lines = [f"// {line}" for line in textwrap.wrap(named, 97)]
     for byte in _looked_up(plan):
         values = [f"0x{word >> 8 * byte & 255:02x}" for word in words]
         lines.append(table("uint8_t", f"BYTE{byte}", values))
@@ -103,7 +105,7 @@ def _value(plan: Plan) -> list[str]:
     if bits == 8:
         return [head, f"  {_GATHER[isa]}", "}"]
     if plan.joins_bytes:
-        return _value_of_bytes(plan, head)
+        return _value_of_bytes(plan)
     return [*_LOOKUP[isa](bits)[0], head, *_LOOKUP[isa](bits)[1], "}"]
 
 
@@ -125,19 +127,20 @@ def _lookup_avx512(bits: int) -> tuple[list[str], list[str]]:
     )
 
 
-def _value_of_bytes(plan: Plan, head: str) -> list[str]:
-    """A level put together of bytes: one look-up of a byte serves 32 codes, four vectors.
+def _value_of_bytes(plan: Plan) -> list[str]:
+    """``value(codes, input)``: a level put together of its bytes.
 
-    `head` and what follows are written for one place: the compiler makes what several share once.
+    Written for one input of a group; what several share the compiler makes once.
     """
     bits, looked_up = plan.encoding.bits, _looked_up(plan)
     tables = ", ".join(f"byte{byte} = both_lanes(BYTE{byte})" for byte in looked_up)
     found = [f"  const vi b{b} = _mm256_shuffle_epi8(byte{b}, index);" for b in looked_up]
-    half, shift = len(looked_up) == 2, f"{bits} * (place / 4)"
+    half, shift = len(looked_up) == 2, f"{bits} * (input / 4)"
     return [
         f"vi {tables};",
         f"vi order = both_lanes({'PAIRS' if half else 'TRANSPOSED'});",
-        head,
+        "// One look-up of a byte serves 32 codes: those of four inputs.",
+        "INLINE vf value(vi codes, int input) const {  // of a group, to float32",
         f"  const vi code = shift_right(_mm256_shuffle_epi8(codes, order), {shift});",
         "  const vi index = _mm256_and_si256(code, _mm256_set1_epi8(15));",
         *found,
@@ -147,17 +150,17 @@ def _value_of_bytes(plan: Plan, head: str) -> list[str]:
 
 
 _OF_TWO_BYTES = (
-    "  const bool first = place % 4 < 2;",
+    "  const bool first = input % 4 < 2;",
     "  const vi pair = first ? _mm256_unpacklo_epi8(b2, b3) : _mm256_unpackhi_epi8(b2, b3);",
     "  const vi upper = _mm256_set1_epi32(int(0xffff0000u));",
-    "  const vi level = place % 2 ? _mm256_and_si256(pair, upper) : _mm256_slli_epi32(pair, 16);",
+    "  const vi level = input % 2 ? _mm256_and_si256(pair, upper) : _mm256_slli_epi32(pair, 16);",
     "  return _mm256_castsi256_ps(level);",
 )
 _OF_FOUR_BYTES = (
-    "  const bool first = place % 4 < 2;",
+    "  const bool first = input % 4 < 2;",
     "  const vi low = first ? _mm256_unpacklo_epi8(b0, b1) : _mm256_unpackhi_epi8(b0, b1);",
     "  const vi high = first ? _mm256_unpacklo_epi8(b2, b3) : _mm256_unpackhi_epi8(b2, b3);",
-    "  return _mm256_castsi256_ps(place % 2 ? _mm256_unpackhi_epi16(low, high)",
+    "  return _mm256_castsi256_ps(input % 2 ? _mm256_unpackhi_epi16(low, high)",
     "                                       : _mm256_unpacklo_epi16(low, high));",
 )
 

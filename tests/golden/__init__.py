@@ -85,6 +85,7 @@ INT8_SPECS = (
 # Each is printed for both targets: what differs is how, not what.
 PAIRS = (
     (_spec("nf4_linear_384x1536_bias", _whole(NF4, 384, 1536), epilogue=BIAS), AVX512),
+    (_spec("nf4_linear_384x1536_bias", _whole(NF4, 384, 1536), epilogue=BIAS), AVX2),
     (
         KernelSpec(
             _whole(Encoding(8, block=(1, -1)), 384, 384),

@@ -6,7 +6,6 @@ import copy
 import gc
 import threading
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import fxquant
-from fxquant.formats import PackedWeight, codes, pack
+from fxquant.formats import PackedWeight, codes
 from fxquant.formats.codes import Codes, Place
 from fxquant.runtime import handover
-from fxquant.runtime.cpp import CppKernel
 from tests.helpers import TwoLayers, compile_, frozen
+from tests.runtime.handed_over import packed_model, places, weights
 
 pytestmark = pytest.mark.usefixtures("few_heights", "fresh")
 
@@ -36,20 +35,6 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     monkeypatch.setattr(handover, "_made", counted)
     return found
-
-
-def packed_model(scheme: str = "nf4", model: nn.Module | None = None) -> nn.Module:
-    model = frozen(model or TwoLayers())
-    fxquant.quantize_(model, {"scheme": scheme})
-    return model
-
-
-def weights(model: nn.Module) -> list[PackedWeight]:
-    return [value for value in model.parameters() if isinstance(value, PackedWeight)]
-
-
-def places(model: nn.Module) -> set[Place]:
-    return {weight.codes.place for weight in weights(model)}
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "int8", "llm_int8", "w8a8"])
@@ -125,21 +110,6 @@ def test_tied_weights_are_still_one_in_a_file(tmp_path: Path) -> None:
     fxquant.load(loaded, tmp_path / "tied.safetensors")
     assert loaded[1].weight is loaded[0].weight
     assert torch.equal(loaded[0].weight.tensors()[0], model[0].weight.tensors()[0])
-
-
-@pytest.mark.parametrize("through", ["parameter", "alias"])
-def test_a_weight_that_is_written_to_comes_back_and_leaves_again(through: str) -> None:
-    model, x = packed_model(), torch.randn(3, 128)
-    compiled, alias = compile_(model), model.up.weight.data
-    before = compiled(x)
-    assert alias.codes is model.up.weight.codes
-    (model.up.weight if through == "parameter" else alias).mul_(2.0)
-    assert alias.codes.place is model.up.weight.codes.place is Place.HERE
-    eager = model(x)
-    after = compiled(x)
-    assert places(model) == {Place.AWAY}
-    torch.testing.assert_close(after, eager, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(before, after, atol=1e-2)
 
 
 def test_what_was_repacked_goes_with_the_weight() -> None:
@@ -222,155 +192,6 @@ def test_gradients_inside_a_graph_that_has_none_around_it() -> None:
     (wanted,) = torch.autograd.grad(model(x).square().sum(), x)
     torch.testing.assert_close(grad, wanted, rtol=1e-3, atol=1e-3)
     assert places(model) == {Place.FIXED}
-
-
-@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
-@pytest.mark.parametrize("warm", [False, True])
-def test_other_backends_get_the_codes(backend: str, warm: bool) -> None:
-    model, x = packed_model(), torch.randn(3, 128)
-    eager = model(x)
-    if warm:  # AOTAutograd's cache answers the second time
-        torch.compile(copy.deepcopy(model), backend=backend)(x)
-        torch._dynamo.reset()
-    ours = compile_(model)
-    out = ours(x)
-    assert places(model) == {Place.AWAY}
-    other = torch.compile(model, backend=backend)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CppKernel, "_repack", None)  # what kernels made of the codes still holds
-        for _ in range(2):
-            torch.testing.assert_close(other(x), eager, rtol=1e-5, atol=1e-5)
-            assert torch.equal(ours(x), out)
-    assert places(model) == {Place.FIXED}
-    new = packed_model()
-    assert torch.isfinite(compile_(new)(x)).all()
-    assert places(new) == {Place.AWAY}
-
-
-@torch.no_grad()
-def test_constants_of_another_backend_are_the_codes() -> None:
-    model, x = packed_model(), torch.randn(3, 128)
-    eager = model(x)
-    compile_(model)(x)
-    frozen_graph = torch.compile(model, options={"freezing": True})
-    torch.testing.assert_close(frozen_graph(x), eager, rtol=1e-5, atol=1e-5)
-    assert places(model) == {Place.FIXED}
-
-
-def taken_apart(model: nn.Module, x: Tensor) -> None:
-    for weight in weights(model):
-        names, _ = weight.__tensor_flatten__()
-        assert all(map(torch.equal, weight.tensors(), [getattr(weight, name) for name in names]))
-
-
-def exported(model: nn.Module, x: Tensor) -> None:
-    program = torch.export.export(model, (x,)).module()
-    torch.testing.assert_close(program(x), model(x), rtol=1e-5, atol=1e-5)
-
-
-def shared(model: nn.Module, x: Tensor) -> None:
-    assert model.share_memory() is model
-    assert all(part.is_shared() for weight in weights(model) for part in weight.tensors())
-
-
-@pytest.mark.parametrize(
-    ("read", "place"), [(taken_apart, Place.FIXED), (exported, Place.AWAY), (shared, Place.FIXED)]
-)
-def test_whoever_takes_a_weight_apart_gets_codes(
-    read: Callable[[nn.Module, Tensor], None], place: Place
-) -> None:
-    model, x = packed_model(), torch.randn(3, 128)
-    compiled = compile_(model)
-    out = compiled(x)
-    assert places(model) == {Place.AWAY}
-    read(model, x)
-    assert places(model) == {place}
-    assert torch.equal(compiled(x), out)
-
-
-def test_a_weight_that_processes_share_stays_where_it_is() -> None:
-    model, x = packed_model(), torch.randn(3, 128)
-    shared(model, x)
-    where = [part.data_ptr() for weight in weights(model) for part in weight.tensors()]
-    compiled = compile_(model)
-    compiled(x)
-    model.up.weight.mul_(2.0)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    assert [part.data_ptr() for weight in weights(model) for part in weight.tensors()] == where
-
-
-class Three(nn.Module):
-    """Products of one activation, which are one kernel."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.q(x), self.k(x), self.v(x)
-
-
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("place", [Place.FIXED, Place.AWAY])
-def test_any_weight_of_a_joined_product_that_is_written_to(place: Place, inference: bool) -> None:
-    with torch.inference_mode(mode=inference):
-        model, x = packed_model(model=Three()), torch.randn(3, 64)
-        compiled = compile_(model)
-        if place is Place.FIXED:
-            for weight in weights(model):
-                weight.codes.place = Place.FIXED
-        compiled(x)
-        (row, *_) = fxquant.report(model).quantized
-        assert "join" in row.kernel
-        for name in ("q", "k", "v"):
-            getattr(model, name).weight.mul_(2.0)
-            for got, wanted in zip(compiled(x), model(x), strict=True):
-                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
-            assert places(model) == {place}
-
-
-def test_calls_do_not_take_weights_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = packed_model(), torch.randn(3, 128)
-    compiled = compile_(model)
-    out = compiled(x)
-    asked: list[PackedWeight] = []
-    monkeypatch.setattr(PackedWeight, "packed_codes", property(asked.append))
-    assert torch.equal(compiled(x), out)
-    assert asked == []
-
-
-@pytest.mark.parametrize("start", ["here", "fixed", "came back"])
-@torch.inference_mode()
-def test_a_weight_without_versions_that_is_written_to_is_repacked(start: str) -> None:
-    model, x = packed_model(), torch.randn(3, 128)
-    assert all(part.is_inference() for part in model.up.weight.tensors()[1:])
-    compiled, place = compile_(model), Place.AWAY if start == "here" else Place.FIXED
-    for weight in weights(model) if start == "fixed" else ():
-        weight.codes.place = Place.FIXED
-    compiled(x)
-    if start == "came back":
-        taken_apart(model, x)
-    for _ in range(2):
-        compiled(x)
-        assert places(model) == {place}
-        model.up.weight.mul_(2.0)
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("place", [Place.FIXED, Place.AWAY])
-def test_a_weight_that_is_written_to_is_repacked(place: Place) -> None:
-    model, x = packed_model(), torch.randn(3, 128, requires_grad=place is Place.FIXED)
-    compiled, before = compile_(model), [part.clone() for part in model.up.weight.tensors()]
-    for write in (
-        lambda weight: weight.mul_(2.0),
-        lambda weight: weight.copy_(torch.randn(64, 128)),
-        lambda weight: weight.copy_(pack(torch.randn(64, 128), weight.encoding)),
-    ):
-        compiled(x)
-        assert places(model) == {place}
-        write(model.up.weight)
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
-    assert not any(map(torch.equal, model.up.weight.tensors()[:2], before))
 
 
 def test_kernels_of_another_form_get_what_they_need() -> None:
