@@ -120,7 +120,8 @@ def test_blocks_that_share_a_graph_get_scales_of_their_own() -> None:
 def test_a_graph_without_products_is_lowered_at_once() -> None:
     x = torch.randn(3)
     with mock.patch.object(online, "OnlineGraph", side_effect=AssertionError):
-        assert torch.equal(compile_(torch.cos, calibration_steps=4)(x), x.cos())
+        # Of ops that Inductor has code of its own for, few give the same bits as torch everywhere.
+        assert torch.equal(compile_(torch.neg, calibration_steps=4)(x), -x)
 
 
 class Blocks(nn.Module):
