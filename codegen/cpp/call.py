@@ -101,8 +101,7 @@ def entry(plan: Plan) -> str:
         text = text.replace("@COUNT@", _COUNT)
         text = text.replace("@LOOP@", _LOOP.replace("@RUN@", run))
         text = text.replace("@CHOICE@", _CHOICE if plan.is_regular else "")
-        has_line = plan.is_regular and plan.panels_are_lines
-        text = text.replace("@LINE@", _LINE if has_line else "")
+        text = text.replace("@LINE@", _LINE if plan.few_take_lines else "")
     text = text.replace("@DIRECT@", _LINES if plan.reads_directly else "")
     team = "of" if plan.spec.grouped else "all"
     return text.replace("@MARK@", f"    mark_outliers(call, {team});\n" if has_outliers else "")

@@ -65,7 +65,7 @@ _USUAL = {
     "avx512vbmi": Rates(20e9, {"int8": 5.5e9, "f32": 5.5e9}, {"int8": 5.5e9, "f32": 5.5e9}, 10e9),
     "avx512vnni": Rates(20e9, {"int8": 5.5e9, "f32": 5.5e9}, {"int8": 5.5e9, "f32": 5.5e9}, 10e9),
     "avx2vnni": Rates(20e9, {"int8": 4e9, "f32": 4.6e9}, {"int8": 5.7e9, "f32": 5.7e9}, 11e9),
-    "avx2": Rates(20e9, {"int8": 1.5e9, "f32": 5e9}, {"int8": 1.8e9, "f32": 7e9}, 18e9),
+    "avx2": Rates(20e9, {"int8": 1.6e9, "f32": 4.2e9}, {"int8": 1.8e9, "f32": 4.8e9}, 12e9),
     "portable": Rates(20e9, {"int8": 0.1e9, "f32": 1.3e9}, {"int8": 0.1e9, "f32": 1.3e9}, 5e9),
 }
 
@@ -74,7 +74,7 @@ def usual_rates(isa: Isa) -> Rates:
     """Rates to reckon with where they cannot be measured.
 
     Those of a Zen 4 at 3.6 GHz, with tiles or without products of pairs those of a Sapphire Rapids
-    at 3 GHz.
+    at 3 GHz, of AVX2 those of a Zen 3 at 3 GHz.
     """
     return _USUAL[isa.name]
 

@@ -1,7 +1,8 @@
 """Codes to the operands of products: what a dword holds, looked up in registers.
 
 `value` gives the float32 level of one place in every dword; `operand` what `dot` multiplies, its
-levels rounded as the product takes them. Tables are loaded from ``LEVELS`` and ``OPERAND_LEVELS``.
+levels rounded as the product takes them. Tables are loaded from ``LEVELS`` and ``OPERAND_LEVELS``,
+or byte by byte from ``BYTE0`` to ``BYTE3``.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ def few(plan: Plan) -> str:
         for height in plan.few_heights
     )
     text = _FLOAT_LINE + _FEW if plan.few_in_floats else _FEW
-    operands = _AS_OPERANDS | {"@X@": plan.panel_type}
     for name, value in {
         "@TILES@": _TILES if plan.spec.weights == 1 else _TILES_OF_SEVERAL,
         "@NEAR@": "" if plan.isa.looks_ahead else "      bring_near(codes + NEAR + v * LANES);\n",
@@ -32,7 +31,8 @@ def few(plan: Plan) -> str:
         "@END@": end,
         "@ZEROS@": zeros,
         "@HEIGHTS@": heights,
-        **(_AS_FLOATS if plan.few_in_floats else operands),
+        "@X@": plan.panel_type,
+        **(_AS_FLOATS if plan.few_in_floats else _AS_OPERANDS),
     }.items():
         text = text.replace(name, value)
     return plan.placed(text)

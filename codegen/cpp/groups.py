@@ -26,10 +26,10 @@ def loop(plan: Plan, run: str) -> str:
         here = "call.x + first * call.x_row"
         line = f"call.is_line ? const_cast<x_t*>(reinterpret_cast<const x_t*>({here})) : own.lines"
     choice = _CHOICE if plan.is_regular else ""
-    has_line = plan.is_regular and plan.panels_are_lines
-    choice += _SINGLE.replace("@LINE@", line) if has_line else ""
+    choice += _SINGLE.replace("@LINE@", line) if plan.few_take_lines else ""
+    panels = "    x_t* const panels = own.panels;\n" if plan.few_take_lines else ""
     return (
-        _LOOP.replace("@PANELS@", "    x_t* const panels = own.panels;\n" if has_line else "")
+        _LOOP.replace("@PANELS@", panels)
         .replace("@CHOICE@", choice)
         .replace("@RUN@", textwrap.indent(run, "  "))
         .replace("@GIVEN@", ", ".join(given))

@@ -141,6 +141,11 @@ class Plan:
         return not (self.isa.splits_bytes and self.path == "int8")
 
     @property
+    def few_take_lines(self) -> bool:
+        """Whether the skeleton for few rows, if there is one, takes the line of a row alone."""
+        return self.is_regular and self.panels_are_lines
+
+    @property
     def panel_type(self) -> str:
         """What a step of a row is in a panel."""
         return "x_t" if self.panels_are_lines else "Words"

@@ -33,8 +33,8 @@ def row_text(*, flagged: bool = False, scope: str = "token", clipped: bool = Fal
     elif scope == "static":
         text += _STATIC_ROW
     # Read in any case: what is read on a condition makes no vectors everywhere.
-    value = f"const float x_k = {plain}, value = flags[k] ? 0.0f : x_k;" if flagged else ""
-    text = text.replace("@VALUE@", value or f"const float value = {plain};")
+    flagged_value = f"const float x_k = {plain}, value = flags[k] ? 0.0f : x_k;"
+    text = text.replace("@VALUE@", flagged_value if flagged else f"const float value = {plain};")
     taken = ["const stored_t* x", "int64_t x_col", "float factor", "int8_t* q"]
     flags = ["const bits_t* flags"] if flagged else []
     text = text.replace("@ROUND_ROW@", signature("INLINE void round_row", flags + taken))

@@ -235,6 +235,11 @@ INLINE void add_products(Sums<2 * ROWS, S>& sums, const W* w, const X* x) {
   });
 }
 """
+_PRODUCTS_OF_BYTES = _PRODUCTS.replace(", typename S, typename W, typename X>", ">").replace(
+    "(Sums<2 * ROWS, S>& sums, const W* w, const X* x)",
+    "(Sums<2 * ROWS, vi>& sums, const uint32_t* w, const uint32_t* x)",
+)
+"""The same beside another ``add_products``."""
 _PRODUCTS_OF_FLOATS = """\
 // Rows times two vectors: sums[row][2] += .
 template <int ROWS>
@@ -274,6 +279,6 @@ def products(isa: Isa, paths: Collection[str]) -> str:
     """
     if isa.vectors != "avx2":
         return _PRODUCTS
-    of_bytes = _PRODUCTS_OF_WORDS if isa.splits_bytes else _PRODUCTS
+    of_bytes = _PRODUCTS_OF_WORDS if isa.splits_bytes else _PRODUCTS_OF_BYTES
     own = {"f32": _PRODUCTS_OF_FLOATS, "int8": of_bytes}
     return "\n".join(own[path] for path in paths)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
 
 from fxquant.codegen import Header, cpp
-from fxquant.codegen.cpp.isa import AVX2, AVX2_VNNI, AVX512, ISAS, PORTABLE
+from fxquant.codegen.cpp.isa import AVX2, AVX2_VNNI, AVX512, ISAS, PORTABLE, Isa
+from fxquant.codegen.cpp.rates import render_rates
 from fxquant.formats import Encoding
 from fxquant.runtime import toolchain
 from tests.codegen import cpp_harness
@@ -46,6 +50,17 @@ def test_products_of_bytes_are_exact_at_their_ends(name: str, zero_point: bool) 
         for way in (FEW, MANY):
             got = kernel.run(prepared, x, [torch.full((rows,), 127.0)], way)
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("isa", [AVX2, AVX2_VNNI], ids=lambda isa: isa.name)
+def test_rates_compile_where_they_do_not_run(isa: Isa, tmp_path: Path) -> None:
+    compiler = toolchain.compiler()
+    if compiler is None or "x86" not in platform.machine():
+        pytest.skip("there is no compiler for AVX2 here")
+    source = tmp_path / "rates.cpp"
+    source.write_text(render_rates(isa))
+    command = [compiler.path, "-std=c++17", "-O1", *isa.flags, "-fsyntax-only", str(source)]
+    subprocess.run(command, check=True)
 
 
 @pytest.mark.parametrize(

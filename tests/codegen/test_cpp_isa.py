@@ -36,7 +36,7 @@ LIKE = {
 }
 """What else would have their texts."""
 KERNEL = re.compile("^// --- kernel:.*", re.DOTALL | re.MULTILINE)  # behind what others share
-SINGLE = re.compile(r"^.*(?:is_single|is_line = is_few|panel of one row).*\n", re.MULTILINE)
+SINGLE = re.compile(r"^.*(?:is_single|panel of one row).*\n", re.MULTILINE)
 BYTES, WORDS = "lines[row][step]", "words_of(lines[row][step])"
 LOOK_UP = re.compile("permutex2?var_epi8")
 BODY = re.compile(r"^#include.*", re.DOTALL | re.MULTILINE)  # behind the header with the spec
