@@ -234,7 +234,7 @@ def _decoding(spec: KernelSpec, words: str) -> float:
     With permutations and of plain int8: what makes an H100's times come out; else counted.
     """
     if words:
-        return {"prmt": 5.5, "choice": 20.0}[words]
+        return {"prmt": 5.5, "table": 4.0, "choice": 20.0}[words]
     encoding = spec.weight.encoding
     if spec.compute_dtype == "int8":
         return 0.1 if is_stored(spec) else 5.0

@@ -30,6 +30,7 @@ from fxquant.formats import levels
 
 _INPUTS = 128
 _HALVES = ("float16", "bfloat16")
+_WORDS = {"nvidia": "prmt", "amd": "table"}
 _BEST = 6
 """Tiles for a number of rows that are worth a try."""
 
@@ -142,7 +143,7 @@ def form_of(spec: KernelSpec, index: WeightIndex, vendor: str) -> Form:
     inputs = _word_inputs(spec, index)
     if inputs:
         scaling = "tile" if index.run_of_block(K, inputs) else "output"
-        return Form(axis, scaling, "prmt" if vendor == "nvidia" else "choice", inputs)
+        return Form(axis, scaling, _WORDS.get(vendor, "choice"), inputs)
     if spec.compute_dtype == "int8":
         scaling, run = _scaling(spec, index)
         # Turning a tile of bytes takes registers.

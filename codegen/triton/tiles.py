@@ -87,7 +87,7 @@ class Form:
             ``"tile"`` (it lies inside of a block), or those of an ``"output"`` (all its inputs are
             one block).
         words: How codes are decoded a 32-bit word at a time (`fxquant.codegen.triton.words`):
-            ``"prmt"`` or ``"choice"``; ``""`` where they are not.
+            ``"prmt"``, ``"table"`` or ``"choice"``; ``""`` where they are not.
         inputs: The most inputs of a tile, a power of two.
     """
 

@@ -18,10 +18,12 @@ Activations come in pairs of inputs, 4 bytes a copy instead of 16. With 128 rows
 16 copies of a thread a step; a step's products take the matrix unit longer than those take the load
 pipe, so there is no permuted copy of x.
 
-How a word becomes numbers is one function, ``decode``, in two variants. On NVIDIA's GPUs it is
+How a word becomes numbers is one function, ``decode``, in three variants. On NVIDIA's GPUs it is
 inline assembly: ``prmt`` picks four bytes out of eight by the codes themselves, so that the lower
-and the upper bytes of 16 levels take four of them for four codes. Elsewhere, and in Triton's
-interpreter, codes are cut out by shifts and looked up by choosing, bit by bit.
+and the upper bytes of 16 levels take four of them for four codes. On AMD's a byte is looked up in a
+table of 256 pairs of levels in shared memory: three instructions for two codes. On NVIDIA's, 32
+threads that look up anywhere in 256 words would wait for one another longer than permutations
+take. Elsewhere codes are cut out by shifts and looked up by choosing, bit by bit: 45 for two codes.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ def book_of(encoding: Encoding) -> tuple[float, ...]:
 
 
 _PICKED = [f"bytes{number}" for number in range(4)]
+_TAKEN = {"prmt": _PICKED, "table": ["pairs"], "choice": []}
+"""What ``decode`` takes beside the words."""
 
 
 class WordDecode(Int8Decode):
@@ -69,24 +73,65 @@ class WordDecode(Int8Decode):
 
     def print(self) -> None:
         """``decode``, ``scale_of``, and what they call."""
-        picked = self.plan.form.words == "prmt"
-        params = ["word", *(_PICKED if picked else [])]
-        params += ["BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
-        if not picked:
+        kind = self.plan.form.words
+        params = ["word", *_TAKEN[kind], "BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
+        if kind != "prmt":
             self._print_choice(book_of(self.encoding))
+        if kind == "table":
+            self._print_table()
         doc = f"Words as the first to the last pair of their codes' levels, in {self.dtype}."
         with self.out.function("decode", params, doc):
-            names = ", ".join(f"w{i}" for i in range(CODES_PER_WORD))
-            if picked:
-                self._print_assembly(names, book_of(self.encoding))
+            if kind == "table":
+                self._print_lookups()
             else:
-                for number, shift in enumerate(_ORDER):
-                    cut = f"word >> {shift} & 15" if shift else "word & 15"
-                    self.out.add(f"w{number} = level_of({cut})")
-            shape = f"(BLOCK_N, BLOCK_K // {PAIRS})"
-            pairs = [f"tl.join(w{i}, w{i + 1}).reshape{shape}" for i in range(0, 8, 2)]
-            self.out.add("return (", *(f"    {pair}," for pair in pairs), ")")
+                self._print_levels(picked=kind == "prmt")
         self._print_scale_of()
+
+    def _print_levels(self, *, picked: bool) -> None:
+        """The levels of eight codes, paired."""
+        names = ", ".join(f"w{i}" for i in range(CODES_PER_WORD))
+        if picked:
+            self._print_assembly(names, book_of(self.encoding))
+        else:
+            for number, shift in enumerate(_ORDER):
+                cut = f"word >> {shift} & 15" if shift else "word & 15"
+                self.out.add(f"w{number} = level_of({cut})")
+        shape = f"(BLOCK_N, BLOCK_K // {PAIRS})"
+        pairs = [f"tl.join(w{i}, w{i + 1}).reshape{shape}" for i in range(0, 8, 2)]
+        self.out.add("return (", *(f"    {pair}," for pair in pairs), ")")
+
+    def _print_table(self) -> None:
+        """``pair_table``, which is made once, and ``levels_of`` to take its pairs apart."""
+        doc = "What a byte stands for: the bits of its upper code's level, then of the lower one's."
+        with self.out.function("pair_table", [], doc):
+            self.out.add("byte = tl.arange(0, 256)")
+            bits = ".to(tl.int16, bitcast=True).to(tl.int32)"
+            self.out.add(
+                f"first = level_of(byte >> 4){bits}", f"second = level_of(byte & 15){bits}"
+            )
+            self.out.add("return first & 65535 | second << 16")
+        params = ["pair", "BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
+        with self.out.function("levels_of", params, f"Both levels of a pair, in {self.dtype}."):
+            level = f".to(tl.int16).to(tl.{self.dtype}, bitcast=True)"
+            self.out.add(f"first, second = pair{level}, (pair >> 16){level}")
+            self.out.add(f"return tl.join(first, second).reshape(BLOCK_N, BLOCK_K // {PAIRS})")
+
+    def _print_lookups(self) -> None:
+        """All bytes of a tile at once: a look-up in shared memory takes barriers."""
+        taken = [call("levels_of", [f"p{i}", "BLOCK_N", "BLOCK_K"]) for i in range(PAIRS)]
+        self.out.add(
+            "# the last axis of a join is its fastest: bytes 0, 2 beside 1, 3",
+            "even = tl.join(word & 255, word >> 16 & 255)",
+            "odd = tl.join(word >> 8 & 255, word >> 24 & 255)",
+            "byte = tl.join(even, odd).reshape(BLOCK_N * BLOCK_K // 2)",
+            "pair = tl.gather(pairs, byte, 0)",
+            f"even, odd = tl.split(pair.reshape(BLOCK_N, BLOCK_K // {CODES_PER_WORD}, 2, 2))",
+            "p0, p2 = tl.split(even)",
+            "p1, p3 = tl.split(odd)",
+            "return (",
+            *(f"    {text}," for text in taken),
+            ")",
+        )
 
     def _print_assembly(self, names: str, book: tuple[float, ...]) -> None:
         self.out.add(f"{names} = tl.inline_asm_elementwise(", '    """')
@@ -153,6 +198,8 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
                 f"table = {BYTES} + tl.arange(0, BLOCK_K // {CODES_PER_WORD})[None, :]",
                 *(f"{name} = tl.load(table + {i * COPIES})" for i, name in enumerate(_PICKED)),
             )
+        elif plan.form.words == "table":
+            out.add("pairs = pair_table()")
         if plan.form.scaling == "tile":
             for mark in marks(spec):
                 out.add(f"scale{mark} = {tiles.call_scale(mark).replace('k0', 'first_k')}")
@@ -184,8 +231,8 @@ def _print_steps(
             ahead = tiles.call_scale(mark).replace("k0", "next_k0")
             out.add(f"next_k0 = tl.minimum(k0 + BLOCK_K, {last})", f"ahead = {ahead}")
         names = ", ".join(f"w{pair}" for pair in range(PAIRS))
-        taken = _PICKED if plan.form.words == "prmt" else []
-        out.add("# decode", f"{names} = {call('decode', ['word', *taken, 'BLOCK_N', 'BLOCK_K'])}")
+        taken = ["word", *_TAKEN[plan.form.words], "BLOCK_N", "BLOCK_K"]
+        out.add("# decode", f"{names} = {call('decode', taken)}")
         out.add("# dot")
         if plan.form.scaling == "tile":
             out.add("sums = tl.dot(w0, x0)")

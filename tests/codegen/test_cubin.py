@@ -128,6 +128,21 @@ def test_few_rows_stream_wide_words_that_stay_where_they_are(modules, target):
     assert programs * flight >= gpu.latency * gpu.bandwidth / gpu.processors
 
 
+def test_amd_looks_pairs_of_levels_up_in_shared_memory(modules):
+    """Only the table is made by choosing: two codes of each thread, 15 choices each."""
+    chosen = {}
+    for target in ("gfx942", "any"):
+        build = harness.build_for(modules["nf4", target], 64)
+        binary = cubin.compile_for("gfx942", modules["nf4", target], build)
+        weights = build.constants["BLOCK_N"] * build.constants["BLOCK_K"] // (64 * binary.warps)
+        assert binary.spills == 0
+        looked_up = binary.count("ds_read_b32") + 2 * binary.count("ds_read2(st64)?_b32")
+        assert (looked_up >= weights / 2) == (target == "gfx942")
+        chosen[target] = binary.count(r"v_cndmask_b32\w*") / weights
+    assert chosen["gfx942"] < 15 / 2
+    assert chosen["any"] > 15
+
+
 @pytest.mark.parametrize("name", ["nf4", "int8", "int2", "channels", "gate_up", "experts"])
 def test_hopper_finishes_a_step_before_the_next_weights_are_decoded(modules, name):
     """Products read decoded weights from registers while they are under way."""

@@ -1,4 +1,4 @@
-"""Codes decoded a word at a time: both ways to do it, and the products around them."""
+"""Codes decoded a word at a time: all ways to do it, and the products around them."""
 
 import dataclasses
 import math
@@ -33,9 +33,19 @@ def spec_of(weight, dtype="float16", epilogue=None, **more):
     return KernelSpec(weight, dtype, dtype, dtype, epilogue or Epilogue(), "words", **more)
 
 
-@pytest.fixture(params=[ANY, FAMILIES["sm_90"]], ids=lambda gpu: gpu.name)
+WAYS = {"choice": ANY, "prmt": FAMILIES["sm_90"], "table": FAMILIES["gfx942"]}
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
 def gpu(request, monkeypatch):
-    """Both variants; assembly runs in an interpreter of ours."""
+    """All variants; assembly runs in an interpreter of ours."""
+    ptx.interpret_assembly(monkeypatch)
+    return request.param
+
+
+@pytest.fixture(params=[ANY, FAMILIES["sm_90"]], ids=lambda gpu: gpu.name)
+def hopper(request, monkeypatch):
+    """Those that scales are multiplied into the weight tile with."""
     ptx.interpret_assembly(monkeypatch)
     return request.param
 
@@ -72,7 +82,7 @@ def test_assembly_gives_the_levels_bit_for_bit(encoding, dtype):
 def test_products(tmp_path, gpu, weight, scaling):
     spec = spec_of(weight, epilogue=Epilogue.bias("float16", "en" if weight.batch else "n"))
     found = plan_for(spec, WeightIndex.of(weight), gpu)
-    assert found.form.words == ("prmt" if gpu.vendor else "choice")
+    assert WAYS[found.form.words] is gpu
     assert found.form.scaling == scaling
     module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
     for rows in (1, 3, 20):
@@ -92,15 +102,17 @@ def test_several_weights(tmp_path, gpu):
     check_joined(spec, harness.load(spec, tmp_path, interpreted=True, gpu=gpu), 5)
 
 
-def test_both_ways_give_the_same_numbers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("encoding", [NF4, Encoding(4, "fp4"), INT4])
+def test_all_ways_give_the_same_numbers(tmp_path, monkeypatch, encoding):
     ptx.interpret_assembly(monkeypatch)
-    spec = spec_of(harness.whole(NF4, 64, 256))
-    tensors, x = harness.stored(NF4, (64, 256)), harness.activation(spec, 7)
-    one, other = (
+    spec = spec_of(harness.whole(encoding, 64, 256))
+    tensors, x = harness.stored(encoding, (64, 256)), harness.activation(spec, 7)
+    found = [
         harness.load(spec, tmp_path, interpreted=True, gpu=gpu).run(x, tensors, [])
-        for gpu in (ANY, FAMILIES["sm_90"])
-    )
-    assert torch.equal(one, other)
+        for gpu in WAYS.values()
+    ]
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert found[0].any()
 
 
 @pytest.mark.parametrize(
@@ -158,30 +170,30 @@ def scaled_first(monkeypatch):
         WeightOperand(NF4, (192, 128), None, 128, 64, (0, 128, 1), 64 * 128 + 64),
     ],
 )
-def test_many_rows(tmp_path, gpu, weight):
+def test_many_rows(tmp_path, hopper, weight):
     spec = spec_of(weight, epilogue=Epilogue.bias("float16", "en" if weight.batch else "n"))
-    module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
+    module = harness.load(spec, tmp_path, interpreted=True, gpu=hopper)
     for rows in (40, 70, 300):
         assert "_scaled_" in harness.build_for(module, rows).name
         check(spec, module, rows)
 
 
 @pytest.mark.usefixtures("scaled_first")
-def test_many_rows_of_several_weights(tmp_path, gpu):
+def test_many_rows_of_several_weights(tmp_path, hopper):
     spec = spec_of(harness.whole(NF4, 64, 192), epilogue=GATED, weights=2)
-    module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
+    module = harness.load(spec, tmp_path, interpreted=True, gpu=hopper)
     assert "scaled" in harness.build_for(module, 67).name
     check_joined(spec, module, 67)
 
 
 @pytest.mark.usefixtures("scaled_first")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_a_scale_that_is_no_number_spoils_its_own_outputs(tmp_path, gpu):
+def test_a_scale_that_is_no_number_spoils_its_own_outputs(tmp_path, hopper):
     spec = spec_of(harness.whole(INT4, 64, 256))
     tensors, x = harness.stored(INT4, (64, 256)), harness.activation(spec, 64)
-    clean = harness.load(spec, tmp_path, interpreted=True, gpu=gpu).run(x, tensors, [])
+    clean = harness.load(spec, tmp_path, interpreted=True, gpu=hopper).run(x, tensors, [])
     tensors[1].view(-1)[0], tensors[1].view(-1)[2] = math.nan, math.inf
-    found = harness.load(spec, tmp_path, interpreted=True, gpu=gpu).run(x, tensors, [])
+    found = harness.load(spec, tmp_path, interpreted=True, gpu=hopper).run(x, tensors, [])
     assert not found[:, :2].isfinite().any()
     assert torch.equal(found[:, 2:], clean[:, 2:])
 
