@@ -31,6 +31,8 @@ from fxquant.formats import levels
 _INPUTS = 128
 _HALVES = ("float16", "bfloat16")
 _WORDS = {"nvidia": "prmt", "amd": "table"}
+"""How words are decoded on a vendor's GPUs; on others by ``"choice"``."""
+
 _BEST = 6
 """Tiles for a number of rows that are worth a try."""
 

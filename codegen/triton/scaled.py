@@ -23,7 +23,7 @@ from fxquant.codegen.triton.kernels import (
 )
 from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines, call
-from fxquant.codegen.triton.word_bytes import byte_assembly, byte_constraints
+from fxquant.codegen.triton.word_bytes import LEGEND, byte_assembly, byte_constraints
 from fxquant.codegen.triton.words import WordDecode, book_of, product_parameters
 
 _LARGEST = {"bfloat16": "3.389e38", "float16": "65504.0"}
@@ -113,7 +113,7 @@ def _print_assembly(out: Lines, book: tuple[float, ...], dtype: str, *, is_scale
             f"rest = tl.broadcast_to((scale - whole.to(tl.float32)).to(tl.{dtype}), {shape})",
             f"whole = tl.broadcast_to(whole, {shape})",
         )
-    out.add("first, second = tl.inline_asm_elementwise(", '    """')
+    out.add(*LEGEND, "first, second = tl.inline_asm_elementwise(", '    """')
     out.add(*(f"    {line}" for line in byte_assembly(book, dtype, scaled=is_scaled)))
     out.add(
         '    """,',

@@ -14,6 +14,12 @@ COPIES = 16
 """Of each word, one for every word of codes along a tile: what differs between threads, as far as
 the compiler knows, stays in their own registers."""
 
+LEGEND = (
+    "# Four codes at a time: s are their lower three bits, t says which half of the table their",
+    "# fourth bits pick, l and u are the lower and upper bytes of their levels, r0 to r3 pairs.",
+)
+"""Stands above the assembly, in whose words codes are looked up."""
+
 
 def level_words(book: Sequence[float], dtype: str) -> tuple[int, ...]:
     """The lower bytes of 16 levels in a 16-bit dtype as four words, then the upper bytes."""
@@ -67,11 +73,9 @@ def byte_assembly(book: Sequence[float], dtype: str, *, scaled: bool) -> list[st
 def _lookups(
     book: Sequence[float], dtype: str, word: str, table: Sequence[str], pairs: tuple[str, str]
 ) -> list[str]:
-    """The levels of eight codes, in pairs in ``r0`` to ``r3``.
+    """The levels of eight codes, in pairs in ``r0`` to ``r3``; `LEGEND` says what is what.
 
-    Of every four codes: `s` their lower three bits, `t` what picks the half of the table. A nibble
-    of a selector picks one byte out of eight. ``l`` and ``u`` are the lower and the upper bytes of
-    four levels; the last permutations pair them.
+    A nibble of a selector picks one byte out of eight.
     """
     odd = [f"{w & 0xFFFFFFFF:#x}" for w in level_words(book, dtype)[1::2]]
     lines = [

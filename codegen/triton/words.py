@@ -47,7 +47,14 @@ from fxquant.codegen.triton.kernels import (
 from fxquant.codegen.triton.plan import Plan
 from fxquant.codegen.triton.printer import Lines, call
 from fxquant.codegen.triton.tiles import CODES_PER_WORD, PAIRS
-from fxquant.codegen.triton.word_bytes import BYTES, COPIES, assembly, constraints, level_words
+from fxquant.codegen.triton.word_bytes import (
+    BYTES,
+    COPIES,
+    LEGEND,
+    assembly,
+    constraints,
+    level_words,
+)
 from fxquant.formats import Encoding, levels
 
 _ORDER = (4, 0, 12, 8, 20, 16, 28, 24)
@@ -113,7 +120,7 @@ class WordDecode(Int8Decode):
         params = ["pair", "BLOCK_N: tl.constexpr", "BLOCK_K: tl.constexpr"]
         with self.out.function("levels_of", params, f"Both levels of a pair, in {self.dtype}."):
             level = f".to(tl.int16).to(tl.{self.dtype}, bitcast=True)"
-            self.out.add(f"first, second = pair{level}, (pair >> 16){level}")
+            self.out.add(f"first = pair{level}", f"second = (pair >> 16){level}")
             self.out.add(f"return tl.join(first, second).reshape(BLOCK_N, BLOCK_K // {PAIRS})")
 
     def _print_lookups(self) -> None:
@@ -134,7 +141,7 @@ class WordDecode(Int8Decode):
         )
 
     def _print_assembly(self, names: str, book: tuple[float, ...]) -> None:
-        self.out.add(f"{names} = tl.inline_asm_elementwise(", '    """')
+        self.out.add(*LEGEND, f"{names} = tl.inline_asm_elementwise(", '    """')
         self.out.add(*(f"    {line}" for line in assembly(book, self.dtype)))
         self.out.add(
             '    """,',
@@ -196,7 +203,8 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
             out.add(
                 "# One a word: uniform registers would be copied for every permutation.",
                 f"table = {BYTES} + tl.arange(0, BLOCK_K // {CODES_PER_WORD})[None, :]",
-                *(f"{name} = tl.load(table + {i * COPIES})" for i, name in enumerate(_PICKED)),
+                f"{_PICKED[0]} = tl.load(table)",
+                *(f"{_PICKED[i]} = tl.load(table + {i * COPIES})" for i in range(1, len(_PICKED))),
             )
         elif plan.form.words == "table":
             out.add("pairs = pair_table()")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fxquant.codegen import RENDERERS, Header, cpp
+from fxquant.codegen import Header, cpp, triton
 from fxquant.codegen.cpp.isa import AMX, AVX2, AVX512, PORTABLE
 from fxquant.codegen.cpp.sections import divided
 from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueOperand, EpilogueResult
 from fxquant.codegen.quantize import QuantizeSpec
 from fxquant.codegen.spec import KernelSpec, Outliers, WeightOperand
+from fxquant.codegen.triton.gpu import FAMILIES
 from fxquant.formats import Encoding
 from tests.codegen import prologues
 
@@ -82,6 +83,9 @@ INT8_SPECS = (
     ),
 )
 
+# Codes are decoded by what a vendor's GPUs are quick at.
+GPUS = ("sm_90", "gfx942")
+
 # Each is printed for both targets: what differs is how, not what.
 PAIRS = (
     (_spec("nf4_linear_384x1536_bias", _whole(NF4, 384, 1536), epilogue=BIAS), AVX512),
@@ -123,7 +127,10 @@ def texts() -> dict[str, str]:
     """The text of every golden file, by its name."""
     found = {}
     for spec in (*SPECS, *INT8_SPECS, *(spec for spec, _ in PAIRS)):
-        found[f"kernel_{spec.name}.py"] = RENDERERS["triton"](spec, _header(spec))
+        found[f"kernel_{spec.name}.py"] = triton.render(spec, _header(spec))
+    for gpu in GPUS:
+        spec = PAIRS[0][0]
+        found[f"kernel_{spec.name}_{gpu}.py"] = triton.render(spec, _header(spec), FAMILIES[gpu])
     for spec, isa in PAIRS:
         main, sections = divided(cpp.render(spec, _header(spec), isa))
         found.update({f"kernel_{spec.name}_{isa.name}.cpp": main, **sections})
