@@ -255,8 +255,9 @@ def test_other_threads_call_compiled_models_while_a_graph_is_lowered() -> None:
 
     def compile_too(gm: Any, inputs: Any, config: Any, mode: Any) -> Any:
         thread = threading.Thread(target=lambda: found.append(other(x)))
-        # As a tracer has it, for all threads.
-        with mock.patch.object(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True):
+        # As a tracer has it, for all threads; from torch 2.14 on each thread has its own.
+        flag = "_is_fx_tracing_flag"
+        with mock.patch.object(torch.fx._symbolic_trace, flag, True, create=True):
             thread.start()
             thread.join()
         return usual(gm, inputs, config, mode)

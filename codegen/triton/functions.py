@@ -187,7 +187,7 @@ def arsinh(x):
     """``log(x + sqrt(x * x + 1))``, without the square of large numbers."""
     a = tl.abs(x)
     small = log_one_plus(a + a * a / (1.0 + tl.sqrt_rn(1.0 + a * a)))
-    value = tl.where(a < 1e9, small, tl.log(tl.maximum(a, 1.0)) + 0.6931472)
+    value = tl.where(a > 1e9, tl.log(tl.maximum(a, 1.0)) + 0.6931472, small)
     return tl.where(x < 0.0, -value, value)
 ''',
     "arcosh": '''
@@ -196,7 +196,7 @@ def arcosh(x):
     """``log(x + sqrt(x * x - 1))``, without the square of large numbers."""
     over = x - 1.0
     small = log_one_plus(over + tl.sqrt_rn(over) * tl.sqrt_rn(over + 2.0))
-    return tl.where(x < 1e9, small, tl.log(tl.maximum(x, 1.0)) + 0.6931472)
+    return tl.where(x > 1e9, tl.log(tl.maximum(x, 1.0)) + 0.6931472, small)
 ''',
     "artanh": '''
 @triton.jit

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 import triton
 import triton.language
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from fxquant.codegen import Header, KernelSpec
 from fxquant.codegen.quantize import QuantizeSpec
@@ -25,6 +27,10 @@ from fxquant.runtime.cubin import Build
 from tests.codegen import plain_int8
 
 _COUNT = itertools.count()
+
+# Of a number and NaN GPUs take the number, and so does the interpreter from Triton 3.8 on.
+InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
+InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ PRODUCTS = {
     "turned": (Encoding(8, block=(-1, 1)), None),
 }
 # Triton 3.7 has no integer product for Blackwell's own matrix unit: it takes the one before.
-INTEGERS = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "IMMA", "gfx942": "v_mfma_i32_.*"}
+INTEGERS = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "IMMA|UTCIMMA", "gfx942": "v_mfma_i32_.*"}
 FLOATS = {**MATRIX, "sm_100": "UTCHMMA|HMMA", "gfx942": "v_mfma_f32_.*"}
 # What a correctly rounded quotient takes, and one that is off by two does not.
 DIVISION = {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), "FCHK"), "gfx942": "v_div_fixup_f32"}
@@ -82,7 +82,7 @@ def test_products(modules, name, target, rows):
     integers, floats = binary.count(INTEGERS[target]), binary.count(FLOATS[target])
     if name == "exact":
         # Tiles are too small for the matrix unit that wants 64 outputs.
-        integers = binary.count(r"I(G)?MMA")
+        integers = binary.count(r"(UTC)?I(G)?MMA")
     if name == "short":
         assert binary.count(ANY_MATRIX[target]) == 0, "matrix units would round float32 to tf32"
         return
