@@ -21,9 +21,9 @@ pipe, so there is no permuted copy of x.
 How a word becomes numbers is one function, ``decode``, in three variants. On NVIDIA's GPUs it is
 inline assembly: ``prmt`` picks four bytes out of eight by the codes themselves, so that the lower
 and the upper bytes of 16 levels take four of them for four codes. On AMD's a byte is looked up in a
-table of 256 pairs of levels in shared memory: three instructions for two codes. On NVIDIA's, 32
-threads that look up anywhere in 256 words would wait for one another longer than permutations
-take. Elsewhere codes are cut out by shifts and looked up by choosing, bit by bit: 45 for two codes.
+table of 256 pairs of levels in shared memory: three instructions for two codes. (By reckoning: 32
+threads of NVIDIA's that look up anywhere in 256 words wait for one another for 3.5 turns, longer
+than permutations take.) Elsewhere codes are cut out and looked up by choosing, bit by bit.
 """
 
 from __future__ import annotations

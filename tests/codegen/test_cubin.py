@@ -3,6 +3,8 @@
 import sys
 
 import pytest
+import triton
+from packaging.version import Version
 
 from fxquant import errors
 from fxquant.codegen.epilogue import Epilogue, EpilogueNode, EpilogueResult
@@ -35,6 +37,7 @@ SPECS = {
 }
 WEIGHTS = {"gate_up": 2, "q_k_v": 3}
 SHAPES = {"experts": (8, 1024, 1024)}
+IS_TRITON_3_8 = Version(triton.__version__) >= Version("3.8")
 # Loads of 16 bytes, of those that wait for them and those that go to shared memory meanwhile.
 WIDE = r"LDG(STS)?\..*\.128|global_load_(dwordx4|b128)|buffer_load_(dwordx4|b128)"
 # What products of 16-bit floats run on; and everything that a matrix unit can be asked to do.
@@ -116,7 +119,8 @@ def test_few_rows_stream_wide_words_that_stay_where_they_are(modules, target):
     assert 2 * weights <= binary.count("PRMT") <= 2.5 * weights
     assert binary.count(r"SHFL|F2F|I2F") == 0
     # Blackwell's programs hand a byte to one another, outside of the loop.
-    assert binary.count(r"LDS\.U8|STS\.U8") <= (2 if target == "sm_100" else 0)
+    handed = 1 if IS_TRITON_3_8 else 2
+    assert binary.count(r"LDS\.U8|STS\.U8") == (handed if target == "sm_100" else 0)
     # Twelve warps or more: what hides the way to memory.
     assert binary.occupancy >= 12 / 64
     if target == "sm_100":

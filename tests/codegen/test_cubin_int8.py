@@ -9,7 +9,7 @@ from fxquant.codegen.triton.gpu import FAMILIES
 from fxquant.formats import Encoding
 from fxquant.runtime import cubin
 from tests.codegen import harness
-from tests.codegen.test_cubin import ANY_MATRIX, MATRIX, WIDE
+from tests.codegen.test_cubin import ANY_MATRIX, IS_TRITON_3_8, MATRIX, WIDE
 
 INT8 = Encoding(8, block=(1, -1))
 NF4 = Encoding(4, "nf4", (64,), scale=Encoding(8, "dynamic8", (256,), offset=True))
@@ -25,8 +25,9 @@ PRODUCTS = {
     "short": (Encoding(8, block=(16,)), None),
     "turned": (Encoding(8, block=(-1, 1)), None),
 }
-# Triton 3.7 has no integer product for Blackwell's own matrix unit: it takes the one before.
-INTEGERS = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": "IMMA|UTCIMMA", "gfx942": "v_mfma_i32_.*"}
+# Before 3.8 Triton has no integer product for Blackwell's own matrix unit: it takes the one before.
+BLACKWELL = "UTCIMMA" if IS_TRITON_3_8 else "IMMA"
+INTEGERS = {"sm_80": "IMMA", "sm_90": "IGMMA", "sm_100": BLACKWELL, "gfx942": "v_mfma_i32_.*"}
 FLOATS = {**MATRIX, "sm_100": "UTCHMMA|HMMA", "gfx942": "v_mfma_f32_.*"}
 # What a correctly rounded quotient takes, and one that is off by two does not.
 DIVISION = {**dict.fromkeys(("sm_80", "sm_90", "sm_100"), "FCHK"), "gfx942": "v_div_fixup_f32"}
@@ -82,7 +83,7 @@ def test_products(modules, name, target, rows):
     integers, floats = binary.count(INTEGERS[target]), binary.count(FLOATS[target])
     if name == "exact":
         # Tiles are too small for the matrix unit that wants 64 outputs.
-        integers = binary.count(r"(UTC)?I(G)?MMA")
+        integers = binary.count(r"I(G)?MMA")
     if name == "short":
         assert binary.count(ANY_MATRIX[target]) == 0, "matrix units would round float32 to tf32"
         return

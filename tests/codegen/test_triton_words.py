@@ -43,11 +43,10 @@ def gpu(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=[ANY, FAMILIES["sm_90"]], ids=lambda gpu: gpu.name)
-def hopper(request, monkeypatch):
-    """Those that scales are multiplied into the weight tile with."""
-    ptx.interpret_assembly(monkeypatch)
-    return request.param
+# Where scales are multiplied into the weight tile: with Hopper's sizes.
+HOPPER = pytest.mark.parametrize(
+    "gpu", [ANY, FAMILIES["sm_90"]], ids=lambda gpu: gpu.name, indirect=True
+)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -159,6 +158,7 @@ def scaled_first(monkeypatch):
     monkeypatch.setattr(cost, "seconds", priced)
 
 
+@HOPPER
 @pytest.mark.usefixtures("scaled_first")
 @pytest.mark.parametrize(
     "weight",
@@ -170,30 +170,32 @@ def scaled_first(monkeypatch):
         WeightOperand(NF4, (192, 128), None, 128, 64, (0, 128, 1), 64 * 128 + 64),
     ],
 )
-def test_many_rows(tmp_path, hopper, weight):
+def test_many_rows(tmp_path, gpu, weight):
     spec = spec_of(weight, epilogue=Epilogue.bias("float16", "en" if weight.batch else "n"))
-    module = harness.load(spec, tmp_path, interpreted=True, gpu=hopper)
+    module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
     for rows in (40, 70, 300):
         assert "_scaled_" in harness.build_for(module, rows).name
         check(spec, module, rows)
 
 
+@HOPPER
 @pytest.mark.usefixtures("scaled_first")
-def test_many_rows_of_several_weights(tmp_path, hopper):
+def test_many_rows_of_several_weights(tmp_path, gpu):
     spec = spec_of(harness.whole(NF4, 64, 192), epilogue=GATED, weights=2)
-    module = harness.load(spec, tmp_path, interpreted=True, gpu=hopper)
+    module = harness.load(spec, tmp_path, interpreted=True, gpu=gpu)
     assert "scaled" in harness.build_for(module, 67).name
     check_joined(spec, module, 67)
 
 
+@HOPPER
 @pytest.mark.usefixtures("scaled_first")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_a_scale_that_is_no_number_spoils_its_own_outputs(tmp_path, hopper):
+def test_a_scale_that_is_no_number_spoils_its_own_outputs(tmp_path, gpu):
     spec = spec_of(harness.whole(INT4, 64, 256))
     tensors, x = harness.stored(INT4, (64, 256)), harness.activation(spec, 64)
-    clean = harness.load(spec, tmp_path, interpreted=True, gpu=hopper).run(x, tensors, [])
+    clean = harness.load(spec, tmp_path, interpreted=True, gpu=gpu).run(x, tensors, [])
     tensors[1].view(-1)[0], tensors[1].view(-1)[2] = math.nan, math.inf
-    found = harness.load(spec, tmp_path, interpreted=True, gpu=hopper).run(x, tensors, [])
+    found = harness.load(spec, tmp_path, interpreted=True, gpu=gpu).run(x, tensors, [])
     assert not found[:, :2].isfinite().any()
     assert torch.equal(found[:, 2:], clean[:, 2:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 
 import pytest
 import torch
@@ -17,13 +18,16 @@ from fxquant.runtime import launch, ops
 from fxquant.schemes import get_scheme
 from tests.bounds import assert_close_within, product_bound
 
-pytestmark = [
-    pytest.mark.usefixtures("few_heights"),
-    # torch.library.opcheck reads the gradients of copies that it made, from torch 2.14 on.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
+pytestmark = pytest.mark.usefixtures("few_heights")
 
 assert ops  # imported for its registrations
+
+
+def opcheck(op: torch._ops.OpOverload, args: tuple[object, ...]) -> None:
+    """torch's own, which from 2.14 on reads the gradients of copies that it made."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        torch.library.opcheck(op, args)
 
 
 def spec_of(packed: PackedWeight, *, bias: bool = False, dtype: str = "float32") -> KernelSpec:
@@ -45,7 +49,7 @@ def test_linear_obeys_the_rules_of_operators(shape: tuple[int, ...], bias: bool)
     extra = [torch.randn(33, requires_grad=True)] if bias else []
     text = spec_of(packed, bias=bias).to_json()
     args = (x, packed.tensors(), extra, text)
-    torch.library.opcheck(torch.ops.fxquant.linear.default, (*args, -1))
+    opcheck(torch.ops.fxquant.linear.default, (*args, -1))
     expected = torch.nn.functional.linear(x, packed.dequantize(), *extra)
     torch.testing.assert_close(torch.ops.fxquant.linear(*args, -1), expected)
 
@@ -53,10 +57,10 @@ def test_linear_obeys_the_rules_of_operators(shape: tuple[int, ...], bias: bool)
 def test_dequantize_and_table_obey_the_rules_of_operators() -> None:
     packed = packed_weight(7, 33)
     args = (packed.tensors(), str(packed.encoding), [7, 33], torch.bfloat16)
-    torch.library.opcheck(torch.ops.fxquant.dequantize.default, args)
+    opcheck(torch.ops.fxquant.dequantize.default, args)
     assert torch.equal(torch.ops.fxquant.dequantize(*args), packed.dequantize(torch.bfloat16))
     args = ([0.5, 1.5, 2.5, 3.5], [2, 2], torch.device("cpu"))
-    torch.library.opcheck(torch.ops.fxquant.table.default, args)
+    opcheck(torch.ops.fxquant.table.default, args)
     torch.ops.fxquant.table(*args).zero_()
     assert torch.ops.fxquant.table(*args).tolist() == [[0.5, 1.5], [2.5, 3.5]]
 
@@ -96,7 +100,7 @@ def test_gradients_of_rows_that_belong_to_one_matrix_each(compute: str) -> None:
     got = torch.autograd.grad(out, (x, bias), seed)
     torch.testing.assert_close(got, torch.autograd.grad(by_hand, (x, bias), seed))
     assert got[0][6].count_nonzero() == 0
-    torch.library.opcheck(torch.ops.fxquant.linear.default, args)
+    opcheck(torch.ops.fxquant.linear.default, args)
 
 
 OUTLIERS = [None, Outliers("float32", threshold=2.0), Outliers("float16", columns=3)]
@@ -139,7 +143,7 @@ def test_gradients_pass_straight_through_the_rounding_to_int8(
     differs = not torch.allclose(got[0], codes_only, rtol=1e-2, atol=1e-2)
     assert differs == (outliers is OUTLIERS[2])
     if dtype == torch.float32:
-        torch.library.opcheck(torch.ops.fxquant.linear.default, (*args, -1))
+        opcheck(torch.ops.fxquant.linear.default, (*args, -1))
 
 
 def test_operands_on_two_devices_are_refused_by_name() -> None:
@@ -168,6 +172,6 @@ def test_each_target_computes_the_same_without_a_gpu() -> None:
 def test_a_launch_obeys_the_rules_of_operators() -> None:
     packed = packed_weight(9, 16)
     args = (torch.randn(3, 16), packed.tensors(), [], _text(packed), "torch")
-    torch.library.opcheck(torch.ops.fxquant.launch.default, args)
+    opcheck(torch.ops.fxquant.launch.default, args)
     sizes = torch.ops.fxquant.launch(torch.randn(0, 16), *args[1:]).shape
     assert sizes == (0, 9)
