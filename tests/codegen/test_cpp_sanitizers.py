@@ -56,7 +56,7 @@ def command(isa: Isa, *arguments: str) -> list[str]:
     found = toolchain.compiler()
     assert found is not None
     flags = [flag for flag in toolchain.FLAGS if flag not in ("-O3", "-fPIC", "-shared")]
-    own = ("-O1", "-g1", "-Wno-psabi", toolchain.OPENMP, *SANITIZERS)
+    own = ("-Og", "-g1", "-Wno-psabi", toolchain.OPENMP, *SANITIZERS)
     return [found.path, *flags, *own, *isa.flags, *arguments]
 
 
