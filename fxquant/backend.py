@@ -23,7 +23,7 @@ from fxquant.guards import forget_parts
 from fxquant.kernels import Kernels
 from fxquant.ledger import Ledger
 from fxquant.online import online
-from fxquant.passes import run_pipeline
+from fxquant.passes import run_pipeline, values
 from fxquant.passes.context import Context
 from fxquant.passes.fuse import STEPS, Fuse, settle
 from fxquant.passes.sources import DerivedPart, PackedPart, Tools, evaluate
@@ -43,7 +43,7 @@ def fxquant(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | Config | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
     """Compiles one of Dynamo's graphs with its products quantized.
@@ -51,7 +51,7 @@ def fxquant(
     Args:
         gm: The captured graph; not changed.
         example_inputs: Its inputs, parameters among them.
-        options: The fields of `Config`.
+        options: The fields of `Config`, or one.
         mode: Inductor's mode, as in ``"reduce-overhead"``.
 
     Returns:
@@ -155,6 +155,7 @@ def _lower(
     ctx: Context, kernels: Kernels, device: torch.device, mode: str | None
 ) -> Callable[..., Any]:
     """Hands the rewritten graph to Inductor, or runs it op by op where Inductor cannot work."""
+    values.show(ctx.gm)
     missing = targets.inductor_missing(device)
     if missing:
         level = logging.INFO if kernels.choice.note == missing else logging.WARNING

@@ -72,12 +72,17 @@ class Config:
     inductor: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any] | None) -> Config:
+    def from_options(cls, options: Mapping[str, Any] | Config | None) -> Config:
         """The config that ``torch.compile(..., options=...)`` means.
 
         Raises:
-            OptionError: An option is unknown, has the wrong type or an impossible value.
+            OptionError: They are no options at all, or one is unknown, has the wrong type or an
+                impossible value.
         """
+        if isinstance(options, Config):
+            return options
+        if options is not None and not isinstance(options, Mapping):
+            raise errors.ill_typed_options(options)
         known = [f.name for f in dataclasses.fields(cls)]
         for name in options or {}:
             if name not in known:

@@ -44,7 +44,7 @@ def quantize_(model: nn.Module, config: Config | Mapping[str, Any] | None = None
         WeightError: A weight holds NaN or Inf, is empty, or cannot be encoded; weights before it
             stay packed, the model stays usable.
     """
-    config = config if isinstance(config, Config) else Config.from_options(config)
+    config = Config.from_options(config)
     groups = _plan(model, config)
     rows: list[tuple[Row, Tensor | None]] = []
     while groups:

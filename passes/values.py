@@ -84,6 +84,16 @@ def pieces(node: fx.Node, count: int) -> list[fx.Node]:
     return [emit(node.graph, node, operator.getitem, node, i) for i in range(count)]
 
 
+def show(gm: fx.GraphModule) -> None:
+    """Puts the values of new nodes where Dynamo has those of its own, as `copied` found them.
+
+    AOTAutograd answers from its cache only if each method's tensor has one there.
+    """
+    for node in gm.graph.nodes:
+        if node.meta.get("val") is not None:
+            node.meta.setdefault("example_value", node.meta["val"])
+
+
 PROVENANCE = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 

@@ -71,6 +71,18 @@ def test_bad_values(options: dict[str, Any], message: str) -> None:
     assert str(caught.value).count("\n") == 0
 
 
+@pytest.mark.parametrize("options", ["nf4", ["nf4"], 4])
+def test_what_is_no_options(options: Any) -> None:
+    with pytest.raises(errors.OptionError, match="must be a dict such as") as caught:
+        Config.from_options(options)
+    assert repr(options) in str(caught.value)
+
+
+def test_a_config_is_options_too() -> None:
+    config = Config(scheme="fp4")
+    assert Config.from_options(config) is config
+
+
 def test_dtypes_and_lists_are_taken() -> None:
     config = Config.from_options({"compute_dtype": torch.bfloat16, "skip": ["a", "b"]})
     assert config.compute_dtype == "bfloat16"

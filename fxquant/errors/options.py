@@ -13,6 +13,14 @@ def unknown_option(name: str, known: Iterable[str]) -> OptionError:
     return OptionError(f"unknown fxquant option {name!r}: the options are {listed(known)}.")
 
 
+def ill_typed_options(value: object) -> OptionError:
+    """Something in the place of all options that is neither a dict nor a `Config`."""
+    return OptionError(
+        "fxquant's options must be a dict such as {'scheme': 'nf4'} or an fxquant.Config, "
+        f"got {value!r} of type {type(value).__name__}."
+    )
+
+
 def ill_typed_option(name: str, value: object, expected: str) -> OptionError:
     """An option whose value has the wrong type."""
     return OptionError(
