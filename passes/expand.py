@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxquant.passes import opaque, values
-
-_aten = torch.ops.aten
-# Compositions that hide a product: pre-dispatch tracing keeps them whole unless told otherwise.
-_DECOMPOSED = (
-    _aten.einsum.default,
-    _aten.tensordot.default,
-    _aten.inner.default,
-    _aten.chain_matmul.default,
-    _aten.linalg_multi_dot.default,
-    _aten.linalg_matmul.default,
-    _aten.kron.default,
-)
-DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
-    **{op: op.decompose for op in _DECOMPOSED},
-    **opaque.DECOMPOSITIONS,
-}
+from fxquant.passes import values
+from fxquant.passes.traces import Trace, Traces
 
 
-def expand(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
+def expand(gm: fx.GraphModule, node: fx.Node, traces: Traces) -> list[fx.Node] | None:
     """Replaces a call by the ATen calls that it makes.
 
     Autocast is taken from the surroundings: the caller enters it as the graph does.
@@ -39,6 +20,7 @@ def expand(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
     Args:
         gm: The graph module; it may get constants.
         node: The call. It is erased.
+        traces: Those of the graph's other calls.
 
     Returns:
         The new nodes, or None if the call has to stay as it is: it gives no tensor, reads
@@ -47,10 +29,10 @@ def expand(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node] | None:
     inputs = node.all_input_nodes
     if not _gives_tensors(node) or not all(_has_value(given) for given in inputs):
         return None
-    traced = trace(node, inputs)
+    traced = traces.of(node)
     if traced is None:
         return None
-    output = traced.graph.output_node().args[0]
+    output = traced.gm.graph.output_node().args[0]
     pieces = isinstance(output, (tuple, list))
     if pieces and not all(_takes_piece(user, node, output) for user in node.users):
         return None
@@ -89,37 +71,15 @@ def _takes_piece(user: fx.Node, node: fx.Node, pieces: Any) -> bool:
     )
 
 
-def trace(node: fx.Node, inputs: list[fx.Node]) -> fx.GraphModule | None:
-    """The call as a graph of its own."""
-
-    def call(*given: Any) -> Any:
-        bound = dict(zip(inputs, given, strict=True))
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: bound[n])
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-    fakes = [values.value(given) for given in inputs]
-    try:
-        # Tensors that the call itself makes have to be fake too.
-        mode = values.fake_mode_of(inputs) or contextlib.nullcontext()
-        with torch.no_grad(), mode, warnings.catch_warnings():
-            # The user's own run has shown these already.
-            warnings.simplefilter("ignore")
-            return make_fx(call, decomposition_table=DECOMPOSITIONS, pre_dispatch=True)(*fakes)
-    except Exception:  # noqa: BLE001 - whatever cannot be traced alone stays as Dynamo wrote it
-        return None
-
-
 def _inline(
-    gm: fx.GraphModule, node: fx.Node, traced: fx.GraphModule, inputs: list[fx.Node]
+    gm: fx.GraphModule, node: fx.Node, traced: Trace, inputs: list[fx.Node]
 ) -> tuple[list[fx.Node], Any]:
     mapped: dict[fx.Node, Any] = {}
     given = iter(inputs)
     new: list[fx.Node] = []
     results: Any = None
     with gm.graph.inserting_before(node):
-        for inner in traced.graph.nodes:
+        for inner in traced.gm.graph.nodes:
             if inner.op == "placeholder":
                 mapped[inner] = next(given)
                 continue
@@ -127,11 +87,11 @@ def _inline(
                 results = fx.node.map_arg(inner.args[0], lambda n: mapped[n])
                 continue
             if inner.op == "get_attr":
-                mapped[inner] = _adopt_constant(gm, traced, inner)
+                mapped[inner] = _adopt_constant(gm, traced.gm, inner)
             else:
                 mapped[inner] = gm.graph.node_copy(inner, lambda n: mapped[n])
             copy = mapped[inner]
-            copy.meta = {"val": inner.meta.get("val")}
+            copy.meta = {"val": traced.found[inner]}
             copy.meta.update({k: node.meta[k] for k in values.PROVENANCE if k in node.meta})
             new.append(copy)
     return new, results

@@ -19,9 +19,9 @@ from torch import Tensor, fx
 
 from fxquant.passes import channels, products
 from fxquant.passes.context import LinearSite
-from fxquant.passes.expand import trace
 from fxquant.passes.normalize import TRANSFORMED
 from fxquant.passes.patterns import Need, Pattern, Ties, Ways
+from fxquant.passes.traces import Traces
 
 Edge = tuple[fx.Node, fx.Node]
 
@@ -233,8 +233,8 @@ class Walk:
             given = call.all_input_nodes
             is_op = isinstance(call.target, torch._ops.HigherOrderOperator)
             usable = not is_op and all(isinstance(n.meta.get("val"), _TRACED) for n in given)
-            gm = trace(call, given) if usable else None
-            self._expanded[call] = None if gm is None else (gm, given)
+            trace = Traces().of(call) if usable else None
+            self._expanded[call] = None if trace is None else (trace.gm, given)
         return self._expanded[call]
 
 
