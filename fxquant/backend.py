@@ -51,7 +51,7 @@ def fxquant(
     Args:
         gm: The captured graph; not changed.
         example_inputs: Its inputs, parameters among them.
-        options: The fields of `Config`, or one.
+        options: The fields of `Config`, or a `Config`.
         mode: Inductor's mode, as in ``"reduce-overhead"``.
 
     Returns:

@@ -82,9 +82,9 @@ class Traces:
         with torch.no_grad(), mode or contextlib.nullcontext(), warnings.catch_warnings():
             # The user's own run has shown these already.
             warnings.simplefilter("ignore")
-            if key in self._known:
-                return _replayed(self._known[key], fakes)
             try:
+                if key in self._known:
+                    return _replayed(self._known[key], fakes)
                 gm = _traced(node, inputs, fakes)
             except Exception:  # noqa: BLE001 - what cannot be traced alone stays as Dynamo wrote it
                 return None
