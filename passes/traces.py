@@ -134,6 +134,7 @@ def _key(node: fx.Node, inputs: Sequence[fx.Node], fakes: Sequence[Any]) -> Hash
     casts = [
         (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         for kind in sorted({"cpu", *(fake.device.type for fake in fakes)})
+        if torch.amp.is_autocast_available(kind)
     ]
     return (node.op, node.target, repr(args), tuple(forms), tuple(casts))
 

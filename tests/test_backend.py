@@ -264,6 +264,14 @@ def test_the_last_compile_of_a_function_is_announced(caplog: pytest.LogCaptureFi
             assert len([text for text in said if "compiled 3 times" in text]) == (number == 3)
 
 
+def test_a_config_is_taken_for_options() -> None:
+    model = frozen(nn.Linear(96, 80))
+    torch.compile(model, backend="fxquant", options=fxquant.Config(scheme="fp4"))(
+        torch.randn(2, 96)
+    )
+    assert [row.scheme for row in fxquant.report(model).quantized] == ["fp4"]
+
+
 def test_overrides_and_skip() -> None:
     model = frozen(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)))
     compile_(model, overrides={"1": "int8"}, skip=["2"])(torch.randn(2, 64))

@@ -145,3 +145,12 @@ def test_symbolic_sizes_are_traced_each(traced: list[None]) -> None:
 
     found = all_traces(graph_of(function, torch.randn(4, K), WEIGHTS[0], dynamic=True))
     assert len(traced) == 2 * len(found)
+
+
+def test_devices_without_autocast_share_traces(traced: list[None]) -> None:
+    def function(x: Tensor, w: Tensor) -> list[Tensor]:
+        return [F.linear(x, w), F.linear(x, w)]
+
+    given = (torch.randn(4, K, device="meta"), WEIGHTS[0].to("meta"))
+    found = all_traces(graph_of(function, *given))
+    assert (len(found), len(traced)) == (2, 3)
