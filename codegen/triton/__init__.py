@@ -1,11 +1,11 @@
 """The Triton target: for one spec a Python module with its kernels and a launcher.
 
 `tiles` chooses the variants, `decode` prints how codes become numbers (`words` eight at a time, and
-the products that take them so, `scaled` those of many rows), `kernels` the skeletons and the
-epilogue, `launch` the function ``run``, `ops` spells pointwise work. Of products in int8,
-`int8_decode` and `int8` print the same, `outliers` what is left to floats (`columns` the weight
-there), `quantize` the kernels that take rows to int8, `steps` their launches, and `prologue` the
-one that makes the rows, too. Printing needs no Triton.
+the products that take them so, `scaled` those of many rows, `pairs` that of one), `kernels` the
+skeletons and the epilogue, `launch` the function ``run``, `ops` spells pointwise work. Of products
+in int8, `int8_decode` and `int8` print the same, `outliers` what is left to floats (`columns` the
+weight there), `quantize` the kernels that take rows to int8, `steps` their launches, and `prologue`
+the one that makes the rows, too. Printing needs no Triton.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fxquant.codegen.triton import (
     kernels,
     launch,
     outliers,
+    pairs,
     prologue,
     quantize,
     scaled,
@@ -114,10 +115,14 @@ def _print_quantize(out: Lines, spec: QuantizeSpec) -> None:
 def _print_words(out: Lines, spec: KernelSpec, index: WeightIndex, variants: Plan) -> None:
     decode.print_constants(out, decode.tables(spec.weight.encoding).values())
     words.print_constants(out, spec, variants)
+    if variants.has("gemv"):
+        pairs.print_constants(out, spec)
     kernels.print_finish(out, spec, variants)
     words.print_gemm(out, spec, index, variants)
-    if any(tile.kernel == "scaled" for tile in variants.tiles):
+    if variants.has("scaled"):
         scaled.print_gemm(out, spec, index, variants)
+    if variants.has("gemv"):
+        pairs.print_gemv(out, spec, index, variants)
 
 
 def _print_int8(out: Lines, spec: KernelSpec, index: WeightIndex, variants: Plan) -> None:

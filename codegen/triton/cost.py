@@ -33,6 +33,16 @@ LAUNCH = 4e-6
 _SCALE = 3.0
 """Vector instructions to scale a sum of one step: it is waited for, scaled and added."""
 
+_PAIR = 2.0
+"""The least that a weight takes which is looked up with its neighbour, in cycles of `_LANES`: both
+are 8 bytes of shared memory, which gives 128 in one."""
+
+_PAIR_ISSUED, _PAIR_ROW = 1.05, 0.67
+"""The same for its instructions, and for those of each row: half of what machine code has."""
+
+_PAIR_TABLE = 32 << 10
+"""Bytes of shared memory that pairs of levels lie in."""
+
 _SHARE = 0.75
 """Of the matrix unit's throughput, what the best products reach."""
 
@@ -153,7 +163,7 @@ def seconds(spec: KernelSpec, form: Form, tile: Tile, gpu: Gpu, rows: int) -> fl
         WARP: gpu.processor.lanes,
     }  # fmt: skip
     if tile.kernel == "dequantize":
-        values[DECODE], values[SCALE] = _decoding(spec, ""), float(not is_direct(spec))
+        values[DECODE], values[SCALE] = _decoding(spec, form, tile), float(not is_direct(spec))
         dense = 2 * tile.chunk * weight.k
         values[RESIDENT] = float(tile.chunk < weight.n and 2 * dense <= gpu.cache_bytes)
     else:
@@ -161,7 +171,7 @@ def seconds(spec: KernelSpec, form: Form, tile: Tile, gpu: Gpu, rows: int) -> fl
         if not fits(spec, form, tile, gpu):
             return math.inf
         values[RESIDENT] = gpu.processor.resident(registers, shared, tile.warps)
-        values[DECODE] = _decoding(spec, form.words)
+        values[DECODE] = _decoding(spec, form, tile)
         values[SCALE] = _SCALE if _scales_sums(form, tile) else 0.0
     return float(_compiled(tile.kernel)(*(values[symbol] for symbol in _SYMBOLS)))
 
@@ -202,6 +212,8 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     Sums, those of a step where they are scaled by themselves, decoded weights, the addresses of
     asynchronous copies (of two inputs for words, of 16 bytes else), and what else there is.
     """
+    if _looks_up_pairs(form, tile):
+        return 60 + (8 + 3 * tile.rows) * tile.n * spec.weights, _PAIR_TABLE
     lanes, in_words = 32 * tile.warps, bool(form.words) and tile.kernel != "scaled"
     sums = tile.rows * tile.n * spec.weights * (2 if _scales_sums(form, tile) else 1)
     decoded = tile.n * tile.k * spec.weights // (2 if form.words else 1)
@@ -217,6 +229,11 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     return registers, tile.stages * (codes + tile.rows * tile.k * x_bytes) + turned
 
 
+def _looks_up_pairs(form: Form, tile: Tile) -> bool:
+    """Whether a tile is one of `fxquant.codegen.triton.pairs`."""
+    return bool(form.words) and tile.kernel == "gemv"
+
+
 def _scales_sums(form: Form, tile: Tile) -> bool:
     """Whether the sums of a step are scaled by themselves."""
     return form.scaling == "tile" and tile.kernel != "scaled"
@@ -228,14 +245,16 @@ def _multiplied(spec: KernelSpec, form: Form) -> str:
     return "float32" if is_int8 and form.scaling == "elements" else spec.compute_dtype
 
 
-def _decoding(spec: KernelSpec, words: str) -> float:
+def _decoding(spec: KernelSpec, form: Form, tile: Tile) -> float:
     """Vector instructions to decode one weight.
 
     With permutations and of plain int8: what makes an H100's times come out; else counted. Look-ups
     in a table wait for one another: 64 threads take some 7 cycles for their two codes each.
     """
-    if words:
-        return {"prmt": 5.5, "table": 4.0, "choice": 20.0}[words]
+    if _looks_up_pairs(form, tile):
+        return max(_PAIR, _PAIR_ISSUED + _PAIR_ROW * tile.rows)
+    if form.words and tile.kernel != "dequantize":
+        return {"prmt": 5.5, "table": 4.0, "choice": 20.0}[form.words]
     encoding = spec.weight.encoding
     if spec.compute_dtype == "int8":
         return 0.1 if is_stored(spec) else 5.0

@@ -98,8 +98,14 @@ def print_scale_loads(
     if encoding.scale is None:
         out.add(f"scale = tl.load(scales + block{mask})")
         return
+    out.add(f"scale_code = tl.load(scales + block{mask}).to(tl.int32)")
+    print_encoded_scale(out, encoding, nested, coarse_mask)
+
+
+def print_encoded_scale(out: Lines, encoding: Encoding, nested: str, coarse_mask: str) -> None:
+    """What ``scale_code`` stands for; see `print_scale_loads`."""
+    assert encoding.scale is not None, "there are no codes of scales"
     out.add(
-        f"scale_code = tl.load(scales + block{mask}).to(tl.int32)",
         f"coarse = tl.load(nested + ({nested}){coarse_mask})",
         "scale = tl.load(scale_levels + scale_code) * coarse",
     )

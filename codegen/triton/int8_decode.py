@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sympy
+
 from fxquant.codegen.indexing import E, K, N, index_text
 from fxquant.codegen.triton import decode
 from fxquant.codegen.triton.printer import call
@@ -44,9 +46,10 @@ class Int8Decode(ScaledDecode):
         """A call of ``decode``; `mark` says of which weight."""
         return call(self.name, [*self._tile_arguments(mark), *_SIZES])
 
-    def call_scale(self, mark: str) -> str:
-        """A call of ``scale_of``."""
-        return call("scale_of", self._scale_arguments(mark))
+    def call_scale(self, mark: str, n: str = "n", k0: str = "k0") -> str:
+        """A call of ``scale_of``, for outputs `n` and, where scales change along them, inputs."""
+        places = {"n": n, "k0": k0}
+        return call("scale_of", (places.get(name, name) for name in self._scale_arguments(mark)))
 
     def call_shift(self, mark: str) -> str:
         """A call of ``shift_of``."""
@@ -100,18 +103,27 @@ class Int8Decode(ScaledDecode):
 
     def _print_block(self) -> tuple[str, str, str]:
         """Prints ``block``; the mask of loads there; an encoded scale's place and its mask."""
-        block, nested = self.index.block, self.index.nested
+        block, mask = self._print_place(self.index.block)
+        self.out.add(f"block = {block}")
+        return mask, *self._read_at(self.index.nested)
+
+    def _print_place(self, where: sympy.Expr) -> tuple[str, str]:
+        """Prints what `_read_at` needs."""
         if decode.is_wide(self.weight):
             self.out.add("n = n.to(tl.int64)")
-        if block.has(K):
-            run = min(tile.k for tile in self.plan.tiles)
-            block = self.index.per_run(block, K, run)
-            nested = self.index.per_run(nested, K, run)
-            self.out.add(f"run = k0 // {run}")
-        names = {E: "e", N: "n", K: "run"}
-        self.out.add(f"block = {index_text(block, names)}")
-        masks = [
-            f", mask=n < {self.weight.n}, other=0" if where.has(N) and not self.plan.whole_n else ""
-            for where in (block, nested)
-        ]
-        return masks[0], index_text(nested, names), masks[1]
+        if where.has(K):
+            self.out.add(f"run = k0 // {self._run}")
+        return self._read_at(where)
+
+    def _read_at(self, where: sympy.Expr) -> tuple[str, str]:
+        """The text of a scale's place, and the mask of loads there."""
+        inside = self.plan.whole_n or not where.has(N)
+        mask = "" if inside else f", mask=n < {self.weight.n}, other=0"
+        if where.has(K):
+            where = self.index.per_run(where, K, self._run)
+        return index_text(where, {E: "e", N: "n", K: "run"}), mask
+
+    @property
+    def _run(self) -> int:
+        """Inputs that have one scale for certain."""
+        return min(tile.k for tile in self.plan.tiles)

@@ -34,7 +34,7 @@ _POINTERS = {
 def tables(spec: KernelSpec, plan: Plan) -> dict[str, str]:
     """The tables that lie on the device, and their dtypes."""
     found = [*decode.tables(spec.weight.encoding), *(t.name for t in outliers.tables(spec))]
-    return {**dict.fromkeys(found, "float32"), **dict.fromkeys(words.tables(plan), "int32")}
+    return {**dict.fromkeys(found, "float32"), **words.tables(plan)}
 
 
 def print_types(out: Lines, spec: KernelSpec, plan: Plan) -> None:

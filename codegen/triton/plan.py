@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fxquant.codegen.indexing import K, N, WeightIndex
@@ -23,6 +24,7 @@ from fxquant.codegen.triton.tiles import (
     float_tiles,
     gemv_tile,
     int8_tiles,
+    pair_tiles,
     scaled_tiles,
     word_tiles,
 )
@@ -84,7 +86,11 @@ class Plan:
     @property
     def decodes(self) -> bool:
         """Whether any variant decodes the weight to memory."""
-        return any(tile.kernel == "dequantize" for tile in self.tiles)
+        return self.has("dequantize")
+
+    def has(self, kernel: str) -> bool:
+        """Whether any tile is one of a kernel."""
+        return any(tile.kernel == kernel for tile in self.tiles)
 
 
 def plan_for(spec: KernelSpec, index: WeightIndex, gpu: Gpu = ANY) -> Plan:
@@ -98,6 +104,10 @@ def plan_for(spec: KernelSpec, index: WeightIndex, gpu: Gpu = ANY) -> Plan:
         variants = {rows: (gemv_tile(spec, rows, form.axis, programs),) for rows in few}
     for rows in BUCKETS:
         variants[rows] = _ranked(spec, form, gpu, rows)
+    if form.words == "prmt":
+        best = variants[BUCKETS[0]][0]
+        few = {rows: (best, *_for_few(spec, form, gpu, rows)) for rows in GEMV_ROWS}
+        variants = {**few, **variants}
     tiles = [tile for found in variants.values() for tile in found]
     products = [tile for tile in tiles if tile.kernel != "dequantize"]
     n, k = spec.weight.n, spec.weight.k
@@ -131,6 +141,13 @@ def _ranked(spec: KernelSpec, form: Form, gpu: Gpu, rows: int) -> tuple[Tile, ..
     others = [tile for tile in ranked if tile in first.values()]
     deeper = [t for t in ranked if dataclasses.replace(t, stages=ranked[0].stages) == ranked[0]]
     return (*others[: _BEST - len(deeper) + 1], *deeper[1:])
+
+
+def _for_few(spec: KernelSpec, form: Form, gpu: Gpu, rows: int) -> Iterator[Tile]:
+    """Tiles that look pairs of codes up. No GPU has run them yet: tuning may choose them."""
+    found = {tile: cost.seconds(spec, form, tile, gpu, rows) for tile in pair_tiles(spec, rows)}
+    ranked = (t for t in sorted(found, key=lambda tile: found[tile]) if found[t] < math.inf)
+    return itertools.islice(ranked, _BEST - 1 if rows == 1 else _BEST // 2)
 
 
 def _price(spec: KernelSpec, tile: Tile) -> float:

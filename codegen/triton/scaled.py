@@ -51,7 +51,7 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
         )
         if is_scaled:
             for mark in marks(spec):
-                out.add(f"scale{mark} = {tiles.call_scale(mark).replace('k0', 'first_k')}")
+                out.add(f"scale{mark} = {tiles.call_scale(mark, k0='first_k')}")
         with out.block(loop(spec)):
             out.add("# load", "k = k0 + tl.arange(0, BLOCK_K)[:, None]")
             out.add(f"x_tile = tl.load(x_rows + k, mask=m < rows, other=0.0){round_x(spec)}")
@@ -76,7 +76,7 @@ def _print_step(out: Lines, spec: KernelSpec, tiles: WordDecode, mark: str) -> N
     out.add(f"code = tl.load(codes{mark} + ({text}){inside})")
     if is_scaled:
         last = spec.weight.k - min(tile.k for tile in plan.tiles)
-        ahead = tiles.call_scale(mark).replace("k0", "next_k0")
+        ahead = tiles.call_scale(mark, k0="next_k0")
         out.add(f"next_k0 = tl.minimum(k0 + BLOCK_K, {last})", f"ahead = {ahead}")
     scale = [f"scale{mark}"] if is_scaled else []
     w = call("decode_bytes", ["code", *scale, "BLOCK_N", "BLOCK_K"])

@@ -22,6 +22,9 @@ CODES_PER_WORD = 8
 PAIRS = CODES_PER_WORD // 2
 LEAST_WORD_INPUTS = 16 * PAIRS
 LEAST_INT8_INPUTS = 32  # one instruction's
+PAIR_INPUTS = 32
+"""Inputs of a thread that looks pairs of codes up: 16 bytes."""
+
 AT_ONCE = 16
 """Outlier columns of one product: the least of a tensor core's."""
 
@@ -117,6 +120,17 @@ def scaled_tiles(spec: KernelSpec, rows: int) -> Iterator[Tile]:
         if m >= _LEAST_SCALED and spec.weight.n % n == 0:
             for stages, split in itertools.product((3, 4), _splits(spec, LEAST_WORD_INPUTS, rows)):
                 yield Tile("scaled", m, n, LEAST_WORD_INPUTS, split, warps, stages)
+
+
+def pair_tiles(spec: KernelSpec, rows: int) -> Iterator[Tile]:
+    """Few rows: all threads of a program lie side by side along the inputs."""
+    if spec.weight.batch or spec.batch:
+        return
+    for n, warps in itertools.product((4, 8, 16), (1, 2, 4, 8)):
+        k = 32 * warps * PAIR_INPUTS
+        if spec.weight.n % n == 0 and k < 2 * spec.weight.k:
+            for split in _splits(spec, k, 1):
+                yield Tile("gemv", rows, n, k, split, warps, 2)
 
 
 def int8_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:

@@ -6,13 +6,12 @@ that belong to it. So a thread's word holds exactly what the matrix unit wants o
 nothing moves between threads on the way. Levels are rounded to the dtype of the product and scales
 are multiplied with its sums, a block of inputs at a time.
 
-There is no kernel for a single row. A GEMV decodes as much and multiplies on top of that: a level
-has to be widened to float32 and multiplied, two instructions a weight, where the matrix unit takes
-one for 16 rows and 1024 weights, and 16 rows cost it no more than one. Counted in machine code for
-sm_90, the loop with tiles of 16 rows has 5.0 instructions a weight, 2.8 of them on the pipe of 64
-lanes a cycle that permutations take. On an H100 that is 13 us for 8192 x 8192 weights, whose bytes
-take 10: decoding, not memory, is what would have to be shortened. Five programs with four stages
-under way hold 80 KB, and 20 KB are what the bandwidth brings to a processor in the time of a load.
+Sixteen rows cost the matrix unit no more than one. Counted in machine code for sm_90, the loop with
+tiles of 16 rows has 5.0 instructions a weight, 2.8 of them on the pipe of 64 lanes a cycle that
+permutations take. On an H100 that is 13 us for 8192 x 8192 weights, whose bytes take 10: decoding,
+not memory, is what would have to be shortened. For one to four rows `pairs` does. Five programs
+with four stages under way hold 80 KB, and 20 KB are what the bandwidth brings to a processor in the
+time of a load.
 
 Activations come in pairs of inputs, 4 bytes a copy instead of 16. With 128 rows of a tile that is
 16 copies of a thread a step; a step's products take the matrix unit longer than those take the load
@@ -168,9 +167,16 @@ class WordDecode(Int8Decode):
             self.out.add(f"return {texts[0]}.to(tl.{self.dtype})")
 
 
-def tables(plan: Plan) -> list[str]:
-    """The pointers of tables on the device beside those of scales."""
-    return [BYTES] if plan.form.words == "prmt" else []
+LEVEL_PAIRS = "level_pairs"
+"""The pointer to the levels of both codes of every byte, for `fxquant.codegen.triton.pairs`."""
+
+
+def tables(plan: Plan) -> dict[str, str]:
+    """The pointers of tables on the device beside those of scales, and their dtypes."""
+    found = {BYTES: "int32"} if plan.form.words == "prmt" else {}
+    if plan.form.words and plan.has("gemv"):
+        found[LEVEL_PAIRS] = "float32"
+    return found
 
 
 def product_parameters(spec: KernelSpec, plan: Plan) -> list[str]:
@@ -183,7 +189,7 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
     """The kernel ``gemm``, and before it the functions that it takes its weight from."""
     tiles = WordDecode(out, spec.weight, index, plan, spec.compute_dtype)
     tiles.print()
-    if plan.form.scaling == "output" or any(tile.kernel == "scaled" for tile in plan.tiles):
+    if plan.form.scaling == "output" or plan.has("scaled"):
         print_arrived(out, plan)
     doc = "Weight tile by activation tile on tensor cores, acc is [outputs, rows]."
     taken = with_constants(product_parameters(spec, plan))
@@ -210,7 +216,7 @@ def print_gemm(out: Lines, spec: KernelSpec, index: WeightIndex, plan: Plan) -> 
             out.add("pairs = pair_table()")
         if plan.form.scaling == "tile":
             for mark in marks(spec):
-                out.add(f"scale{mark} = {tiles.call_scale(mark).replace('k0', 'first_k')}")
+                out.add(f"scale{mark} = {tiles.call_scale(mark, k0='first_k')}")
         with out.block(loop(spec)):
             _print_steps(out, spec, index, plan, tiles)
         if plan.form.scaling == "output":
@@ -233,10 +239,10 @@ def _print_steps(
         pointer = f"codes{mark}.to(tl.pointer_type(tl.int32))"
         out.add(
             f"j = k0 // {CODES_PER_WORD} + tl.arange(0, BLOCK_K // {CODES_PER_WORD})[None, :]",
-            f"word = tl.load({pointer} + ({_word_index(index)}){mask})",
+            f"word = tl.load({pointer} + ({word_index(index)}){mask})",
         )
         if plan.form.scaling == "tile":
-            ahead = tiles.call_scale(mark).replace("k0", "next_k0")
+            ahead = tiles.call_scale(mark, k0="next_k0")
             out.add(f"next_k0 = tl.minimum(k0 + BLOCK_K, {last})", f"ahead = {ahead}")
         names = ", ".join(f"w{pair}" for pair in range(PAIRS))
         taken = ["word", *_TAKEN[plan.form.words], "BLOCK_N", "BLOCK_K"]
@@ -252,10 +258,11 @@ def _print_steps(
             out.add(*(f"acc{mark} = {product}" for product in products))
 
 
-def _word_index(index: WeightIndex) -> str:
+def word_index(index: WeightIndex, n: str = "n", j: str = "j") -> str:
+    """Where the words `j` of outputs `n` lie, in words."""
     found = index.aligned(K, CODES_PER_WORD)
     assert found is not None, "the plan has seen to it that words are aligned"
-    return index_text(found, {E: "e", N: "n", K: "j"})
+    return index_text(found, {E: "e", N: n, K: j})
 
 
 def print_constants(out: Lines, spec: KernelSpec, plan: Plan) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -54,7 +53,7 @@ class Binary:
         registers: Registers of one thread.
         spills: Bytes (NVIDIA) or registers (AMD) of one thread that went to memory.
         shared_bytes: Shared memory of one program, in bytes.
-        instructions: How often each instruction occurs, with its modifiers.
+        listing: Its instructions with their modifiers, as they stand in the code.
         warps: Warps of one program.
         target: What it was built for, a name in `TARGETS`.
         in_flight: Products of Hopper's matrix unit that its waits leave under way, at most.
@@ -63,7 +62,7 @@ class Binary:
     registers: int
     spills: int
     shared_bytes: int
-    instructions: Mapping[str, int]
+    listing: Sequence[str]
     warps: int
     target: str
     in_flight: int
@@ -73,8 +72,7 @@ class Binary:
 
         So ``"HGMMA"`` counts all shapes of it.
         """
-        names = self.instructions.items()
-        return sum(n for name, n in names if re.fullmatch(rf"(?:{pattern})(?:\..*)?", name))
+        return sum(1 for name in self.listing if re.fullmatch(rf"(?:{pattern})(?:\..*)?", name))
 
     @property
     def occupancy(self) -> float:
@@ -126,12 +124,12 @@ def compile_for(target: str, module: ModuleType, build: Build) -> Binary:
         read = _read_cubin(found.asm["cubin"])
     else:
         read = _read_amdgcn(found.asm["amdgcn"])
-    registers, spills, instructions, in_flight = read
+    registers, spills, listing, in_flight = read
     return Binary(
         registers,
         spills,
-        found.metadata.shared,
-        instructions,
+        found.metadata.shared + _set_aside(found.asm.get("ptx", "")),
+        listing,
         found.metadata.num_warps,
         target,
         in_flight,
@@ -143,7 +141,12 @@ def _is_aligned(name: str, kind: str) -> bool:
     return kind.startswith("*") or name.startswith("x_stride")
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, Mapping[str, int], int]:
+def _set_aside(ptx: str) -> int:
+    """Bytes of shared memory that a kernel's assembly has for itself, beside Triton's."""
+    return sum(map(int, re.findall(r"\.shared \.align \d+ \.b8 \w+\[(\d+)\]", ptx)))
+
+
+def _read_cubin(cubin: bytes) -> tuple[int, int, Sequence[str], int]:
     """Registers, spilled bytes, instructions, and products that waits leave under way."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -157,7 +160,7 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, Mapping[str, int], int]:
     spills = sum(int(found[1]) for found in (local, stack) if found)
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x[0-9a-f]+)", listing)
     in_flight = max((int(count, 16) for count in waits), default=0)
-    return int(registers[1]) if registers else 0, spills, Counter(lines), in_flight
+    return int(registers[1]) if registers else 0, spills, lines, in_flight
 
 
 def _cuobjdump(option: str, path: Path) -> str:
@@ -169,10 +172,8 @@ def _cuobjdump(option: str, path: Path) -> str:
     ).stdout
 
 
-def _read_amdgcn(text: str) -> tuple[int, int, Mapping[str, int], int]:
+def _read_amdgcn(text: str) -> tuple[int, int, Sequence[str], int]:
     notes = {key: int(value) for key, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
-    instructions = Counter(
-        re.findall(r"^\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+)\b", text, re.MULTILINE)
-    )
+    lines = re.findall(r"^\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+)\b", text, re.MULTILINE)
     spills = notes.get("vgpr_spill_count", 0) + notes.get("sgpr_spill_count", 0)
-    return notes.get("vgpr_count", 0), spills, instructions, 0
+    return notes.get("vgpr_count", 0), spills, lines, 0

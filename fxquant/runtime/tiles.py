@@ -15,7 +15,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,16 +56,22 @@ Variants = dict[int, Tile]
 
 def use(module: ModuleType, spec: KernelSpec, gpu: Gpu) -> None:
     """Sets the tiles that were tuned for this product on this GPU, if any were."""
-    found = plan_for(spec, WeightIndex.of(spec.weight), gpu)
     stored = _stored(gpu).get(_key(spec))
     if stored is None:
         return
-    tiles = {}
-    for most, candidates in found.variants.items():
-        wanted = stored.get(str(most))
-        tiles[most] = next((t for t in candidates if _entry(t) == wanted), candidates[0])
-    _set(module, tiles)
+    _set(module, _chosen(plan_for(spec, WeightIndex.of(spec.weight), gpu), stored))
     LOG.info("kernel %s has tiles as tuned", spec.name)
+
+
+def _chosen(found: Plan, stored: Mapping[str, Any]) -> Variants:
+    """The stored tiles, where they are candidates; rows below the first of them have that, too."""
+    tiles = {}
+    least = min((most for most in found.variants if str(most) in stored), default=0)
+    for most, candidates in found.variants.items():
+        if most >= least:
+            wanted = stored.get(str(most))
+            tiles[most] = next((t for t in candidates if _entry(t) == wanted), candidates[0])
+    return tiles
 
 
 def remark(module: ModuleType) -> str:
@@ -79,12 +85,14 @@ def remark(module: ModuleType) -> str:
 
 
 def is_tuned(spec: KernelSpec, gpu: Gpu) -> bool:
-    """Whether there is a result for a product."""
-    return _key(spec) in _stored(gpu)
+    """Whether there are results for all numbers of rows of a product."""
+    stored = _stored(gpu).get(_key(spec), {})
+    found = plan_for(spec, WeightIndex.of(spec.weight), gpu)
+    return all(str(most) in stored for most in found.variants)
 
 
 def tune(module: ModuleType, spec: KernelSpec, gpu: Gpu, device: torch.device) -> None:
-    """Times the tiles that the cost model thinks best, unless that was done, and keeps what won.
+    """Times the tiles that the cost model thinks best, where that was not done, and keeps what won.
 
     Takes some seconds for each number of rows, most of them to build kernels. Nothing else should
     run on the GPU meanwhile.
@@ -97,12 +105,17 @@ def tune(module: ModuleType, spec: KernelSpec, gpu: Gpu, device: torch.device) -
     """
     if is_tuned(spec, gpu):
         return
-    found = plan_for(spec, WeightIndex.of(spec.weight), gpu)
+    found, stored = (
+        plan_for(spec, WeightIndex.of(spec.weight), gpu),
+        _stored(gpu).get(_key(spec), {}),
+    )
+    untimed = {most: tiles for most, tiles in found.variants.items() if str(most) not in stored}
     weight = [part.to(device) for part in tuning.random_weight(spec)]
     trial = _Trial(module, spec, weight, device, torch.empty(2 * gpu.cache_bytes, dtype=torch.int8))
-    tiles = trial.best(found)
-    _set(module, tiles)
-    _keep(spec, gpu, tiles)
+    tiles = trial.best(untimed)
+    entries = {str(most): _entry(tile) for most, tile in tiles.items()}
+    _set(module, _chosen(found, {**stored, **entries}))
+    _keep(spec, gpu, entries)
     LOG.info("kernel %s has tiles tuned now: %s", spec.name, tiles)
 
 
@@ -147,13 +160,13 @@ class _Trial:
         self._buffer = buffer.to(device) if device.type == "cuda" else buffer[:1]
         self._deadline = time.perf_counter() + LIMIT_S
 
-    def best(self, found: Plan) -> Variants:
+    def best(self, candidates: Mapping[int, tuple[Tile, ...]]) -> Variants:
         """The quickest tile for each number of rows; that of the cost model where time is over."""
-        count = sum(len(tiles) for tiles in found.variants.values())
+        count = sum(len(tiles) for tiles in candidates.values())
         chosen = {}
         with bar(Console(stderr=True)) as progress:
             task = progress.add_task(f"tuning {self.spec.name}", total=count)
-            for most, tiles in found.variants.items():
+            for most, tiles in candidates.items():
                 chosen[most] = tiles[0]
                 if len(tiles) > 1:
                     chosen[most] = self._best_of(most, tiles, lambda: progress.advance(task))
@@ -172,7 +185,9 @@ class _Trial:
         best, least = tiles[0], math.inf
         for tile in tiles:
             if time.perf_counter() < self._deadline:
-                self.module.VARIANTS[most] = variant(self.module, tile)
+                entry = variant(self.module, tile)
+                self.module.VARIANTS.clear()  # one for more rows would come first
+                self.module.VARIANTS[most] = entry
                 seconds = self._seconds(lambda: self.module.run(x, self.weight, extra), right, tile)
                 if seconds < least * (1 - _LEAST_GAIN):
                     best, least = tile, seconds
@@ -281,7 +296,10 @@ def _file(gpu: Gpu) -> str:
 
 def _stored(gpu: Gpu) -> dict[str, Any]:
     """Entries of tiles by number of rows, by product: the user's before those of the package."""
-    return {**_read(SHIPPED / _file(gpu)), **_read(path(gpu))}
+    found = _read(SHIPPED / _file(gpu))
+    for product, entries in _read(path(gpu)).items():
+        found[product] = {**found.get(product, {}), **entries}
+    return found
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -295,12 +313,13 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _keep(spec: KernelSpec, gpu: Gpu, tiles: Variants) -> None:
-    file = path(gpu)
-    entries = {str(most): _entry(tile) for most, tile in tiles.items()}
+def _keep(spec: KernelSpec, gpu: Gpu, entries: Mapping[str, Any]) -> None:
+    file, product = path(gpu), _key(spec)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**_read(file), _key(spec): entries}, indent=1)
+        before = _read(file)
+        before[product] = {**before.get(product, {}), **entries}
+        text = json.dumps(before, indent=1)
         cache.write_atomically(file, text)
     except OSError as error:
         LOG.warning("what tuning found cannot be written to %s: %s", file, error)

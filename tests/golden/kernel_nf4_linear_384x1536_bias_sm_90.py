@@ -29,6 +29,15 @@ SCALE_LEVELS = get_codebook("dynamic8").levels
 # Bytes of levels, four in a word: lower ones of 0 .. and 8 .., upper ones.
 LEVEL_BYTES = [b for b in (-905563520, -1384372829, -1094729793, 1044266557) for _ in range(16)]
 
+# Levels in bfloat16; for every byte those of its two codes.
+LEVELS = (
+    -1.0, -0.6953125, -0.5234375, -0.39453125, -0.28515625, -0.1845703125, -0.0908203125, 0.0,
+    0.07958984375, 0.1611328125, 0.24609375, 0.337890625, 0.44140625, 0.5625, 0.72265625, 1.0,
+)
+LEVEL_PAIRS = [
+    x for first in LEVELS for second in LEVELS for x in (first, second)
+]
+
 
 @triton.jit
 def finish(acc, in0, out, m, n, rows):
@@ -111,8 +120,8 @@ def arrived(acc):
 
 @triton.jit(do_not_specialize=["rows"])
 def nf4_linear_384x1536_bias_gemm(
-    x, codes, scales, nested, offset, scale_levels, in0, out, partial, level_bytes, rows,
-    x_stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, codes, scales, nested, offset, scale_levels, in0, out, partial, level_bytes, level_pairs,
+    rows, x_stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Weight tile by activation tile on tensor cores, acc is [outputs, rows]."""
@@ -220,8 +229,8 @@ def decode_bytes(code, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows"])
 def nf4_linear_384x1536_bias_scaled(
-    x, codes, scales, nested, offset, scale_levels, in0, out, partial, level_bytes, rows,
-    x_stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, codes, scales, nested, offset, scale_levels, in0, out, partial, level_bytes, level_pairs,
+    rows, x_stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     """Many rows: the weight tile with its scales by activation tile, acc is [outputs, rows]."""
@@ -256,6 +265,196 @@ def nf4_linear_384x1536_bias_scaled(
         tl.store(partial + where, acc, mask=(m < rows))
 
 
+@triton.jit
+def add(x, y):
+    """What sums are made of."""
+    return x + y
+
+
+@triton.jit
+def pair_table(level_pairs):
+    """Where in shared memory the levels of 256 pairs of codes are, 16 times side by side."""
+    table = tl.inline_asm_elementwise(
+        "{ .shared .align 16 .b8 pairs[32768]; mov.u32 $0, pairs; }",
+        "=r",
+        [],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    byte, two = tl.arange(0, 256)[:, None], tl.arange(0, 8)[None, :]
+    pair = tl.load(level_pairs.to(tl.pointer_type(tl.int64)) + tl.broadcast_to(byte, (256, 8)))
+    tl.inline_asm_elementwise(
+        "st.shared.v2.b64 [$1], {$2, $2}; mov.u32 $0, 0;",
+        "=r,r,l",
+        [table + byte * 128 + two * 16, pair],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+    tl.debug_barrier()
+    # What is read takes this value, so it is read behind the barrier.
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [table], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def levels_of(word, copy, table):
+    """The levels of a word's codes, from a copy of the table."""
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 a, b, c, d;
+        shl.b32 a, $8, 7;
+        shr.u32 b, $8, 1;
+        shr.u32 c, $8, 9;
+        shr.u32 d, $8, 17;
+        lop3.b32 a, a, 0x7f80, $9, 0xea;
+        lop3.b32 b, b, 0x7f80, $9, 0xea;
+        lop3.b32 c, c, 0x7f80, $9, 0xea;
+        lop3.b32 d, d, 0x7f80, $9, 0xea;
+        add.u32 a, a, $10;
+        add.u32 b, b, $10;
+        add.u32 c, c, $10;
+        add.u32 d, d, $10;
+        ld.shared.v2.f32 {$0, $1}, [a];
+        ld.shared.v2.f32 {$2, $3}, [b];
+        ld.shared.v2.f32 {$4, $5}, [c];
+        ld.shared.v2.f32 {$6, $7}, [d];
+        }
+        """,
+        "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r",
+        [word, copy, table],
+        dtype=(tl.float32,) * 8,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def inputs_of(x, BLOCK_M: tl.constexpr, THREADS: tl.constexpr):
+    """Eight inputs of each row and thread, one by one."""
+    even, odd = tl.split(x.to(tl.float32).reshape(BLOCK_M, 1, THREADS, 2, 2, 2))
+    x04, x26 = tl.split(even)
+    x15, x37 = tl.split(odd)
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def words_of(word, BLOCK_N: tl.constexpr, THREADS: tl.constexpr):
+    """Four words of each output and thread, one by one."""
+    even, odd = tl.split(word.reshape(1, BLOCK_N, THREADS, 2, 2))
+    word0, word2 = tl.split(even)
+    word1, word3 = tl.split(odd)
+    return word0, word1, word2, word3
+
+
+@triton.jit
+def add_products(sums, word, x, copy, table):
+    """Adds the products of a word's eight weights."""
+    w0, w1, w2, w3, w4, w5, w6, w7 = levels_of(word, copy, table)
+    x0, x1, x2, x3, x4, x5, x6, x7 = x
+    sums += w0 * x0
+    sums += w1 * x1
+    sums += w2 * x2
+    sums += w3 * x3
+    sums += w4 * x4
+    sums += w5 * x5
+    sums += w6 * x6
+    return sums + w7 * x7
+
+
+@triton.jit
+def scale_code_of(scales, n, k0):
+    """The codes of scales of outputs n at inputs k0 .."""
+    run = k0 // 64
+    block = n * 24 + run
+    return tl.load(scales + block).to(tl.int32)
+
+
+@triton.jit
+def scale_from(scale_code, nested, offset, scale_levels, n, k0):
+    """The scales of outputs n at inputs k0 .., from their codes."""
+    run = k0 // 64
+    coarse = tl.load(nested + ((n * 24 + run) // 256))
+    scale = tl.load(scale_levels + scale_code) * coarse
+    scale += tl.load(offset)
+    return scale
+
+
+@triton.jit(do_not_specialize=["rows"])
+def nf4_linear_384x1536_bias_gemv(
+    x, codes, scales, nested, offset, scale_levels, in0, out, partial, level_bytes, level_pairs,
+    rows, x_stride_m, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Few rows: a thread multiplies 32 inputs of all outputs at a time, acc is [rows, outputs]."""
+    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n0 = tl.program_id(1) * BLOCK_N
+    share = tl.program_id(2)
+    SHARE: tl.constexpr = (1536 + BLOCK_K * SPLIT - 1) // (BLOCK_K * SPLIT) * BLOCK_K
+    first_k = share * SHARE
+    end = tl.minimum(first_k + SHARE, 1536)
+    n = n0 + tl.arange(0, BLOCK_N)
+    THREADS: tl.constexpr = BLOCK_K // 32
+    thread = tl.arange(0, THREADS)
+    k, copy = thread * 32, (thread % 16 * 8)[None, None, :]
+    j = (thread * 4)[:, None] + tl.arange(0, 4)[None, :]
+    eight = k[:, None] + tl.arange(0, 8)[None, :]
+    inputs = x + m[:, None, None] * x_stride_m + eight[None, :, :]
+    sums = tl.full((BLOCK_M, BLOCK_N, THREADS), 0.0, tl.float32)
+    word = tl.load(
+        codes.to(tl.pointer_type(tl.int32)) + (n[:, None, None] * 192 + (first_k // 8 + j)),
+        mask=(first_k + k < end)[None, :, None],
+        other=0,
+    )
+    at = tl.minimum(first_k + k, 1504)[None, :]
+    scale = scale_code_of(scales, n[:, None], at)
+    table = pair_table(level_pairs)
+    for k0 in range(first_k, end, BLOCK_K):
+        # load
+        next_k0 = k0 + BLOCK_K
+        next_word = tl.load(
+            codes.to(tl.pointer_type(tl.int32)) + (n[:, None, None] * 192 + (next_k0 // 8 + j)),
+            mask=(next_k0 + k < end)[None, :, None],
+            other=0,
+        )
+        at = tl.minimum(next_k0 + k, 1504)[None, :]
+        next_scale = scale_code_of(scales, n[:, None], at)
+        tl.debug_barrier()
+        inside = k0 + k < end
+        wanted = (m < rows)[:, None, None] & inside[None, :, None]
+        x0 = inputs_of(tl.load(inputs + k0, mask=wanted, other=0.0), BLOCK_M, THREADS)
+        x1 = inputs_of(tl.load(inputs + (k0 + 8), mask=wanted, other=0.0), BLOCK_M, THREADS)
+        x2 = inputs_of(tl.load(inputs + (k0 + 16), mask=wanted, other=0.0), BLOCK_M, THREADS)
+        x3 = inputs_of(tl.load(inputs + (k0 + 24), mask=wanted, other=0.0), BLOCK_M, THREADS)
+        # decode and multiply
+        part0, part1, part2, part3 = words_of(word, BLOCK_N, THREADS)
+        products = tl.full((BLOCK_M, BLOCK_N, THREADS), 0.0, tl.float32)
+        products = add_products(products, part0, x0, copy, table)
+        products = add_products(products, part1, x1, copy, table)
+        products = add_products(products, part2, x2, copy, table)
+        products = add_products(products, part3, x3, copy, table)
+        at = tl.minimum(k0 + k, 1504)[None, :]
+        scaled = products * scale_from(scale, nested, offset, scale_levels, n[:, None], at)[None, :, :]
+        sums += tl.where(inside[None, None, :], scaled, 0.0)
+        scale = next_scale
+        word = next_word
+    acc = tl.reduce(sums, 2, add)
+    m, n = m[:, None], n[None, :]
+    # epilogue
+    if SPLIT == 1:
+        finish(acc, in0, out, m, n, rows)
+    else:
+        where = (share * rows + m) * 384 + n
+        tl.store(partial + where, acc, mask=(m < rows))
+
+
 @triton.jit(do_not_specialize=["rows"])
 def nf4_linear_384x1536_bias_reduce(
     partial, in0, out, rows, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr,
@@ -274,7 +473,7 @@ def nf4_linear_384x1536_bias_reduce(
 TYPES = {
     "x": "*bf16", "out": "*bf16", "partial": "*fp32", "codes": "*u8", "scales": "*u8",
     "nested": "*fp32", "offset": "*fp32", "scale_levels": "*fp32", "level_bytes": "*i32",
-    "in0": "*bf16", "rows": "i32", "x_stride_m": "i32",
+    "level_pairs": "*fp32", "in0": "*bf16", "rows": "i32", "x_stride_m": "i32",
 }
 
 # Most rows -> kernel, constants, launch options; the last serves all above too.
@@ -318,6 +517,7 @@ def prepare(device):
     return [
         torch.tensor(SCALE_LEVELS, dtype=torch.float32, device=device),
         torch.tensor(LEVEL_BYTES, dtype=torch.int32, device=device),
+        torch.tensor(LEVEL_PAIRS, dtype=torch.float32, device=device),
     ]
 
 
@@ -335,7 +535,7 @@ def run(x, weight, extra, out=None):
     if rows == 0:
         return out
     codes, scales, nested, offset = weight
-    scale_levels, level_bytes = prepare(x.device)
+    scale_levels, level_bytes, level_pairs = prepare(x.device)
     in0 = extra[0].contiguous()
 
     most = next((most for most in VARIANTS if rows <= most), max(VARIANTS))
@@ -349,7 +549,7 @@ def run(x, weight, extra, out=None):
     with torch.cuda.device_of(x):
         kernel[grid](
             x, codes, scales, nested, offset, scale_levels, in0, out, partial, level_bytes,
-            rows, x.stride(0), **tile, **options,
+            level_pairs, rows, x.stride(0), **tile, **options,
         )
         if split > 1:
             add_shares, tile, options = REDUCTIONS[split]

@@ -171,9 +171,63 @@ def test_results_that_come_with_the_package_count_behind_the_users(
     tiles.tune(module, SPEC, ANY, CPU)
     tiles.path(ANY).rename(tmp_path / "tuned-any.json")
     assert tiles.is_tuned(SPEC, ANY)
-    tiles._keep(SPEC, ANY, {})
+    other = tiles.plan_for(SPEC, None, ANY).variants[16][0]
+    tiles._keep(SPEC, ANY, {"16": tiles._entry(other)})
     tiles.use(module, SPEC, ANY)
-    assert tile_of(module, 16)["BLOCK_N"] != 16
+    assert tile_of(module, 16)["BLOCK_N"] == other.n != 16
+    assert tiles.is_tuned(SPEC, ANY)  # the rest is the package's
+
+
+def test_what_has_a_result_is_not_timed_again(
+    module: ModuleType, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table of the package may name a few numbers of rows."""
+    monkeypatch.setattr(tiles, "SHIPPED", tmp_path)
+    _, narrow = tiles.plan_for(SPEC, None, ANY).variants[16]
+    shipped = {tiles._key(SPEC): {"16": tiles._entry(narrow)}}
+    (tmp_path / "tuned-any.json").write_text(json.dumps(shipped))
+    timed = []
+    monkeypatch.setattr(
+        tiles._Trial, "_best_of", lambda trial, most, found, done: timed.append(most) or found[-1]
+    )
+    both = dataclasses.replace(
+        (plan := tiles.plan_for(SPEC, None, ANY)), variants={**plan.variants, 32: plan.variants[16]}
+    )
+    monkeypatch.setattr(tiles, "plan_for", lambda spec, index, gpu: both)
+    assert not tiles.is_tuned(SPEC, ANY)
+    tiles.tune(module, SPEC, ANY, CPU)
+    assert timed == [32]
+    assert tile_of(module, 16)["BLOCK_N"] == tile_of(module, 32)["BLOCK_N"] == 16
+    assert [*json.loads(tiles.path(ANY).read_text()).values()] == [{"32": tiles._entry(narrow)}]
+
+
+def test_rows_below_all_results_have_the_first_of_them(
+    module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiles.plan_for(SPEC, None, ANY)
+    first, narrow = plan.variants[16]
+    found = dataclasses.replace(plan, variants={1: (first,), **plan.variants})
+    monkeypatch.setattr(tiles, "plan_for", lambda spec, index, gpu: found)
+    tiles._keep(SPEC, ANY, {"16": tiles._entry(narrow)})
+    tiles.use(module, SPEC, ANY)
+    assert harness.build_for(module, 1).constants["BLOCK_N"] == 16
+    assert not tiles.is_tuned(SPEC, ANY)
+
+
+def test_a_tile_is_timed_by_itself_where_neighbours_have_the_same(
+    module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the largest number of rows of those with one tile is printed."""
+    assert 16 not in module.VARIANTS
+
+    def timed(trial: tiles._Trial, run, right, tile: Tile) -> float:
+        ran = harness.build_for(module, len(right))
+        assert ran.constants == tile.constants()
+        return 1.0
+
+    monkeypatch.setattr(tiles._Trial, "_seconds", timed)
+    tiles.tune(module, SPEC, ANY, CPU)
+    assert list(module.VARIANTS) == [16, 32]
 
 
 @pytest.mark.parametrize("weights", [1, 2])
@@ -225,7 +279,7 @@ def test_tables_that_come_with_the_package_name_tiles_that_are_tried() -> None:
     }
     for text, entries in stored.items():
         spec = KernelSpec.from_json(json.dumps({**json.loads(text), **left_out}))
-        assert tiles.is_tuned(spec, found)
+        assert tiles._key(spec) == text
         plan = plan_for(spec, WeightIndex.of(spec.weight), found)
         for most, entry in entries.items():
             assert entry in [tiles._entry(tile) for tile in plan.variants[int(most)]]
