@@ -213,7 +213,7 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     asynchronous copies (of two inputs for words, of 16 bytes else), and what else there is.
     """
     if _looks_up_pairs(form, tile):
-        return 60 + (8 + 3 * tile.rows) * tile.n * spec.weights, _PAIR_TABLE
+        return 66 + (8 + 3 * tile.rows) * tile.n * spec.weights, _PAIR_TABLE
     lanes, in_words = 32 * tile.warps, bool(form.words) and tile.kernel != "scaled"
     sums = tile.rows * tile.n * spec.weights * (2 if _scales_sums(form, tile) else 1)
     decoded = tile.n * tile.k * spec.weights // (2 if form.words else 1)

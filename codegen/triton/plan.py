@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fxquant.codegen.indexing import K, N, WeightIndex
@@ -106,8 +105,8 @@ def plan_for(spec: KernelSpec, index: WeightIndex, gpu: Gpu = ANY) -> Plan:
         variants[rows] = _ranked(spec, form, gpu, rows)
     if form.words == "prmt":
         best = variants[BUCKETS[0]][0]
-        few = {rows: (best, *_for_few(spec, form, gpu, rows)) for rows in GEMV_ROWS}
-        variants = {**few, **variants}
+        pairs = {rows: _for_few(spec, form, gpu, rows) for rows in GEMV_ROWS}
+        variants = {rows: (best, *tiles) for rows, tiles in pairs.items() if tiles} | variants
     tiles = [tile for found in variants.values() for tile in found]
     products = [tile for tile in tiles if tile.kernel != "dequantize"]
     n, k = spec.weight.n, spec.weight.k
@@ -143,11 +142,11 @@ def _ranked(spec: KernelSpec, form: Form, gpu: Gpu, rows: int) -> tuple[Tile, ..
     return (*others[: _BEST - len(deeper) + 1], *deeper[1:])
 
 
-def _for_few(spec: KernelSpec, form: Form, gpu: Gpu, rows: int) -> Iterator[Tile]:
+def _for_few(spec: KernelSpec, form: Form, gpu: Gpu, rows: int) -> list[Tile]:
     """Tiles that look pairs of codes up. No GPU has run them yet: tuning may choose them."""
     found = {tile: cost.seconds(spec, form, tile, gpu, rows) for tile in pair_tiles(spec, rows)}
-    ranked = (t for t in sorted(found, key=lambda tile: found[tile]) if found[t] < math.inf)
-    return itertools.islice(ranked, _BEST - 1 if rows == 1 else _BEST // 2)
+    ranked = [t for t in sorted(found, key=lambda tile: found[tile]) if found[t] < math.inf]
+    return ranked[: _BEST - 1 if rows == 1 else _BEST // 2]
 
 
 def _price(spec: KernelSpec, tile: Tile) -> float:

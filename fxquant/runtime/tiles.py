@@ -15,7 +15,7 @@ import math
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +29,7 @@ from fxquant.codegen.indexing import WeightIndex
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton.gpu import Gpu
 from fxquant.codegen.triton.plan import Plan, plan_for
-from fxquant.codegen.triton.tiles import CHUNKED, Tile
+from fxquant.codegen.triton.tiles import BUCKETS, CHUNKED, Tile
 from fxquant.progress import bar
 from fxquant.runtime import cache, tuning
 
@@ -65,13 +65,15 @@ def use(module: ModuleType, spec: KernelSpec, gpu: Gpu) -> None:
 
 def _chosen(found: Plan, stored: Mapping[str, Any]) -> Variants:
     """The stored tiles, where they are candidates; rows below the first of them have that, too."""
-    tiles = {}
+    tiles: Variants = {}
     least = min((most for most in found.variants if str(most) in stored), default=0)
-    for most, candidates in found.variants.items():
+    candidates: list[Tile] = []  # those for more rows serve fewer, too
+    for most, own in sorted(found.variants.items(), reverse=True):
+        candidates = [*own, *candidates]
         if most >= least:
             wanted = stored.get(str(most))
-            tiles[most] = next((t for t in candidates if _entry(t) == wanted), candidates[0])
-    return tiles
+            tiles[most] = next((t for t in candidates if _entry(t) == wanted), own[0])
+    return dict(sorted(tiles.items()))
 
 
 def remark(module: ModuleType) -> str:
@@ -109,10 +111,10 @@ def tune(module: ModuleType, spec: KernelSpec, gpu: Gpu, device: torch.device) -
         plan_for(spec, WeightIndex.of(spec.weight), gpu),
         _stored(gpu).get(_key(spec), {}),
     )
-    untimed = {most: tiles for most, tiles in found.variants.items() if str(most) not in stored}
+    untimed = [most for most in found.variants if str(most) not in stored]
     weight = [part.to(device) for part in tuning.random_weight(spec)]
     trial = _Trial(module, spec, weight, device, torch.empty(2 * gpu.cache_bytes, dtype=torch.int8))
-    tiles = trial.best(untimed)
+    tiles = trial.best(found, _chosen(found, stored), untimed)
     entries = {str(most): _entry(tile) for most, tile in tiles.items()}
     _set(module, _chosen(found, {**stored, **entries}))
     _keep(spec, gpu, entries)
@@ -160,19 +162,27 @@ class _Trial:
         self._buffer = buffer.to(device) if device.type == "cuda" else buffer[:1]
         self._deadline = time.perf_counter() + LIMIT_S
 
-    def best(self, candidates: Mapping[int, tuple[Tile, ...]]) -> Variants:
-        """The quickest tile for each number of rows; that of the cost model where time is over."""
-        count = sum(len(tiles) for tiles in candidates.values())
-        chosen = {}
+    def best(self, found: Plan, known: Variants, untimed: Collection[int]) -> Variants:
+        """The quickest tile for each number of rows; the one that is `known` where time is over.
+
+        Few rows whose first tile is that of more rows have the one that is known by then, instead.
+        """
+        chosen, more = dict(known), BUCKETS[0]
+        first = found.variants[more][0]
         with bar(Console(stderr=True)) as progress:
+            count = sum(len(found.variants[most]) for most in untimed)
             task = progress.add_task(f"tuning {self.spec.name}", total=count)
-            for most, tiles in candidates.items():
-                chosen[most] = tiles[0]
-                if len(tiles) > 1:
-                    chosen[most] = self._best_of(most, tiles, lambda: progress.advance(task))
-        return chosen
+            for most in sorted(untimed, key=lambda most: (most != more, most)):
+                tiles = found.variants[most]
+                if most < more and tiles[0] == first:
+                    tiles = (chosen[more], *tiles[1:])
+                chosen[most] = self._best_of(most, tiles, lambda: progress.advance(task))
+        return {most: chosen[most] for most in untimed}
 
     def _best_of(self, most: int, tiles: tuple[Tile, ...], done: Callable[[], None]) -> Tile:
+        if len(tiles) == 1:
+            done()
+            return tiles[0]
         spec = self.spec
         rows = most * (spec.weight.batch or 1) if spec.grouped else most
         batch = [] if spec.batch is None else [spec.batch]

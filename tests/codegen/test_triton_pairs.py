@@ -31,7 +31,7 @@ FP4 = Encoding(4, "fp4")
 
 def candidates(spec, rows=1, gpu=H100):
     """The tiles that tuning tries for few rows, behind that of more."""
-    return plan_for(spec, WeightIndex.of(spec.weight), gpu).variants[rows][1:]
+    return plan_for(spec, WeightIndex.of(spec.weight), gpu).variants.get(rows, ())[1:]
 
 
 def use(module, tile):
@@ -94,8 +94,8 @@ def assemblies(module):
 @pytest.mark.parametrize(
     "weight",
     [
-        harness.whole(NF4, 64, 2048),
-        harness.whole(NF4, 32, 2560),
+        harness.whole(NF4, 32, 2048),
+        harness.whole(NF4, 16, 2560),
         harness.whole(NF4, 20, 1216),
         harness.whole(FP4, 48, 1088),
         harness.whole(INT4, 16, 3200),
@@ -105,18 +105,23 @@ def assemblies(module):
     ids=str,
 )
 def test_products(load, weight):
-    """Also of more rows than a tile has, and fewer."""
     spec = spec_of(weight, epilogue=Epilogue.bias("float16"))
-    for most in GEMV_ROWS:
-        module = load(spec, rows=most)
-        assert "gemv" in harness.build_for(module, 1).name
-        for rows in {1, 3, most}:
-            check(spec, module, rows)
+    module = load(spec)
+    assert "gemv" in harness.build_for(module, 1).name
+    check(spec, module, 1)
+
+
+@pytest.mark.parametrize("rows", GEMV_ROWS)
+def test_more_rows_than_a_tile_has_and_fewer(load, rows):
+    spec = spec_of(harness.whole(NF4, 16, 1216), epilogue=Epilogue.bias("float16"))
+    module = load(spec, rows=rows)
+    for count in (1, 3, rows):
+        check(spec, module, count)
 
 
 @pytest.mark.parametrize("rows", GEMV_ROWS)
 def test_every_tile(load, rows):
-    spec = spec_of(harness.whole(NF4, 64, 5120))
+    spec = spec_of(harness.whole(NF4, 16, 5120))
     found = candidates(spec, rows)
     assert len({(tile.n, tile.k, tile.split) for tile in found}) == len(found) >= 2
     for tile in found:
@@ -186,7 +191,7 @@ def built(tmp_path_factory):
         module = harness.load(spec, folder, interpreted=False, gpu=FAMILIES[family])
         found[family] = []
         for rows in GEMV_ROWS:
-            for tile in candidates(spec, rows, FAMILIES[family])[:3]:
+            for tile in candidates(spec, rows, FAMILIES[family])[: 3 if family == "sm_90" else 1]:
                 build = cubin.Build("gemv", *tiles.variant(module, tile))
                 found[family].append((tile, cubin.compile_for(family, module, build)))
     return found

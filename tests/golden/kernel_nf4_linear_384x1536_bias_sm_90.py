@@ -403,32 +403,35 @@ def nf4_linear_384x1536_bias_gemv(
     n = n0 + tl.arange(0, BLOCK_N)
     THREADS: tl.constexpr = BLOCK_K // 32
     thread = tl.arange(0, THREADS)
-    k, copy = thread * 32, (thread % 16 * 8)[None, None, :]
-    j = (thread * 4)[:, None] + tl.arange(0, 4)[None, :]
-    eight = k[:, None] + tl.arange(0, 8)[None, :]
-    inputs = x + m[:, None, None] * x_stride_m + eight[None, :, :]
+    copy = (thread % 16 * 8)[None, None, :]
+    # In one piece, so that neighbours of a row go to neighbouring threads.
+    j = tl.arange(0, 4 * THREADS)[None, :]
+    row = tl.arange(0, BLOCK_M * THREADS)[:, None]
+    x_m, x_k = tl.program_id(0).to(tl.int64) * BLOCK_M + row // THREADS, row % THREADS * 32
+    inputs = x + x_m * x_stride_m + (x_k + tl.arange(0, 8)[None, :])
     sums = tl.full((BLOCK_M, BLOCK_N, THREADS), 0.0, tl.float32)
+    run = tl.arange(0, BLOCK_N * THREADS)
+    run_n, run_k = n0 + run // THREADS, run % THREADS * 32
     word = tl.load(
-        codes.to(tl.pointer_type(tl.int32)) + (n[:, None, None] * 192 + (first_k // 8 + j)),
-        mask=(first_k + k < end)[None, :, None],
+        codes.to(tl.pointer_type(tl.int32)) + (n[:, None] * 192 + (first_k // 8 + j)),
+        mask=(first_k + j // 4 * 32 < end),
         other=0,
     )
-    at = tl.minimum(first_k + k, 1504)[None, :]
-    scale = scale_code_of(scales, n[:, None], at)
+    at = tl.minimum(first_k + run_k, 1504)
+    scale = scale_code_of(scales, run_n, at)
     table = pair_table(level_pairs)
     for k0 in range(first_k, end, BLOCK_K):
         # load
         next_k0 = k0 + BLOCK_K
         next_word = tl.load(
-            codes.to(tl.pointer_type(tl.int32)) + (n[:, None, None] * 192 + (next_k0 // 8 + j)),
-            mask=(next_k0 + k < end)[None, :, None],
+            codes.to(tl.pointer_type(tl.int32)) + (n[:, None] * 192 + (next_k0 // 8 + j)),
+            mask=(next_k0 + j // 4 * 32 < end),
             other=0,
         )
-        at = tl.minimum(next_k0 + k, 1504)[None, :]
-        next_scale = scale_code_of(scales, n[:, None], at)
+        at = tl.minimum(next_k0 + run_k, 1504)
+        next_scale = scale_code_of(scales, run_n, at)
         tl.debug_barrier()
-        inside = k0 + k < end
-        wanted = (m < rows)[:, None, None] & inside[None, :, None]
+        wanted = (x_m < rows) & (k0 + x_k < end)
         x0 = inputs_of(tl.load(inputs + k0, mask=wanted, other=0.0), BLOCK_M, THREADS)
         x1 = inputs_of(tl.load(inputs + (k0 + 8), mask=wanted, other=0.0), BLOCK_M, THREADS)
         x2 = inputs_of(tl.load(inputs + (k0 + 16), mask=wanted, other=0.0), BLOCK_M, THREADS)
@@ -440,9 +443,10 @@ def nf4_linear_384x1536_bias_gemv(
         products = add_products(products, part1, x1, copy, table)
         products = add_products(products, part2, x2, copy, table)
         products = add_products(products, part3, x3, copy, table)
-        at = tl.minimum(k0 + k, 1504)[None, :]
-        scaled = products * scale_from(scale, nested, offset, scale_levels, n[:, None], at)[None, :, :]
-        sums += tl.where(inside[None, None, :], scaled, 0.0)
+        at = tl.minimum(k0 + run_k, 1504)
+        scale = scale_from(scale, nested, offset, scale_levels, run_n, at)
+        scaled = products * scale.reshape(1, BLOCK_N, THREADS)
+        sums += tl.where((k0 + thread * 32 < end)[None, None, :], scaled, 0.0)
         scale = next_scale
         word = next_word
     acc = tl.reduce(sums, 2, add)

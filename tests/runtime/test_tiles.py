@@ -214,6 +214,29 @@ def test_rows_below_all_results_have_the_first_of_them(
     assert not tiles.is_tuned(SPEC, ANY)
 
 
+def test_few_rows_are_timed_against_what_won_for_more(
+    module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiles.plan_for(SPEC, None, ANY)
+    first, narrow = plan.variants[16]
+    own = dataclasses.replace(first, stages=2)
+    found = dataclasses.replace(plan, variants={1: (first, own), **plan.variants})
+    monkeypatch.setattr(tiles, "plan_for", lambda spec, index, gpu: found)
+    timed: list[tuple[int, Tile]] = []
+
+    def seconds(trial: tiles._Trial, run, right, tile: Tile) -> float:
+        timed.append((len(right), tile))
+        return float(tile != narrow)
+
+    monkeypatch.setattr(tiles._Trial, "_seconds", seconds)
+    tiles.tune(module, SPEC, ANY, CPU)
+    assert timed == [(16, first), (16, narrow), (1, narrow), (1, own)]
+    fresh = harness.load(SPEC, folder, interpreted=True)
+    tiles.use(fresh, SPEC, ANY)
+    assert [*fresh.VARIANTS] == [1, 16, 32]
+    assert fresh.VARIANTS[1][1] == narrow.constants()
+
+
 def test_a_tile_is_timed_by_itself_where_neighbours_have_the_same(
     module: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
