@@ -23,7 +23,7 @@ from fxquant.guards import forget_parts
 from fxquant.kernels import Kernels
 from fxquant.ledger import Ledger
 from fxquant.online import online
-from fxquant.passes import run_pipeline, values
+from fxquant.passes import run_pipeline
 from fxquant.passes.context import Context
 from fxquant.passes.fuse import STEPS, Fuse, settle
 from fxquant.passes.sources import DerivedPart, PackedPart, Tools, evaluate
@@ -155,7 +155,6 @@ def _lower(
     ctx: Context, kernels: Kernels, device: torch.device, mode: str | None
 ) -> Callable[..., Any]:
     """Hands the rewritten graph to Inductor, or runs it op by op where Inductor cannot work."""
-    values.show(ctx.gm)
     missing = targets.inductor_missing(device)
     if missing:
         level = logging.INFO if kernels.choice.note == missing else logging.WARNING

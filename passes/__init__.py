@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
+from fxquant.passes import values
 from fxquant.passes.bind import bind
 from fxquant.passes.context import Context, PassReport
 from fxquant.passes.match import match
@@ -49,3 +50,4 @@ def run_pipeline(ctx: Context, steps: Sequence[Pass] | None = None) -> None:
             before = aliases(ctx.gm)
         verify(report.name, ctx, before)
         LOG.debug("%s: %s", report.name, report.summary)
+    values.show(ctx.gm)

@@ -28,7 +28,6 @@ def add(ctx: Context, name: str, tensor: Tensor) -> fx.Node:
     # AOTAutograd reads both of an input that Dynamo did not make: no source, and static.
     node._dynamo_source = None
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node.meta["example_value"] = fake
     context = TracingContext.try_get()
     if context is not None:
         # With dynamic=True AOTAutograd would make the sizes of an unknown input symbolic.
