@@ -8,7 +8,6 @@ import gc
 import multiprocessing
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -196,11 +195,8 @@ class Session:
                     self.left_out.append(case)
                 else:
                     self._tried(case, functools.partial(products.tune, name, shape))
-        found = tiles.path(gpu())
-        if found.exists():
-            self.options.tune.mkdir(parents=True, exist_ok=True)
-            shutil.copy(found, self.options.tune)
-            self._say(f"tiles as tuned written to {self.options.tune / found.name}")
+        written = tiles.write_table(gpu(), self.options.tune)
+        self._say(f"tiles as tuned written to {written}")
 
     @torch.inference_mode()
     def _products(self, shape: tuple[int, int], rates: Rates) -> None:

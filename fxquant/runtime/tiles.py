@@ -113,7 +113,7 @@ def tune(module: ModuleType, spec: KernelSpec, gpu: Gpu, device: torch.device) -
     )
     untimed = [most for most in found.variants if str(most) not in stored]
     weight = [part.to(device) for part in tuning.random_weight(spec)]
-    trial = _Trial(module, spec, weight, device, torch.empty(2 * gpu.cache_bytes, dtype=torch.int8))
+    trial = _Trial(module, spec, weight, device, torch.zeros(gpu.cache_bytes // 2, dtype=torch.int32))
     tiles = trial.best(found, _chosen(found, stored), untimed)
     entries = {str(most): _entry(tile) for most, tile in tiles.items()}
     _set(module, _chosen(found, {**stored, **entries}))
@@ -225,9 +225,10 @@ class _Trial:
             return time.perf_counter() - start
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # The host runs ahead meanwhile, so that the device never waits for it: launching takes
-        # longer than emptying the cache once, and longer than most products.
+        # longer than emptying the cache once, and longer than most products. By reading: what is
+        # written would go back to memory while the product runs.
         for _ in range(_EMPTIED):
-            self._buffer.zero_()
+            self._buffer.max()
         before.record()
         run()
         after.record()
@@ -302,6 +303,25 @@ def path(gpu: Gpu) -> Path:
 
 def _file(gpu: Gpu) -> str:
     return f"tuned-{re.sub(r'[^A-Za-z0-9]+', '-', gpu.name)}.json"
+
+
+def write_table(gpu: Gpu, folder: Path) -> Path:
+    """Writes all results for a GPU into a folder, those that come with the package among them.
+
+    Args:
+        gpu: The device, described.
+        folder: Made if need be.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    found = json.dumps(_stored(gpu), indent=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    cache.write_atomically(folder / _file(gpu), found)
+    return folder / _file(gpu)
 
 
 def _stored(gpu: Gpu) -> dict[str, Any]:

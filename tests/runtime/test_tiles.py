@@ -198,7 +198,13 @@ def test_what_has_a_result_is_not_timed_again(
     tiles.tune(module, SPEC, ANY, CPU)
     assert timed == [32]
     assert tile_of(module, 16)["BLOCK_N"] == tile_of(module, 32)["BLOCK_N"] == 16
-    assert [*json.loads(tiles.path(ANY).read_text()).values()] == [{"32": tiles._entry(narrow)}]
+    own = {"32": tiles._entry(narrow)}
+    assert json.loads(tiles.path(ANY).read_text()) == {tiles._key(SPEC): own}
+    # What is shipped next has what was shipped before.
+    written = tiles.write_table(ANY, tmp_path / "next")
+    assert json.loads(written.read_text()) == {
+        tiles._key(SPEC): {**shipped[tiles._key(SPEC)], **own}
+    }
 
 
 def test_rows_below_all_results_have_the_first_of_them(
