@@ -1,7 +1,7 @@
 """``options={"verify": True}``: kernels are checked on their first real inputs.
 
 A launch whose target ends in `VERIFIED` goes through a `Checked` runner. The first call of each
-size (numbers of rows between two powers of two: variants of a kernel serve ranges of them) is
+size (numbers of rows up to a power of two: that is how far variants of a kernel go) is
 compared with the enclosure of the right results (`fxquant.codegen.bounds`), codes of rows bit for
 bit. A kernel that fails is set aside: torch computes this call and all later ones, one log line
 says so, and a file that reproduces the failure is written.
@@ -123,7 +123,7 @@ class Checked:
 
     def __call__(self, *operands: Any) -> Any:
         """Computes the spec."""
-        size = rows_of(self._spec, operands).bit_length()
+        size = max(0, rows_of(self._spec, operands) - 1).bit_length()
         if size in self._sizes:
             return self._runner(*operands)
         if not _may_check(operands):

@@ -94,10 +94,10 @@ def test_a_wrong_kernel_is_set_aside(
 def test_right_kernels_are_checked_once_a_size(checks: list[int], tmp_path: Path) -> None:
     plain = model(64, 41)
     compiled = torch.compile(plain, backend="fxquant", dynamic=True, options={"verify": True})
-    for rows in (2, 3, 3, 5, 2, 40, 33, 7):
+    for rows in (2, 3, 3, 4, 5, 2, 8, 40, 33, 7, 64, 65):
         x = torch.randn(rows, 64)
         torch.testing.assert_close(compiled(x), decoded(plain)(x), rtol=1e-4, atol=1e-4)
-    assert checks == [2, 5, 40]
+    assert checks == [2, 3, 5, 40, 65]
     assert not any("set aside" in note for row in fxquant.report(plain).rows for note in row.notes)
     assert not list(tmp_path.iterdir())
 
