@@ -104,8 +104,10 @@ def assemblies(module):
     ],
     ids=str,
 )
-def test_products(load, weight):
-    spec = spec_of(weight, epilogue=Epilogue.bias("float16"))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_products(load, weight, dtype):
+    """Without a matrix unit bfloat16 can be interpreted, too."""
+    spec = spec_of(weight, dtype, Epilogue.bias(dtype))
     module = load(spec)
     assert "gemv" in harness.build_for(module, 1).name
     check(spec, module, 1)
