@@ -23,7 +23,7 @@ import sympy
 
 from fxquant.codegen.spec import KernelSpec
 from fxquant.codegen.triton.gpu import Gpu
-from fxquant.codegen.triton.tiles import Form, Tile, is_stored
+from fxquant.codegen.triton.tiles import Form, Tile, is_stored, looks_up_pairs
 from fxquant.codegen.work import stored_bytes
 from fxquant.formats import levels
 
@@ -212,7 +212,7 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     Sums, those of a step where they are scaled by themselves, decoded weights, the addresses of
     asynchronous copies (of two inputs for words, of 16 bytes else), and what else there is.
     """
-    if _looks_up_pairs(form, tile):
+    if looks_up_pairs(form, tile):
         return 66 + (8 + 3 * tile.rows) * tile.n * spec.weights, _PAIR_TABLE
     lanes, in_words = 32 * tile.warps, bool(form.words) and tile.kernel != "scaled"
     sums = tile.rows * tile.n * spec.weights * (2 if _scales_sums(form, tile) else 1)
@@ -227,11 +227,6 @@ def needs(spec: KernelSpec, form: Form, tile: Tile) -> tuple[int, int]:
     x_bytes = 1 if spec.compute_dtype == "int8" else 4 if spec.compute_dtype == "float32" else 2
     turned = 2 * tile.n * tile.k if tile.kernel == "scaled" else 0
     return registers, tile.stages * (codes + tile.rows * tile.k * x_bytes) + turned
-
-
-def _looks_up_pairs(form: Form, tile: Tile) -> bool:
-    """Whether a tile is one of `fxquant.codegen.triton.pairs`."""
-    return bool(form.words) and tile.kernel == "gemv"
 
 
 def _scales_sums(form: Form, tile: Tile) -> bool:
@@ -251,7 +246,7 @@ def _decoding(spec: KernelSpec, form: Form, tile: Tile) -> float:
     With permutations and of plain int8: what makes an H100's times come out; else counted. Look-ups
     in a table wait for one another: 64 threads take some 7 cycles for their two codes each.
     """
-    if _looks_up_pairs(form, tile):
+    if looks_up_pairs(form, tile):
         return max(_PAIR, _PAIR_ISSUED + _PAIR_ROW * tile.rows)
     if form.words and tile.kernel != "dequantize":
         return {"prmt": 5.5, "table": 4.0, "choice": 20.0}[form.words]

@@ -23,6 +23,7 @@ from fxquant.codegen.triton.tiles import (
     float_tiles,
     gemv_tile,
     int8_tiles,
+    looks_up_pairs,
     pair_tiles,
     scaled_tiles,
     word_tiles,
@@ -47,7 +48,8 @@ class Plan:
         variants: By the most rows that they are for, the tiles to choose from; the first is the
             quickest by the cost model.
         whole_n: Every tile divides the outputs: no mask.
-        whole_k: Every tile divides the inputs: no mask.
+        whole_k: Every tile divides the inputs, but for those that look pairs of codes up and always
+            have a mask: no mask.
         run: The shortest tile along the axis of the form.
         direct: A library's product is the result: there is no epilogue.
         waits: A step's product has to be waited for before the next step's weights are decoded.
@@ -114,7 +116,7 @@ def plan_for(spec: KernelSpec, index: WeightIndex, gpu: Gpu = ANY) -> Plan:
         form,
         variants,
         whole_n=all(n % tile.n == 0 for tile in tiles),
-        whole_k=all(k % tile.k == 0 for tile in tiles),
+        whole_k=all(k % tile.k == 0 or looks_up_pairs(form, tile) for tile in tiles),
         run=min((tile.n if form.axis == N else tile.k) for tile in products),
         direct=cost.is_direct(spec),
         waits=gpu.family == "sm_90" and gpu.vendor == "nvidia" and spec.compute_dtype in _HALVES,

@@ -133,6 +133,11 @@ def pair_tiles(spec: KernelSpec, rows: int) -> Iterator[Tile]:
                 yield Tile("gemv", rows, n, k, split, warps, 2)
 
 
+def looks_up_pairs(form: Form, tile: Tile) -> bool:
+    """Whether a tile is one of `pair_tiles`."""
+    return bool(form.words) and tile.kernel == "gemv"
+
+
 def int8_tiles(spec: KernelSpec, form: Form, rows: int) -> Iterator[Tile]:
     """Integer products are all made on tensor cores, where 16 rows take no longer than one.
 

@@ -107,13 +107,13 @@ def tune(module: ModuleType, spec: KernelSpec, gpu: Gpu, device: torch.device) -
     """
     if is_tuned(spec, gpu):
         return
-    found, stored = (
-        plan_for(spec, WeightIndex.of(spec.weight), gpu),
-        _stored(gpu).get(_key(spec), {}),
-    )
+    found = plan_for(spec, WeightIndex.of(spec.weight), gpu)
+    stored = _stored(gpu).get(_key(spec), {})
     untimed = [most for most in found.variants if str(most) not in stored]
     weight = [part.to(device) for part in tuning.random_weight(spec)]
-    trial = _Trial(module, spec, weight, device, torch.zeros(gpu.cache_bytes // 2, dtype=torch.int32))
+    trial = _Trial(
+        module, spec, weight, device, torch.zeros(gpu.cache_bytes // 2, dtype=torch.int32)
+    )
     tiles = trial.best(found, _chosen(found, stored), untimed)
     entries = {str(most): _entry(tile) for most, tile in tiles.items()}
     _set(module, _chosen(found, {**stored, **entries}))

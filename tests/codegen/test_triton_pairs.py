@@ -183,6 +183,14 @@ def test_tuning_alone_chooses_them():
         assert not plan_for(spec, WeightIndex.of(spec.weight), gpu).has("gemv")
 
 
+def test_other_kernels_need_no_mask_for_their_sake():
+    spec = spec_of(harness.whole(NF4, 4096, 11008), "bfloat16")
+    plan = plan_for(spec, WeightIndex.of(spec.weight), H100)
+    assert any(11008 % tile.k for tile in candidates(spec))
+    assert plan.whole_k
+    assert plan.decodes
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     """The machine code of all tiles for few rows, by the device."""
