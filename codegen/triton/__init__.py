@@ -1,7 +1,7 @@
 """The Triton target: for one spec a Python module with its kernels and a launcher.
 
 `tiles` chooses the variants, `decode` prints how codes become numbers (`words` eight at a time, and
-the products that take them so, `scaled` those of many rows, `pairs` that of one), `kernels` the
+the products that take them so, `scaled` those of many rows, `pairs` of few), `kernels` the
 skeletons and the epilogue, `launch` the function ``run``, `ops` spells pointwise work. Of products
 in int8, `int8_decode` and `int8` print the same, `outliers` what is left to floats (`columns` the
 weight there), `quantize` the kernels that take rows to int8, `steps` their launches, and `prologue`

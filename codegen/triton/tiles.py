@@ -123,10 +123,13 @@ def scaled_tiles(spec: KernelSpec, rows: int) -> Iterator[Tile]:
 
 
 def pair_tiles(spec: KernelSpec, rows: int) -> Iterator[Tile]:
-    """Few rows: all threads of a program lie side by side along the inputs."""
+    """Few rows: all threads of a program lie side by side along the inputs.
+
+    More outputs take too many registers, and single warps leave a processor too few of them.
+    """
     if spec.weight.batch or spec.batch:
         return
-    for n, warps in itertools.product((4, 8, 16), (1, 2, 4, 8)):
+    for n, warps in itertools.product((4, 8), (2, 4, 8)):
         k = 32 * warps * PAIR_INPUTS
         if spec.weight.n % n == 0 and k < 2 * spec.weight.k:
             for split in _splits(spec, k, 1):

@@ -105,11 +105,11 @@ def tune(module: ModuleType, spec: KernelSpec, gpu: Gpu, device: torch.device) -
         gpu: The device, described.
         device: The device.
     """
-    if is_tuned(spec, gpu):
-        return
     found = plan_for(spec, WeightIndex.of(spec.weight), gpu)
     stored = _stored(gpu).get(_key(spec), {})
     untimed = [most for most in found.variants if str(most) not in stored]
+    if not untimed:
+        return
     weight = [part.to(device) for part in tuning.random_weight(spec)]
     trial = _Trial(
         module, spec, weight, device, torch.zeros(gpu.cache_bytes // 2, dtype=torch.int32)
